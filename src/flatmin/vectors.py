@@ -1,0 +1,254 @@
+"""Lists of tensors as one vector: norms, products, random vectors, whole or sharded.
+
+The only file that knows ``DTensor`` and process groups. A sharded parameter counts once: every sum over
+coordinates is taken over the local shard and then over the ranks that hold the other shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18
+"""Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
+
+_NORM_BLOCK = 1 << 16
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor`` (asked without importing the distributed package)."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lives on this rank, sharing its memory; plain tensors are returned as they are."""
+    return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A local part ``value`` with the sharding of ``tensor``."""
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    spec = cast(Any, tensor)
+    return DTensor.from_local(value, spec.device_mesh, spec.placements, run_check=False, shape=tensor.shape,
+                              stride=tensor.stride())
+
+
+def matched(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient with the placements of its parameter: pending sums are carried out."""
+    if is_sharded(gradient) and tuple(cast(Any, gradient).placements) != tuple(cast(Any, parameter).placements):
+        return cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
+    return gradient
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered from all ranks if it is sharded."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[list[Tensor], ...]]:
+    """Walk equally shaped lists of tensors in lockstep, about ``limit`` numbers at a time.
+
+    Large contiguous tensors are cut into flat pieces and small ones gathered, so that element-wise work on several
+    lists stays in cache and needs one piece of scratch memory. Yields one list of pieces a column.
+    """
+    batch: list[list[Tensor]] = [[] for _ in columns]
+    size = 0
+    for row in zip(*columns, strict=True):
+        n = row[0].numel()
+        if n == 0:
+            continue
+        if n > limit and all(t.is_contiguous() for t in row):
+            for pieces in zip(*(t.view(-1).split(limit) for t in row), strict=True):
+                yield tuple([piece] for piece in pieces)
+            continue
+        if size and size + n > limit:
+            yield tuple(batch)
+            batch, size = [[] for _ in columns], 0
+        for column, tensor in zip(batch, row, strict=True):
+            column.append(tensor)
+        size += n
+    if size:
+        yield tuple(batch)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _reading(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which squares are summed: half precisions overflow and lose them."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
+
+
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Per tensor, the sum of squares of its local part: a float64 vector of ``len(tensors)``.
+
+    Float32 sums run over blocks of 65 536 and the blocks are added in float64: as fast as a float32 norm and accurate
+    to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3.
+    """
+    assert tensors
+    device = tensors[0].device
+    wide = _wide(device)
+    out: list[Tensor] = [torch.empty(0)] * len(tensors)
+    small: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(tensors):
+        n = t.numel()
+        if n <= _NORM_BLOCK or not t.is_contiguous():
+            small.setdefault((t.device, t.dtype), []).append(i)
+            continue
+        flat, cut, dtype = t.view(-1), n - n % _NORM_BLOCK, _reading(t.dtype)
+        squares = torch.linalg.vector_norm(flat[:cut].view(-1, _NORM_BLOCK), dim=1, dtype=dtype).to(wide).square().sum()
+        if cut < n:
+            squares = squares + torch.linalg.vector_norm(flat[cut:], dtype=dtype).to(wide).square()
+        out[i] = squares.to(device)
+    for (_, dtype), where in small.items():
+        norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_reading(dtype))
+        for i, value in zip(where, torch.stack(list(norms)).to(device, wide).square().unbind(), strict=True):
+            out[i] = value
+    return torch.stack(out)
+
+
+def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Per tensor, the inner product of the local parts: a float64 vector of ``len(a)``."""
+    assert len(a) == len(b) and a
+    device = a[0].device
+    wide = _wide(device)
+    out = []
+    for x, y in zip(a, b, strict=True):
+        dtype = _reading(x.dtype) or x.dtype
+        pieces = [torch.dot(p.to(dtype), q.to(dtype))
+                  for p, q in zip(x.reshape(-1).split(_NORM_BLOCK), y.reshape(-1).split(_NORM_BLOCK), strict=True)]
+        out.append(torch.stack(pieces).to(device, wide).sum() if len(pieces) > 1 else pieces[0].to(device, wide))
+    return torch.stack(out)
+
+
+class Space:
+    """The coordinates of a list of parameters, whole or sharded over ranks, seen as one vector.
+
+    Every method takes and returns *local* tensors, in the order of the parameters; results are float64 0-d tensors on
+    the first parameter's device, equal on all ranks.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("no parameters: pass a model or tensors that require a gradient")
+        self._where: dict[tuple[Any, ...], list[int]] = {}
+        for i, p in enumerate(self.parameters):
+            self._where.setdefault(_shard_groups(p), []).append(i)
+        self.sharded = any(self._where)
+
+    def reduce(self, per_tensor: Tensor, op: str = "sum") -> Tensor:
+        """Total of one number a tensor, each tensor's number first reduced over the ranks that share it."""
+        return self.reduce_each(per_tensor, op).sum() if op == "sum" else self.reduce_each(per_tensor, op).amax()
+
+    def reduce_each(self, per_tensor: Tensor, op: str = "sum") -> Tensor:
+        """One number a tensor, reduced over the ranks that hold its shards."""
+        if not self.sharded:
+            return per_tensor
+        import torch.distributed as dist
+
+        per_tensor = per_tensor.clone()
+        for groups, where in self._where.items():
+            index = torch.tensor(where, device=per_tensor.device)
+            part = per_tensor[index]
+            for group in groups:
+                dist.all_reduce(part, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+            per_tensor[index] = part
+        return per_tensor
+
+    def norms(self, a: Sequence[Tensor]) -> Tensor:
+        """The Euclidean norm of each tensor."""
+        return self.reduce_each(sums_of_squares(a)).sqrt()
+
+    def norm(self, a: Sequence[Tensor], p: float = 2) -> Tensor:
+        """‖a‖_p over all coordinates, for p = 1, 2 or infinity."""
+        if p == 2:
+            return self.reduce(sums_of_squares(a)).sqrt()
+        wide = _wide(a[0].device)
+        if p == 1:
+            return self.reduce(torch.stack([t.abs().sum(dtype=_wide(t.device)).to(a[0].device) for t in a]))
+        if p == float("inf"):
+            tops = [t.abs().amax() if t.numel() else t.new_zeros(()) for t in a]
+            return self.reduce(torch.stack([t.to(a[0].device, wide) for t in tops]), "max")
+        raise ValueError(f"p must be 1, 2 or infinity, got {p}")
+
+    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """aᵀb over all coordinates."""
+        return self.reduce(dots(a, b))
+
+    def random(self, generator: torch.Generator, kind: str = "normal") -> list[Tensor]:
+        """A random vector, ``kind`` "normal" or "rademacher"; the same on every sharding of the parameters.
+
+        Drawn on the generator's device for the whole tensor, then cut to the local part.
+        """
+        return [_random(p, generator, kind) for p in self.parameters]
+
+
+def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    shape = tuple(parameter.shape)
+    if kind == "normal":
+        whole = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    elif kind == "rademacher":
+        whole = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8).to(dtype)
+        whole = whole.mul_(2).sub_(1)
+    else:
+        raise ValueError(f'kind must be "normal" or "rademacher", got {kind!r}')
+    if is_sharded(parameter):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        spec = cast(Any, parameter)
+        size, offset = compute_local_shape_and_global_offset(parameter.shape, spec.device_mesh, spec.placements)
+        for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
+            whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
+    return whole.to(parameter.device, parameter.dtype).contiguous()
+
+
+def _shard_groups(parameter: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a parameter's coordinates are spread."""
+    if not is_sharded(parameter):
+        return ()
+    spec = cast(Any, parameter)
+    mesh = spec.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(spec.placements)
+                 if placement.is_shard() and mesh.size(dim) > 1)
+
+
+def seeded(seed: int | torch.Generator) -> torch.Generator:
+    """A generator from a seed; a generator is returned as it is."""
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+
+
+def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+    """y ← y + αx in place, block by block."""
+    for xs, ys in blocks(x, y):
+        if isinstance(alpha, Tensor):
+            torch._foreach_add_(ys, torch._foreach_mul(xs, alpha.to(xs[0].device)))
+        else:
+            torch._foreach_add_(ys, xs, alpha=alpha)
+
+
+def scale(alpha: float | Tensor, x: Sequence[Tensor]) -> None:
+    """x ← αx in place."""
+    for xs in _by_device(x):
+        torch._foreach_mul_(xs, alpha.to(xs[0].device) if isinstance(alpha, Tensor) else alpha)
+
+
+def copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    """target ← source in place, never by rebinding."""
+    if target:
+        torch._foreach_copy_(list(target), list(source))
+
+
+def _by_device(x: Sequence[Tensor]) -> list[list[Tensor]]:
+    out: dict[torch.device, list[Tensor]] = {}
+    for t in x:
+        out.setdefault(t.device, []).append(t)
+    return list(out.values())
