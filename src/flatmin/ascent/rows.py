@@ -1,0 +1,87 @@
+"""The parameters a sharpener works on: one row each, with its name, its role and the group whose ρ it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .directions import role
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. ``group`` is shared and may be changed between steps by whoever owns it."""
+
+    index: int
+    name: str
+    parameter: nn.Parameter
+    role: str
+    group: dict[str, Any]
+
+
+def rows_of(model: nn.Module | None, groups: Groups | None, default: dict[str, Any]) -> list[Row]:
+    """All parameters of a model (or, without one, of the groups), each once, tied weights too."""
+    group_of: dict[int, dict[str, Any]] = {}
+    listed: list[nn.Parameter] = []
+    for group in groups or ():
+        for p in _members(group):
+            if id(p) in group_of:
+                raise ValueError("a parameter appears in more than one group")
+            group_of[id(p)] = group
+            listed.append(p)
+    if model is None:
+        named = [(str(i), p, role(None, "", p)) for i, p in enumerate(listed)]
+    else:
+        named = _named(model)
+        known = {id(p) for _, p, _ in named}
+        if any(id(p) not in known for p in listed):
+            raise ValueError("a group lists a parameter that the model does not have")
+    return [Row(i, n, p, r, group_of.get(id(p), default)) for i, (n, p, r) in enumerate(named)]
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+    seen: set[int] = set()
+    out = []
+    for prefix, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                out.append((f"{prefix}.{name}" if prefix else name, p, role(module, name, p)))
+    return out
+
+
+def _members(group: dict[str, Any]) -> list[nn.Parameter]:
+    if ("params" in group) == ("modules" in group):
+        raise ValueError('a group needs exactly one of "params" and "modules", and a "rho"')
+    if "params" in group:
+        members: Any = group["params"]
+        return [members] if isinstance(members, Tensor) else list(members)
+    modules: Any = group["modules"]
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    return list({id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def check_rho(rho: Any) -> Any:
+    """ρ as a finite number that is not negative, or a schedule."""
+    if callable(rho):
+        return rho
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or rho < 0:
+        raise ValueError(f"rho must be a finite number that is not negative, got {rho!r}")
+    return float(rho)
+
+
+def rho_at(rho: Any, step: int, lr: float | None) -> float:
+    """The value of a ρ or of its schedule at a step."""
+    return check_rho(rho(step, lr)) if callable(rho) else check_rho(rho)
+
+
+def devices_of(parameters: Iterable[Tensor]) -> list[torch.device]:
+    """The distinct devices of some parameters."""
+    return list({p.device: None for p in parameters})

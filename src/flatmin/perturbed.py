@@ -1,0 +1,204 @@
+"""Change weights, buffers, random state or mode, and always give them back.
+
+Weights are given back by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
+``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Widened`, whose originals are
+never written at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import vectors
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Displacement:
+    """Weights moved by ε = scale · d, and back, bit for bit.
+
+    With ``own=True`` the memory of ``d`` is taken over to hold the copy of w: no allocation beyond one block of
+    scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.realised: list[Tensor] = []
+
+    def move(self, w: Sequence[Tensor], d: Sequence[Tensor], scale: Tensor, *, own: bool = True,
+             finite: bool = False) -> None:
+        """w ← w + scale · d. ``finite`` replaces inf and NaN in the step by zero (an overflow to be skipped later)."""
+        copies = d if own else [torch.empty_like(t) for t in w]
+        for ws, ds, cs in vectors.blocks(w, d, copies):
+            half = ws[0].dtype in HALF
+            step = torch._foreach_mul([t.float() for t in ds] if half else ds, scale.to(ws[0].device))
+            if finite:
+                step = [t.nan_to_num_(0.0, 0.0, 0.0) for t in step]
+            torch._foreach_copy_(cs, ws)
+            self._copies.append((ws, cs))
+            torch._foreach_add_(ws, step)
+            if half:
+                self.realised.append(_realised(ws, cs, step))
+
+    def restore(self) -> None:
+        """Give the weights back; a Ctrl-C in the middle only makes it start over."""
+        try:
+            self._restore()
+        except KeyboardInterrupt:
+            self._restore()
+            raise
+        finally:
+            self._copies = []
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for ws, cs in self._copies:
+            torch._foreach_copy_(ws, cs)
+
+
+def _realised(w: list[Tensor], old: list[Tensor], step: list[Tensor]) -> Tensor:
+    """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
+    done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
+    return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
+
+
+class Widened:
+    """Half-precision weights replaced by float32 tensors w + ε while a pass runs; the originals are never written.
+
+    Between w and w + ε there is often no bfloat16 number at all, so the step cannot be taken in the weights' own
+    precision. While active, operations that mix half and single precision run in single precision.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self._parameters = list(parameters)
+        self._originals = [p.data for p in self._parameters]
+        self.mode = _Promote(self._originals[0].dtype)
+
+    def move(self, d: Sequence[Tensor], scale: Tensor, *, finite: bool = False) -> None:
+        for p, w, step in zip(self._parameters, self._originals, d, strict=True):
+            wide = step.float().mul_(scale.to(step.device))
+            if finite:
+                wide.nan_to_num_(0.0, 0.0, 0.0)
+            p.grad = None
+            p.data = wide.add_(w)
+
+    def restore(self) -> None:
+        try:
+            self._restore()
+        except KeyboardInterrupt:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        for p, w in zip(self._parameters, self._originals, strict=True):
+            if p.data.dtype == w.dtype:
+                continue
+            gradient, p.grad = p.grad, None
+            p.data = w
+            if gradient is not None:
+                p.grad = gradient.to(w.dtype)
+
+
+class _Promote(TorchFunctionMode):
+    """Run operations on mixed half and single precision tensors in single precision; results go back to half."""
+
+    def __init__(self, half: torch.dtype):
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") or name in ("backward", "to", "type_as", "view_as", "expand_as"):
+            return func(*args, **kwargs)
+        kinds = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
+        if torch.float32 not in kinds or self.half not in kinds:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(lambda t: _cast(t, self.half, torch.float32), (args, kwargs))
+        return tree_map(lambda t: _cast(t, torch.float32, self.half), func(*args, **kwargs))
+
+
+def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value
+
+
+def _owned_buffers(module: nn.Module | None) -> list[tuple[dict[str, Any], str, Tensor]]:
+    if module is None:
+        return []
+    return [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+
+
+@contextmanager
+def unchanged_buffers(module: nn.Module | None) -> Iterator[None]:
+    """Every buffer of a module (BatchNorm statistics of any kind, counters, ...) is bitwise the same afterwards."""
+    owned = _owned_buffers(module)
+    seen = {id(b): b for _, _, b in owned}
+    copies = {key: b.detach().clone() for key, b in seen.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for registry, name, buffer in owned:
+                registry[name] = buffer
+            for key, buffer in seen.items():
+                vectors.local(buffer).copy_(vectors.local(copies[key]))
+
+
+class RandomState:
+    """The state of torch's generators on the CPU and on the devices given; ``set`` goes back to it."""
+
+    def __init__(self, devices: Sequence[torch.device] = ()):
+        self._cpu = torch.get_rng_state()
+        self._devices = [(d, _backend(d).get_rng_state(d)) for d in devices if d.type not in ("cpu", "meta")]
+
+    def set(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices:
+            _backend(device).set_rng_state(state, device)
+
+
+def _backend(device: torch.device) -> Any:
+    return getattr(torch, device.type)
+
+
+@contextmanager
+def unchanged_random_state(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Draws made inside leave torch's generators as they were."""
+    state = RandomState(devices)
+    try:
+        yield
+    finally:
+        state.set()
+
+
+@contextmanager
+def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """``module.train(training)`` inside; afterwards every submodule's own flag is back."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
+@contextmanager
+def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], scale: float | Tensor = 1.0) -> Iterator[None]:
+    """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
+    w = [vectors.local(p.detach()) for p in parameters]
+    d = [vectors.local(t) for t in direction]
+    displacement = Displacement()
+    try:
+        with torch.no_grad():
+            displacement.move(w, d, torch.as_tensor(scale), own=False)
+        yield
+    finally:
+        displacement.restore()
