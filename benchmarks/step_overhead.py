@@ -10,6 +10,7 @@ is replaced by fresh gradient tensors of the right shapes, so that what is left 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import statistics
 import time
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, pytorch-optimizer {pytorch_optimizer.__version__}, "
+    print(f"torch {torch.__version__}, pytorch-optimizer {importlib.metadata.version('pytorch_optimizer')}, "
           f"{platform.processor() or platform.machine()}, {args.threads} threads, median [quartiles] of {args.repeats}")
     torch.manual_seed(0)
     for label, build in (("58M MLP", mlp), ("150 tensors", small_tensors)):

@@ -129,16 +129,16 @@ def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
     return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value
 
 
-def _owned_buffers(module: nn.Module | None) -> list[tuple[dict[str, Any], str, Tensor]]:
-    if module is None:
-        return []
-    return [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+def buffer_registries(module: nn.Module | None) -> list[dict[str, Any]]:
+    """The places where a module and its submodules keep their buffers."""
+    return [m._buffers for m in module.modules() if m._buffers] if module is not None else []
 
 
 @contextmanager
-def unchanged_buffers(module: nn.Module | None) -> Iterator[None]:
+def unchanged_buffers(module: nn.Module | None, registries: list[dict[str, Any]] | None = None) -> Iterator[None]:
     """Every buffer of a module (BatchNorm statistics of any kind, counters, ...) is bitwise the same afterwards."""
-    owned = _owned_buffers(module)
+    registries = buffer_registries(module) if registries is None else registries
+    owned = [(registry, name, b) for registry in registries for name, b in registry.items() if b is not None]
     seen = {id(b): b for _, _, b in owned}
     copies = {key: b.detach().clone() for key, b in seen.items()}
     try:

@@ -57,6 +57,10 @@ def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[lis
     Large contiguous tensors are cut into flat pieces and small ones gathered, so that element-wise work on several
     lists stays in cache and needs one piece of scratch memory. Yields one list of pieces a column.
     """
+    if sum(map(Tensor.numel, columns[0])) <= limit:
+        if columns[0]:
+            yield tuple(list(column) for column in columns)
+        return
     batch: list[list[Tensor]] = [[] for _ in columns]
     size = 0
     for row in zip(*columns, strict=True):
@@ -107,6 +111,9 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         if cut < n:
             squares = squares + torch.linalg.vector_norm(flat[cut:], dtype=dtype).to(wide).square()
         out[i] = squares.to(device)
+    if len(small) == 1 and len(tensors) == len(next(iter(small.values()))):
+        norms = torch._foreach_norm(list(tensors), 2, dtype=_reading(tensors[0].dtype))
+        return torch.stack(list(norms)).to(wide).square()
     for (_, dtype), where in small.items():
         norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_reading(dtype))
         for i, value in zip(where, torch.stack(list(norms)).to(device, wide).square().unbind(), strict=True):
@@ -143,6 +150,8 @@ class Space:
         for i, p in enumerate(self.parameters):
             self._where.setdefault(_shard_groups(p), []).append(i)
         self.sharded = any(self._where)
+        self._large = [i for i, p in enumerate(self.parameters) if local(p).numel() > _NORM_BLOCK]
+        self._small = _gathered(self.parameters)
 
     def reduce(self, per_tensor: Tensor, op: str = "sum") -> Tensor:
         """Total of one number a tensor, each tensor's number first reduced over the ranks that share it."""
@@ -170,7 +179,10 @@ class Space:
     def norm(self, a: Sequence[Tensor], p: float = 2) -> Tensor:
         """‖a‖_p over all coordinates, for p = 1, 2 or infinity."""
         if p == 2:
-            return self.reduce(sums_of_squares(a)).sqrt()
+            if self.sharded:
+                return self.reduce(sums_of_squares(a)).sqrt()
+            pieces = [torch._utils._flatten_dense_tensors([a[i] for i in group]) for group in self._small]
+            return sums_of_squares(pieces + [a[i] for i in self._large]).sum().sqrt()
         wide = _wide(a[0].device)
         if p == 1:
             return self.reduce(torch.stack([t.abs().sum(dtype=_wide(t.device)).to(a[0].device) for t in a]))
@@ -189,6 +201,23 @@ class Space:
         Drawn on the generator's device for the whole tensor, then cut to the local part.
         """
         return [_random(p, generator, kind) for p in self.parameters]
+
+
+def _gathered(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Small tensors of one device and dtype, in groups to be looked at as one piece."""
+    out: list[list[int]] = []
+    current: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+    for i, t in enumerate(tensors):
+        n = local(t).numel()
+        if n > _NORM_BLOCK:
+            continue
+        group, size = current.get((t.device, t.dtype), ([], BLOCK + 1))
+        if size + n > BLOCK:
+            group, size = [], 0
+            out.append(group)
+        group.append(i)
+        current[t.device, t.dtype] = (group, size + n)
+    return out
 
 
 def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:

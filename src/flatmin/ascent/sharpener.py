@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..errors import PerturbedStateError
-from ..perturbed import HALF, Displacement, RandomState, Widened, unchanged_buffers
+from ..perturbed import HALF, Displacement, RandomState, Widened, buffer_registries, unchanged_buffers
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient
@@ -208,7 +208,7 @@ class Sharpener:
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
         try:
-            with unchanged_buffers(self.model):
+            with unchanged_buffers(self.model, self._registries):
                 perturbed = self._second_pass(passes, rhos, start)
         finally:
             if after is not None:
@@ -242,7 +242,13 @@ class Sharpener:
         return self.combined(value, value) | {"passes": 1}
 
     def plain_record(self, value: Tensor) -> dict[str, Any]:
-        """The record of a step without a second pass: ``p.grad`` holds g."""
+        """The record of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""
+        component = self._memory.get("component")
+        if self.cadence.reuse is not None and component is not None:
+            rows = [r for r in self._rows if r.parameter.grad is not None and r.name in component]
+            with torch.no_grad():
+                self.cadence.add(self._space(rows), [self._local(r.parameter.grad, r.parameter) for r in rows],
+                                 [component[r.name] for r in rows])
         return {"passes": 1, "loss": value, "radius": 0.0} | self._final()
 
     def climb(self, rhos: dict[int, float] | None = None) -> AbstractContextManager[Any]:
@@ -252,28 +258,42 @@ class Sharpener:
         """
         rhos = self._rhos() if rhos is None else rhos
         standing = self._standing = _Standing()
-        moving = [r for r in self._rows if rhos[r.index] > 0 and r.parameter.requires_grad
-                  and (r.parameter.grad is not None or not self.direction.needs_gradient)]
-        gradients = {r.index: local(vectors.matched(r.parameter.grad, r.parameter)).detach()
-                     for r in self._rows if r.parameter.grad is not None}
-        own = not self._keeps_gradient and not self._wrappers.bucket_views
+        gradients = self._take_gradients()
         if self._keeps_gradient:
             standing.gradients = {i: g.clone() if self._wrappers.bucket_views else g for i, g in gradients.items()}
-        self.clear_gradients()
+        if self.direction.needs_gradient:
+            moving = [r for r in self._rows if r.index in gradients and rhos[r.index] > 0]
+        else:
+            moving = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
         with torch.no_grad():
             if moving:
-                self._move(standing, moving, rhos, gradients, own)
+                self._move(standing, moving, rhos, gradients)
             if self.scope == "rank" and standing.gradients:
                 self._wrappers.average(list(standing.gradients.values()))
         self._forget_gathered()
         return standing.mode()
 
-    def _move(self, standing: _Standing, moving: list[Row], rhos: dict[int, float], gradients: dict[int, Tensor],
-              own: bool) -> None:
-        w = [local(r.parameter).detach() for r in moving]
+    def _take_gradients(self) -> dict[int, Tensor]:
+        """The local parts of all gradients by row, taken out of ``p.grad``."""
+        out: dict[int, Tensor] = {}
+        for row in self._rows:
+            p = row.parameter
+            gradient = p.grad
+            if gradient is not None:
+                out[row.index] = self._local(gradient, p)
+                p.grad = None
+        return out
+
+    def _local(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        return local(vectors.matched(gradient, parameter)) if self._sharded else gradient
+
+    def _move(self, standing: _Standing, moving: list[Row], rhos: dict[int, float],
+              gradients: dict[int, Tensor]) -> None:
+        w = [local(r.parameter).detach() if self._sharded else r.parameter.detach() for r in moving]
         space = self._space(moving)
         d: list[Tensor] = []
         if self.direction.needs_gradient:
+            own = not self._keeps_gradient and not self._wrappers.bucket_views
             d = [gradients[r.index] if own else gradients[r.index].clone() for r in moving]
             gradients.clear()
             standing.gradient_norm = space.norm(d)
@@ -287,7 +307,7 @@ class Sharpener:
         safe = self.scaler is not None or any(t.dtype in HALF for t in w)
         for rho in sorted({rhos[r.index] for r in moving}):
             where = [i for i, r in enumerate(moving) if rhos[r.index] == rho]
-            scale = torch.where(usable, rho / norm, torch.zeros_like(norm))
+            scale = torch.where(usable, rho / norm, 0.0)
             self._displace(standing, [moving[i] for i in where], [w[i] for i in where],
                            [ascent.d[i] for i in where], scale, safe)
             standing.radius = usable * rho
@@ -318,13 +338,33 @@ class Sharpener:
         """``p.grad`` holds g_p: apply the rule, keep the sharpness component, tell what happened."""
         standing, self._last_standing = self._last_standing, None
         assert standing is not None
+        component = self._apply_rule(standing.gradients) if self._keeps_gradient else None
         cosine, radius = standing.taken()
         return {"passes": 2, "loss": value, "perturbed_loss": perturbed, "gradient_norm": standing.gradient_norm,
-                "radius": radius, "cosine": cosine} | self._final(standing.gradient_norm)
+                "radius": radius, "cosine": cosine, "component": component} | self._final(standing.gradient_norm)
+
+    @torch.no_grad()
+    def _apply_rule(self, gradients: dict[int, Tensor]) -> dict[str, Any] | None:
+        """g_p in ``p.grad`` becomes the rule's gradient; returns the sharpness component if the cadence re-uses it."""
+        rows = [r for r in self._rows if r.index in gradients or r.parameter.grad is not None]
+        for r in rows:
+            if r.parameter.grad is None:
+                r.parameter.grad = torch.zeros_like(r.parameter)
+        perturbed = [self._local(r.parameter.grad, r.parameter) for r in rows]
+        first = [gradients[r.index] if r.index in gradients else torch.zeros_like(g)
+                 for r, g in zip(rows, perturbed, strict=True)]
+        space = self._space(rows)
+        self.rule(space, perturbed, first)
+        if self.cadence.reuse is None:
+            return None
+        return {r.name: c for r, c in zip(rows, self.cadence.component(space, perturbed, first), strict=True)}
 
     def finish(self, record: dict[str, Any], stash: Sequence[tuple[nn.Parameter, Tensor]] = ()) -> None:
         """The one host read of a step, then the gradients that were there before."""
         skipped = bool(record.pop("flag"))
+        component = record.pop("component", None)
+        if component is not None and not skipped:
+            self._memory["component"] = component
         if skipped and self.scaler is None:
             self.clear_gradients()
         else:
@@ -391,7 +431,10 @@ class Sharpener:
         if not self._rows:
             raise ValueError("no parameters: pass a model that has some")
         self._devices = devices_of(r.parameter for r in self._rows)
+        self._registries = buffer_registries(self.model)
+        self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
         self._wrappers = Wrappers(self.model)
+        self._whole = Space([r.parameter for r in self._rows])
         self._spaces: dict[tuple[int, ...], Space] = {}
         compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
                        for m in (self.model.modules() if self.model is not None else ()))
@@ -399,6 +442,8 @@ class Sharpener:
                            and not self._wrappers.fsdp)
 
     def _space(self, rows: list[Row]) -> Space:
+        if len(rows) == len(self._rows):
+            return self._whole
         key = tuple(r.index for r in rows)
         if key not in self._spaces:
             self._spaces = {key: Space([r.parameter for r in rows])}
@@ -430,10 +475,12 @@ class Sharpener:
 
     def _final(self, first_norm: Tensor | None = None) -> dict[str, Tensor]:
         """The norm of what is left in ``p.grad``, and whether inf or nan was met in either pass, on any rank."""
-        rows = [r for r in self._rows if r.parameter.grad is not None]
+        rows = self._rows
+        if any(r.parameter.grad is None for r in rows):
+            rows = [r for r in rows if r.parameter.grad is not None]
         if not rows:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
-        norm = self._space(rows).norm([local(vectors.matched(r.parameter.grad, r.parameter)) for r in rows])
+        norm = self._space(rows).norm([self._local(r.parameter.grad, r.parameter) for r in rows])
         flag = ~torch.isfinite(norm)
         if first_norm is not None:
             flag = flag | ~torch.isfinite(first_norm)
