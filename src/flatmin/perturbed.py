@@ -63,7 +63,7 @@ class Displacement:
             torch._foreach_copy_(ws, cs)
 
 
-def _realised(w: list[Tensor], old: list[Tensor], step: list[Tensor]) -> Tensor:
+def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
     """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
     done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])

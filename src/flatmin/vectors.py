@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 BLOCK = 1 << 18
 """Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
@@ -181,7 +182,7 @@ class Space:
         if p == 2:
             if self.sharded:
                 return self.reduce(sums_of_squares(a)).sqrt()
-            pieces = [torch._utils._flatten_dense_tensors([a[i] for i in group]) for group in self._small]
+            pieces = [_flatten_dense_tensors([a[i] for i in group]) for group in self._small]
             return sums_of_squares(pieces + [a[i] for i in self._large]).sum().sqrt()
         wide = _wide(a[0].device)
         if p == 1:
@@ -196,9 +197,9 @@ class Space:
         return self.reduce(dots(a, b))
 
     def random(self, generator: torch.Generator, kind: str = "normal") -> list[Tensor]:
-        """A random vector, ``kind`` "normal" or "rademacher"; the same on every sharding of the parameters.
+        """A random vector, ``kind`` "normal", "rademacher" or "uniform" on [0, 1).
 
-        Drawn on the generator's device for the whole tensor, then cut to the local part.
+        The same on every sharding: drawn on the generator's device for the whole tensor, then cut to the local part.
         """
         return [_random(p, generator, kind) for p in self.parameters]
 
@@ -228,8 +229,10 @@ def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     elif kind == "rademacher":
         whole = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8).to(dtype)
         whole = whole.mul_(2).sub_(1)
+    elif kind == "uniform":
+        whole = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
     else:
-        raise ValueError(f'kind must be "normal" or "rademacher", got {kind!r}')
+        raise ValueError(f'kind must be "normal", "rademacher" or "uniform", got {kind!r}')
     if is_sharded(parameter):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -281,3 +284,20 @@ def _by_device(x: Sequence[Tensor]) -> list[list[Tensor]]:
     for t in x:
         out.setdefault(t.device, []).append(t)
     return list(out.values())
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a/b, and 0 where b is 0 or the ratio is not finite."""
+    value = a / b
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+
+
+def combine(a: float | Tensor, x: Sequence[Tensor], b: float | Tensor, y: Sequence[Tensor]) -> None:
+    """x ← a x + b y in place, block by block."""
+    for xs, ys in blocks(x, y):
+        torch._foreach_mul_(xs, _on(a, xs[0]))
+        torch._foreach_add_(xs, torch._foreach_mul(ys, _on(b, ys[0])))
+
+
+def _on(value: float | Tensor, tensor: Tensor) -> float | Tensor:
+    return value.to(tensor.device) if isinstance(value, Tensor) else value

@@ -1,16 +1,55 @@
-"""When is the second pass paid for?"""
+"""When is the second pass paid for? And how ρ moves over the steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, final
+
+from torch import Tensor
+
+from .. import vectors
+from ..vectors import Space
+
+
+@final
+@dataclass(frozen=True)
+class Reuse:
+    """What the steps between two full ones do with the sharpness component of the last (LookSAM, arXiv:2203.02714).
+
+    At a full step g_v = g_s − (⟨g, g_s⟩/‖g‖²) g is kept; the others use g + α (‖g‖/‖g_v‖) g_v. ``per_tensor`` takes
+    these products and norms tensor by tensor, as some implementations do; the paper's are over the whole vector.
+    """
+
+    alpha: float = 0.7
+    per_tensor: bool = False
+
+    def component(self, space: Space, perturbed: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
+        """g_v, the part of g_s orthogonal to g."""
+        out = [t.clone() for t in perturbed]
+        for one, g, v in self._parts(space, gradient, out):
+            vectors.combine(1.0, v, -vectors.ratio(one.dot(g, v), one.norm(g).square()), g)
+        return out
+
+    def add(self, space: Space, gradient: Sequence[Tensor], component: Sequence[Tensor]) -> None:
+        """g ← g + α (‖g‖/‖g_v‖) g_v."""
+        for one, g, v in self._parts(space, gradient, component):
+            vectors.combine(1.0, g, self.alpha * vectors.ratio(one.norm(g), one.norm(v)), v)
+
+    def _parts(self, space: Space, a: Sequence[Tensor], b: Sequence[Tensor]
+               ) -> Iterator[tuple[Space, Sequence[Tensor], Sequence[Tensor]]]:
+        if not self.per_tensor:
+            yield space, a, b
+            return
+        for parameter, x, y in zip(space.parameters, a, b, strict=True):
+            yield Space([parameter]), [x], [y]
 
 
 class Cadence(Protocol):
-    """``cadence(t)`` says whether step t (from 0) takes the second pass; ``reuse`` how strongly its sharpness
-    component is added in the steps between (None: not at all)."""
+    """``cadence(t)`` says whether step t (from 0) takes the second pass; ``reuse`` what the others make of the last."""
 
-    reuse: float | None
+    @property
+    def reuse(self) -> Reuse | None: ...
 
     def __call__(self, step: int) -> bool: ...
 
@@ -20,7 +59,74 @@ class Cadence(Protocol):
 class EveryStep:
     """Every step takes both passes."""
 
-    reuse: ClassVar[float | None] = None
+    @property
+    def reuse(self) -> Reuse | None:
+        return None
 
     def __call__(self, step: int) -> bool:
         return True
+
+
+@final
+@dataclass(frozen=True)
+class Every:
+    """Every k-th step takes both passes, the first one included; the others are plain, or ``reuse`` the last."""
+
+    k: int = 5
+    reuse: Reuse | None = None
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def __call__(self, step: int) -> bool:
+        return step % self.k == 0
+
+
+@final
+@dataclass(frozen=True)
+class WarmStart:
+    """The first ``steps`` steps are plain, then ``then`` takes over (its own count starts there)."""
+
+    steps: int
+    then: Cadence = field(default_factory=EveryStep)
+
+    @property
+    def reuse(self) -> Reuse | None:
+        return self.then.reuse
+
+    def __call__(self, step: int) -> bool:
+        return step >= self.steps and self.then(step - self.steps)
+
+
+@final
+@dataclass(frozen=True)
+class LinearRho:
+    """ρ from ``start`` to ``end`` over ``steps`` steps, constant after."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: int, lr: float | None) -> float:
+        return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
+
+
+@final
+@dataclass(frozen=True)
+class RhoFollowsLearningRate:
+    """ρ = ρ_min + (ρ_max − ρ_min)(lr − lr_min)/(lr_max − lr_min) (GSAM's schedule, arXiv:2203.08065).
+
+    Needs ``optimizer=``; the learning rate is the one of its first group.
+    """
+
+    rho_max: float
+    rho_min: float
+    lr_max: float
+    lr_min: float = 0.0
+
+    def __call__(self, step: int, lr: float | None) -> float:
+        if lr is None:
+            raise ValueError("a radius that follows the learning rate needs optimizer=")
+        share = (float(lr) - self.lr_min) / (self.lr_max - self.lr_min)
+        return self.rho_min + (self.rho_max - self.rho_min) * min(1.0, max(0.0, share))

@@ -39,6 +39,7 @@ class Ascent:
     step: int
     optimizer: torch.optim.Optimizer | None = None
     loss_scale: Tensor | None = None
+    stretch: Tensor | float = 1.0  # set by a direction whose step is not ρ long: its length in units of ρ
 
 
 class Direction(Protocol):
@@ -103,8 +104,12 @@ class Gradient:
 
     def __call__(self, ascent: Ascent) -> Tensor:
         if not self.normalized:  # USAM: ε = ρ g; under a GradScaler g carries the loss scale
-            one = torch.ones((), dtype=torch.float64, device=ascent.d[0].device)
-            return one if ascent.loss_scale is None else ascent.loss_scale.to(one)
+            scale = torch.ones((), dtype=torch.float64, device=ascent.d[0].device)
+            if ascent.loss_scale is not None:
+                scale = ascent.loss_scale.to(scale)
+            assert ascent.gradient_norm is not None
+            ascent.stretch = ascent.gradient_norm / scale
+            return scale
         return steepest(ascent, None, self.p)
 
 
@@ -185,6 +190,266 @@ class Classic:
         if not any(o.get("adaptive") for o in ascent.options):
             return steepest(ascent, None, 2)
         return steepest(ascent, lambda i, w, d: w.abs() if ascent.options[i].get("adaptive") else None, 2)
+
+
+@final
+@dataclass(frozen=True)
+class Layerwise:
+    """ε_j = ρ ‖w_j‖ g_j/‖g_j‖ for each tensor j (Layer-SAM, arXiv:2203.02714, as far as it could be read).
+
+    The radius is relative: max_j ‖ε_j‖/‖w_j‖ = ρ. A tensor of zeros does not move.
+    """
+
+    needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = False
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        scales = vectors.ratio(ascent.space.norms(ascent.w), ascent.space.norms(ascent.d))
+        for d, scale in zip(ascent.d, scales, strict=True):
+            d.mul_(scale.to(d.device, d.dtype if d.dtype == torch.float64 else torch.float32))
+        return torch.ones_like(scales[0])
+
+
+@final
+@dataclass(frozen=True)
+class Fisher:
+    """ε = ρ F⁻¹g/√(gᵀF⁻¹g) with F = 1 + η g², the squared batch gradient (Fisher SAM, arXiv:2206.04920).
+
+    η = 0 is SAM. Depends on the scale of the gradient; a loss scale is taken out. No official code exists and
+    implementations disagree on the norm: this is the dual norm, which belongs to the paper's constraint eᵀF e ≤ ρ².
+    """
+
+    eta: float = 1.0
+    p: float = 2
+    needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.eta < 0:
+            raise ValueError(f"eta must not be negative, got {self.eta}")
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        _unscale(ascent)
+        roots = [(1 + self.eta * d.square()).rsqrt() for d in ascent.d]
+        return steepest(ascent, lambda i, w, d: roots[i], self.p)
+
+
+@final
+@dataclass(frozen=True)
+class Preconditioned:
+    """ε along M⁻¹g with M = v̂^power + eps, v̂ the optimizer's second moment (arXiv:2502.02407; Adam, AdamW).
+
+    ``norm`` "l2": ε = ρ M⁻¹g/‖M⁻¹g‖; "dual": ρ M⁻¹g/√(gᵀM⁻¹g), the maximiser over eᵀM e ≤ ρ²; "raw": ρ M⁻¹g/‖g‖.
+    v̂ is the one before this step's update; before the optimizer's first step there is no preconditioner. Power,
+    bias correction and norm are not stated in any text that was available; the defaults are this library's.
+    """
+
+    power: float = 0.5
+    eps: float = 1e-8
+    bias_correction: bool = True
+    norm: str = "l2"
+    needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "dual", "raw"):
+            raise ValueError(f'norm must be "l2", "dual" or "raw", got {self.norm!r}')
+        if self.power not in (0.5, 1, 1.0):
+            raise ValueError(f"power must be 0.5 or 1, got {self.power}")
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        raw = ascent.gradient_norm if ascent.gradient_norm is not None else ascent.space.norm(ascent.d)
+        inner = None
+        if self.norm == "dual":
+            before = [d.clone() for d in ascent.d]
+        for i, d in enumerate(ascent.d):
+            m = self._metric(ascent, i)
+            if m is not None:
+                d.div_(m)
+        if self.norm == "dual":
+            inner = ascent.space.dot(before, ascent.d).clamp_min(0).sqrt()
+        if inner is not None:
+            return inner
+        length = ascent.space.norm(ascent.d)
+        if self.norm == "l2":
+            return length
+        ascent.stretch = vectors.ratio(length, raw)
+        return raw
+
+    def _metric(self, ascent: Ascent, i: int) -> Tensor | None:
+        assert ascent.optimizer is not None
+        state = ascent.optimizer.state.get(ascent.parameters[i])
+        if not state:
+            return None
+        if "exp_avg_sq" not in state:
+            raise ValueError(f"{type(ascent.optimizer).__name__} keeps no second moment (exp_avg_sq): the "
+                             "preconditioned direction needs Adam, AdamW or an optimizer like them")
+        v = vectors.local(state["exp_avg_sq"])
+        if self.bias_correction:
+            v = v / (1 - _beta2(ascent, i) ** state["step"])
+        return (v.sqrt() if self.power == 0.5 else v) + self.eps
+
+
+def _beta2(ascent: Ascent, i: int) -> float:
+    betas = ascent.options[i].get("betas")
+    if betas is None and ascent.optimizer is not None:
+        for group in ascent.optimizer.param_groups:
+            if any(p is ascent.parameters[i] for p in group["params"]):
+                betas = group["betas"]
+    if betas is None:
+        raise ValueError("the bias correction of the preconditioner needs the optimizer's betas")
+    return float(betas[1])
+
+
+@final
+@dataclass(frozen=True)
+class Momentum:
+    """ε = −ρ v/‖v‖, v the optimizer's momentum buffer or first moment (Momentum-SAM, arXiv:2401.12033).
+
+    With the plain rule a step needs one pass, at w + ε; ``backward`` then returns the loss there. The sign is minus:
+    the gradient of a new batch opposes the buffer, so −v is uphill. Before the optimizer's first step ε = 0.
+    """
+
+    needs_gradient: ClassVar[bool] = False
+    needs_optimizer: ClassVar[bool] = True
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        assert ascent.optimizer is not None
+        ascent.d = [self._uphill(ascent, i) for i in range(len(ascent.w))]
+        return ascent.space.norm(ascent.d)
+
+    def _uphill(self, ascent: Ascent, i: int) -> Tensor:
+        state = ascent.optimizer.state.get(ascent.parameters[i], {}) if ascent.optimizer is not None else {}
+        v = state.get("momentum_buffer", state.get("exp_avg"))
+        if v is not None:
+            return vectors.local(v).neg()
+        if state or (ascent.optimizer is not None and not _keeps_momentum(ascent.optimizer)):
+            raise ValueError(f"{type(ascent.optimizer).__name__} keeps no momentum buffer: the momentum direction "
+                             "needs SGD(momentum=...), Adam, AdamW or an optimizer like them")
+        return torch.zeros_like(ascent.w[i])
+
+
+def _keeps_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
+
+
+@final
+@dataclass(frozen=True)
+class Friendly:
+    """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
+
+    Uses m from before this step, and d = g at the first, as the authors' code does.
+    """
+
+    sigma: float = 1.0
+    decay: float = 0.9
+    needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = False
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        _unscale(ascent)
+        average: dict[str, Tensor] = ascent.memory.setdefault("average", {})
+        usable = torch.isfinite(ascent.gradient_norm if ascent.gradient_norm is not None
+                                else ascent.space.norm(ascent.d))
+        for name, d in zip(ascent.names, ascent.d, strict=True):
+            m = average.get(name)
+            if m is None:
+                average[name] = torch.where(usable.to(d.device), (1 - self.decay) * d, torch.zeros_like(d))
+                continue
+            new = torch.where(usable.to(d.device), self.decay * m + (1 - self.decay) * d, m)
+            d.sub_(m, alpha=self.sigma)
+            m.copy_(new)
+        return ascent.space.norm(ascent.d)
+
+
+@final
+@dataclass(frozen=True)
+class Random:
+    """ε = ρ z/‖z‖ with z standard normal: one pass with the plain rule. Drawn from ``seed`` and the step's number."""
+
+    seed: int = 0
+    needs_gradient: ClassVar[bool] = False
+    needs_optimizer: ClassVar[bool] = False
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        ascent.d = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)))
+        return ascent.space.norm(ascent.d)
+
+
+@final
+@dataclass(frozen=True)
+class RandomFraction:
+    """A direction on a random fraction β of the tensors (or entries), scaled by 1/β (ESAM's SWP, arXiv:2110.03141).
+
+    ``per_tensor`` draws whole tensors, as the authors' code does: the others take no gradient in the first pass, so
+    its backward is cheaper, and the norm is taken over the drawn ones: ‖ε‖ = ρ/β. Otherwise single entries are
+    drawn, after the norm over all of them: E[ε] is the inner direction's ε and ‖ε‖ about ρ/√β.
+    """
+
+    inner: Direction = Gradient()
+    beta: float = 0.5
+    seed: int = 0
+    per_tensor: bool = True
+    needs_optimizer: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta <= 1:
+            raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
+
+    def chosen(self, count: int, step: int) -> list[bool]:
+        """Which of ``count`` tensors move at a step; never none of them."""
+        if not self.per_tensor or count == 0:
+            return [True] * count
+        draws = torch.rand(count, generator=vectors.seeded(_mixed(self.seed, step)))
+        return (draws <= max(self.beta, draws.min().item())).tolist()
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        norm = self.inner(ascent)
+        if not self.per_tensor:
+            draws = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)), "uniform")
+            for d, u in zip(ascent.d, draws, strict=True):
+                d.mul_(u < self.beta)
+        ascent.stretch = vectors.ratio(ascent.space.norm(ascent.d), norm * self.beta)
+        return norm * self.beta
+
+
+def _mixed(seed: int, step: int) -> int:
+    """A generator seed for a step; consecutive steps must not share a stream."""
+    return (seed * 1_000_003 + step * 7_919 + 17) % (2**63)
+
+
+def _unscale(ascent: Ascent) -> None:
+    """Take a loss scale out of d, for directions that depend on the gradient's scale."""
+    if ascent.loss_scale is not None:
+        inverse = 1 / ascent.loss_scale
+        vectors.scale(inverse, ascent.d)
+        ascent.loss_scale = None
+        if ascent.gradient_norm is not None:
+            ascent.gradient_norm = ascent.gradient_norm * inverse.to(ascent.gradient_norm)
+
+
+@final
+@dataclass(frozen=True)
+class WithWeightDecay:
+    """The inner direction of g + λ w: the ascent sees an L2 penalty ½λ‖w‖², as in the authors' JAX code of SAM.
+
+    Weight decay on the optimizer's side (SGD's, AdamW's) is otherwise invisible to the ascent.
+    """
+
+    weight_decay: float
+    inner: Direction = Gradient()
+    needs_gradient: ClassVar[bool] = True
+
+    @property
+    def needs_optimizer(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.needs_optimizer
+
+    def __call__(self, ascent: Ascent) -> Tensor:
+        _unscale(ascent)
+        vectors.axpy(self.weight_decay, ascent.w, ascent.d)
+        ascent.gradient_norm = None
+        return self.inner(ascent)
 
 
 NORMALIZATION: tuple[type[nn.Module], ...] = (

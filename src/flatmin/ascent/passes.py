@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .wrappers import Wrappers
 
-Forward = Callable[[], Any]
-Loss = Callable[[Any], Tensor]
+Forward = Callable[..., Any]
+Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Passes:
     def __init__(self, batches: list[MicroBatch], wrappers: Wrappers, scaler: Any, backward: Any, alone: bool = False):
         self.batches = batches
         self.output_gradients: list[Any] = [None] * len(batches)
+        self.samples: list[Any] = [None] * len(batches)
         self._wrappers, self._scaler, self._custom = wrappers, scaler, backward
         self.alone = alone  # this rank's gradients stay its own in the next pass
 
@@ -63,14 +64,21 @@ class Passes:
         """The same, keeping ∂L/∂outputs of every micro-batch."""
         return self._run(self._recording)
 
-    def frozen(self) -> Tensor | None:
-        """Back-propagate the kept output gradients through a new forward."""
-        self._run(self._frozen)
-        return None
+    def frozen(self) -> Tensor:
+        """Back-propagate the kept output gradients through a new forward; returns the loss there."""
+        return self._run(self._frozen)
 
     def outputs_only(self) -> Tensor:
         """Keep ∂L/∂outputs without touching the parameters' gradients."""
         return self._run(self._outputs_only)
+
+    def sampled(self) -> Tensor:
+        """Mean of per-sample losses, back-propagated; the losses are kept."""
+        return self._run(self._sampled)
+
+    def selected(self, gamma: float) -> Tensor:
+        """Mean over all samples here; only the γ share whose loss rose most is back-propagated."""
+        return self._run(lambda i, batch: self._selected(i, batch, gamma))
 
     def _run(self, one: Callable[[int, MicroBatch], Tensor | None]) -> Tensor:
         total: Tensor | None = None
@@ -101,14 +109,42 @@ class Passes:
         self._backward(value, batch.weight)
         return value
 
+    def _sampled(self, i: int, batch: MicroBatch) -> Tensor:
+        losses = self._sample_losses(batch, slice(None))
+        self.samples[i] = losses.detach()
+        value = losses.mean()
+        self._backward(value, batch.weight)
+        return value
+
+    def _selected(self, i: int, batch: MicroBatch, gamma: float) -> Tensor:
+        with torch.no_grad():
+            losses = self._sample_losses(batch, slice(None))
+        keep = max(1, int(gamma * losses.numel()))
+        subset = (losses - self.samples[i]).topk(keep).indices.sort().values
+        self._backward(self._sample_losses(batch, subset).mean(), batch.weight)
+        return losses.mean()
+
+    @staticmethod
+    def _sample_losses(batch: MicroBatch, subset: Any) -> Tensor:
+        losses = batch.forward(subset) if batch.loss is None else batch.loss(batch.forward(subset), subset)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise ValueError(f"data selection needs one loss a sample (a 1-d tensor), got {_describe(losses)}: use "
+                             'reduction="none"')
+        return losses
+
     def _recording(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
         value, self.output_gradients[i] = self._output_gradient(outputs, batch)
         _backward_from(outputs, self.output_gradients[i])
         return value
 
-    def _frozen(self, i: int, batch: MicroBatch) -> None:
-        _backward_from(batch.forward(), self.output_gradients[i])
+    def _frozen(self, i: int, batch: MicroBatch) -> Tensor:
+        assert batch.loss is not None
+        outputs = batch.forward()
+        with torch.no_grad():
+            value = batch.loss(outputs)
+        _backward_from(outputs, self.output_gradients[i])
+        return value
 
     def _outputs_only(self, i: int, batch: MicroBatch) -> Tensor:
         with torch.no_grad():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from ..errors import PerturbedStateError
 from ..perturbed import HALF, Displacement, RandomState, Widened, buffer_registries, unchanged_buffers
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
-from .directions import Ascent, Direction, Gradient
+from .directions import Ascent, Direction, Gradient, RandomFraction
 from .passes import Forward, Loss, MicroBatch, Passes, micro_batches
 from .record import StepRecord
 from .rows import Groups, Row, check_rho, devices_of, rho_at, rows_of
-from .rules import Plain, Rule
+from .rules import Plain, Rule, Selected
 from .wrappers import Wrappers
 
 Scope = Literal["batch", "micro_batch", "rank"]
@@ -175,7 +175,7 @@ class Sharpener:
                 parameter.grad = gradient
             raise
         self.finish(record, [(p, g) for p, g in stash if g is not None])
-        return record["loss"]
+        return record["loss"] if record.get("loss") is not None else record["perturbed_loss"]
 
     def state_dict(self) -> dict[str, Any]:
         """What the direction and the cadence carry from step to step; loads with ``weights_only=True``."""
@@ -203,7 +203,8 @@ class Sharpener:
             return self._one_pass(passes, rhos)
         start = RandomState(self._devices) if self.replay else None
         passes.alone = self.scope == "rank"
-        value = passes.recording() if self.rule.second == "frozen" else passes.loss()
+        with self._only_what_moves(rhos):
+            value = self._first_pass(passes)
         passes.alone = False
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
@@ -215,6 +216,33 @@ class Sharpener:
                 after.set()
         return self.combined(value, perturbed)
 
+    def _first_pass(self, passes: Any) -> Tensor:
+        second = self.rule.second
+        return passes.recording() if second == "frozen" else passes.sampled() if second == "selected" else passes.loss()
+
+    def _moving(self, rhos: dict[int, float]) -> list[Row]:
+        """Rows that a step may move: trainable, ρ > 0, drawn if the direction draws."""
+        rows = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
+        if not isinstance(self.direction, RandomFraction):
+            return rows
+        chosen = self.direction.chosen(len(rows), self._step)
+        return [r for r, c in zip(rows, chosen, strict=True) if c]
+
+    @contextmanager
+    def _only_what_moves(self, rhos: dict[int, float]) -> Iterator[None]:
+        """Parameters that will not move take no gradient in the first pass, where nothing else needs it."""
+        still: list[nn.Parameter] = []
+        if self._may_skip and not self._keeps_gradient:
+            moving = {r.index for r in self._moving(rhos)}
+            still = [r.parameter for r in self._rows if r.parameter.requires_grad and r.index not in moving]
+        try:
+            for p in still:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in still:
+                p.requires_grad_(True)
+
     def _second_pass(self, passes: Any, rhos: dict[int, float], start: RandomState | None) -> Tensor | None:
         try:
             mode = self.climb(rhos)
@@ -225,6 +253,8 @@ class Sharpener:
                     return passes.frozen()
                 if self.rule.second == "loss":
                     return passes.loss()
+                if isinstance(self.rule, Selected):
+                    return passes.selected(self.rule.gamma)
                 perturbed = passes.outputs_only()
         finally:
             self.come_back()
@@ -239,16 +269,16 @@ class Sharpener:
                 value = passes.loss()
         finally:
             self.come_back()
-        return self.combined(value, value) | {"passes": 1}
+        return self.combined(None, value) | {"passes": 1}
 
     def plain_record(self, value: Tensor) -> dict[str, Any]:
         """The record of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""
         component = self._memory.get("component")
-        if self.cadence.reuse is not None and component is not None:
+        reuse = self.cadence.reuse
+        if reuse is not None and component is not None:
             rows = [r for r in self._rows if r.parameter.grad is not None and r.name in component]
             with torch.no_grad():
-                self.cadence.add(self._space(rows), [self._local(r.parameter.grad, r.parameter) for r in rows],
-                                 [component[r.name] for r in rows])
+                reuse.add(self._space(rows), self._gradients(rows), [component[r.name] for r in rows])
         return {"passes": 1, "loss": value, "radius": 0.0} | self._final()
 
     def climb(self, rhos: dict[int, float] | None = None) -> AbstractContextManager[Any]:
@@ -261,10 +291,9 @@ class Sharpener:
         gradients = self._take_gradients()
         if self._keeps_gradient:
             standing.gradients = {i: g.clone() if self._wrappers.bucket_views else g for i, g in gradients.items()}
+        moving = self._moving(rhos)
         if self.direction.needs_gradient:
-            moving = [r for r in self._rows if r.index in gradients and rhos[r.index] > 0]
-        else:
-            moving = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
+            moving = [r for r in moving if r.index in gradients]
         with torch.no_grad():
             if moving:
                 self._move(standing, moving, rhos, gradients)
@@ -297,10 +326,11 @@ class Sharpener:
             d = [gradients[r.index] if own else gradients[r.index].clone() for r in moving]
             gradients.clear()
             standing.gradient_norm = space.norm(d)
+        scale_of_loss = self._loss_scale()
         ascent = Ascent(
             space, [r.parameter for r in moving], [r.name for r in moving], [r.role for r in moving],
             [r.group for r in moving], w, d, standing.gradient_norm, self._memory, self._step, self.optimizer,
-            self._loss_scale(),
+            scale_of_loss,
         )
         norm = self.direction(ascent)
         usable = (norm > 0) & torch.isfinite(norm)
@@ -310,9 +340,9 @@ class Sharpener:
             scale = torch.where(usable, rho / norm, 0.0)
             self._displace(standing, [moving[i] for i in where], [w[i] for i in where],
                            [ascent.d[i] for i in where], scale, safe)
-            standing.radius = usable * rho
-        if standing.gradient_norm is not None and ascent.loss_scale is not None:
-            standing.gradient_norm = standing.gradient_norm / ascent.loss_scale.to(standing.gradient_norm.device)
+            standing.radius = usable * rho * ascent.stretch
+        if standing.gradient_norm is not None and scale_of_loss is not None:
+            standing.gradient_norm = standing.gradient_norm / scale_of_loss.to(standing.gradient_norm.device)
 
     def _displace(self, standing: _Standing, rows: list[Row], w: list[Tensor], d: list[Tensor], scale: Tensor,
                   finite: bool) -> None:
@@ -334,7 +364,7 @@ class Sharpener:
             self._last_standing = standing
             self._forget_gathered()
 
-    def combined(self, value: Tensor, perturbed: Tensor | None) -> dict[str, Any]:
+    def combined(self, value: Tensor | None, perturbed: Tensor | None) -> dict[str, Any]:
         """``p.grad`` holds g_p: apply the rule, keep the sharpness component, tell what happened."""
         standing, self._last_standing = self._last_standing, None
         assert standing is not None
@@ -350,14 +380,22 @@ class Sharpener:
         for r in rows:
             if r.parameter.grad is None:
                 r.parameter.grad = torch.zeros_like(r.parameter)
-        perturbed = [self._local(r.parameter.grad, r.parameter) for r in rows]
+        perturbed = self._gradients(rows)
         first = [gradients[r.index] if r.index in gradients else torch.zeros_like(g)
                  for r, g in zip(rows, perturbed, strict=True)]
         space = self._space(rows)
         self.rule(space, perturbed, first)
-        if self.cadence.reuse is None:
+        reuse = self.cadence.reuse
+        if reuse is None:
             return None
-        return {r.name: c for r, c in zip(rows, self.cadence.component(space, perturbed, first), strict=True)}
+        return {r.name: c for r, c in zip(rows, reuse.component(space, perturbed, first), strict=True)}
+
+    def _gradients(self, rows: list[Row]) -> list[Tensor]:
+        """The local parts of ``p.grad``; every row has one."""
+        out = [r.parameter.grad for r in rows]
+        if self._sharded:
+            return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True) if g is not None]
+        return [g for g in out if g is not None]
 
     def finish(self, record: dict[str, Any], stash: Sequence[tuple[nn.Parameter, Tensor]] = ()) -> None:
         """The one host read of a step, then the gradients that were there before."""
@@ -438,8 +476,9 @@ class Sharpener:
         self._spaces: dict[tuple[int, ...], Space] = {}
         compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
                        for m in (self.model.modules() if self.model is not None else ()))
-        self._can_widen = (self.model is not None and not compiled and not self._wrappers.ddp
-                           and not self._wrappers.fsdp)
+        alone = not compiled and not self._wrappers.ddp and not self._wrappers.fsdp
+        self._can_widen = self.model is not None and alone
+        self._may_skip = self.model is not None and alone and self._custom_backward is None
 
     def _space(self, rows: list[Row]) -> Space:
         if len(rows) == len(self._rows):
@@ -480,7 +519,7 @@ class Sharpener:
             rows = [r for r in rows if r.parameter.grad is not None]
         if not rows:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
-        norm = self._space(rows).norm([self._local(r.parameter.grad, r.parameter) for r in rows])
+        norm = self._space(rows).norm(self._gradients(rows))
         flag = ~torch.isfinite(norm)
         if first_norm is not None:
             flag = flag | ~torch.isfinite(first_norm)

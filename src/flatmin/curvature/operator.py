@@ -1,0 +1,271 @@
+"""CurvatureOperator: a symmetric matrix that is never built, known by its products with vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from .. import perturbed
+
+Vectors = Tensor | Sequence[Tensor]
+
+
+class CurvatureOperator(ABC):
+    """A symmetric n × n matrix A with ``size`` n, of which only v ↦ Av is known.
+
+    Vectors are lists of tensors in the order of the parameters, or one flat tensor of n numbers; the answer comes in
+    the form of the question. ``A @ v``, ``A + B``, ``2 * A``, ``-A``, ``A - B`` are products, sums and scalings,
+    ``A.restrict(names)`` a principal block, ``A.preconditioned(d)`` is D^½ A D^½.
+
+    A subclass gives ``_product`` (flat in, a new flat tensor out) and, when it is worth it, ``_products`` for several
+    vectors and ``session`` to keep what products share.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device,
+                 names: Sequence[str] = (), dtypes: Sequence[torch.dtype] = ()):
+        self.shapes = [torch.Size(s) for s in shapes]
+        self.names = list(names)
+        self.numels = [s.numel() for s in self.shapes]
+        self.size = sum(self.numels)
+        self.device = device
+        self.dtype = torch.float32 if dtype in perturbed.HALF else dtype
+        self._dtypes = list(dtypes) or [self.dtype] * len(self.shapes)
+        if self.size == 0:
+            raise ValueError("the operator has no coordinates: no parameter requires a gradient")
+
+    @abstractmethod
+    def _product(self, v: Tensor) -> Tensor:
+        """Av for a flat v of n numbers, as a new tensor."""
+
+    def _products(self, block: Tensor) -> Tensor:
+        """Rows v ↦ Av, for (b, n) → (b, n)."""
+        return torch.stack([self._product(v) for v in block])
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Products inside may share work; the weights must stay as they are until it ends."""
+        yield
+
+    def describe(self) -> dict[str, Any]:
+        """Settings for the record of a measurement."""
+        return {"operator": type(self).__name__, "size": self.size}
+
+    @overload
+    def matvec(self, vectors: Tensor) -> Tensor: ...
+    @overload
+    def matvec(self, vectors: Sequence[Tensor]) -> list[Tensor]: ...
+    def matvec(self, vectors: Vectors) -> Vectors:
+        """Av: a list of tensors for a list of tensors, a flat tensor (n,) for a flat tensor."""
+        if isinstance(vectors, Tensor):
+            if vectors.shape != (self.size,):
+                raise ValueError(f"expected {self.size} numbers in one flat tensor, got shape {tuple(vectors.shape)}")
+            return self._product(vectors.detach().to(self.device, self.dtype)).to(vectors)
+        return self.split(self._product(self.join(vectors)))
+
+    @overload
+    def __matmul__(self, vectors: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, vectors: Sequence[Tensor]) -> list[Tensor]: ...
+    def __matmul__(self, vectors: Vectors) -> Vectors:
+        """``A @ v`` as ``matvec``, and ``A @ V`` for a matrix (n, b) of columns."""
+        if isinstance(vectors, Tensor) and vectors.dim() == 2:
+            if vectors.shape[0] != self.size:
+                raise ValueError(f"expected {self.size} rows, got shape {tuple(vectors.shape)}")
+            with self.session():
+                return self._products(vectors.detach().to(self.device, self.dtype).T.contiguous()).T.to(vectors)
+        return self.matvec(vectors)
+
+    def join(self, vectors: Sequence[Tensor]) -> Tensor:
+        """A list of tensors as one flat tensor."""
+        vectors = list(vectors)
+        if [v.shape for v in vectors] != self.shapes:
+            raise ValueError(f"expected one tensor for each of the {len(self.shapes)} parameters that require a "
+                             f"gradient, of their shapes; got {len(vectors)} tensors"
+                             + "".join(f"; number {i} has shape {tuple(v.shape)}, not {tuple(s)}" for i, (v, s) in
+                                       enumerate(zip(vectors, self.shapes, strict=False)) if v.shape != s))
+        return torch.cat([v.detach().reshape(-1).to(self.device, self.dtype) for v in vectors])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor as a list of tensors: views of it, where the parameters share its dtype."""
+        return [part.view(shape).to(dtype) for part, shape, dtype in
+                zip(flat.split(self.numels), self.shapes, self._dtypes, strict=True)]
+
+    def restrict(self, parameters: str | nn.Module | Sequence[str | nn.Module]) -> CurvatureOperator:
+        """The principal block of some parameters: names, names of modules (all parameters below), or modules."""
+        return Restricted(self, self.select(parameters))
+
+    def select(self, parameters: str | nn.Module | Sequence[str | nn.Module]) -> list[int]:
+        """The positions of named parameters in the list."""
+        wanted = [parameters] if isinstance(parameters, (str, nn.Module)) else list(parameters)
+        found: set[int] = set()
+        for name in wanted:
+            if isinstance(name, nn.Module):
+                raise ValueError("modules can only be named over an Objective; pass parameter names")
+            here = {i for i, n in enumerate(self.names) if n == name or n.startswith(name.rstrip(".") + ".")}
+            if not here:
+                raise ValueError(f"no parameter is called or lies below {name!r}; there are "
+                                 f"{', '.join(self.names[:8])}{', ...' if len(self.names) > 8 else ''}")
+            found |= here
+        return sorted(found)
+
+    def preconditioned(self, diagonal: Vectors) -> CurvatureOperator:
+        """D^½ A D^½ for a non-negative diagonal D: Adam's metric, |w|² for adaptive sharpness, ..."""
+        return Preconditioned(self, diagonal if isinstance(diagonal, Tensor) else self.join(diagonal))
+
+    def __add__(self, other: CurvatureOperator) -> CurvatureOperator:
+        return Sum(self, other)
+
+    def __sub__(self, other: CurvatureOperator) -> CurvatureOperator:
+        return Sum(self, Scaled(other, -1.0))
+
+    def __mul__(self, factor: float) -> CurvatureOperator:
+        return Scaled(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> CurvatureOperator:
+        return Scaled(self, 1.0 / float(divisor))
+
+    def __neg__(self) -> CurvatureOperator:
+        return Scaled(self, -1.0)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, (n, n), from n products; symmetrised. For small n."""
+        with self.session():
+            a = self._products(torch.eye(self.size, dtype=self.dtype, device=self.device))
+        return (a + a.T) / 2
+
+    def to_numpy(self) -> Any:
+        """The dense matrix as a NumPy array."""
+        return self.dense().cpu().numpy()
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products."""
+        from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped]
+
+        def matvec(x: Any) -> Any:
+            return self._product(torch.as_tensor(x.reshape(-1), dtype=self.dtype).to(self.device)).cpu().numpy()
+
+        dtype = str(self.dtype).removeprefix("torch.")
+        return LinearOperator((self.size, self.size), matvec=matvec, rmatvec=matvec, dtype=dtype)  # type: ignore[call-arg]
+
+
+class Matrix(CurvatureOperator):
+    """A dense symmetric tensor (n, n) as an operator.
+
+    >>> A = Matrix(torch.diag(torch.tensor([3.0, 1.0])))
+    >>> (A @ torch.ones(2)).tolist()
+    [3.0, 1.0]
+    """
+
+    def __init__(self, matrix: Tensor):
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
+        super().__init__([matrix.shape[:1]], matrix.dtype, matrix.device)
+        self.matrix = matrix.detach().to(self.dtype)
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+    def _products(self, block: Tensor) -> Tensor:
+        return block @ self.matrix
+
+
+class _Over(CurvatureOperator):
+    """An operator made of others on the same coordinates."""
+
+    def __init__(self, *operators: CurvatureOperator):
+        first = operators[0]
+        for other in operators[1:]:
+            if other.shapes != first.shapes:
+                raise ValueError(f"operators on different coordinates: sizes {first.size} and {other.size}")
+        super().__init__(first.shapes, first.dtype, first.device, first.names, first._dtypes)
+        self.operators = operators
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for operator in self.operators:
+                stack.enter_context(operator.session())
+            yield
+
+    def _product(self, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"of": [operator.describe() for operator in self.operators]}
+
+
+class Sum(_Over):
+    """A + B."""
+
+    def _product(self, v: Tensor) -> Tensor:
+        a, b = self.operators
+        return a._product(v).add_(b._product(v))
+
+    def _products(self, block: Tensor) -> Tensor:
+        a, b = self.operators
+        return a._products(block).add_(b._products(block))
+
+    def restrict(self, parameters: Any) -> CurvatureOperator:
+        a, b = self.operators
+        return a.restrict(parameters) + b.restrict(parameters)
+
+
+class Scaled(_Over):
+    """αA."""
+
+    def __init__(self, operator: CurvatureOperator, factor: float):
+        super().__init__(operator)
+        self.factor = factor
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.operators[0]._product(v).mul_(self.factor)
+
+    def _products(self, block: Tensor) -> Tensor:
+        return self.operators[0]._products(block).mul_(self.factor)
+
+    def restrict(self, parameters: Any) -> CurvatureOperator:
+        return self.operators[0].restrict(parameters) * self.factor
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"factor": self.factor}
+
+
+class Preconditioned(_Over):
+    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor."""
+
+    def __init__(self, operator: CurvatureOperator, diagonal: Tensor):
+        super().__init__(operator)
+        if diagonal.shape != (self.size,) or bool((diagonal < 0).any()):
+            raise ValueError(f"the diagonal must be {self.size} numbers, none negative")
+        self.root = diagonal.detach().to(self.device, self.dtype).sqrt()
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.operators[0]._product(v * self.root).mul_(self.root)
+
+    def _products(self, block: Tensor) -> Tensor:
+        return self.operators[0]._products(block * self.root).mul_(self.root)
+
+
+class Restricted(_Over):
+    """The principal block of the parameters at given positions, by padding with zeros."""
+
+    def __init__(self, operator: CurvatureOperator, where: Sequence[int]):
+        CurvatureOperator.__init__(self, [operator.shapes[i] for i in where], operator.dtype, operator.device,
+                                   [operator.names[i] for i in where], [operator._dtypes[i] for i in where])
+        self.operators, self.where = (operator,), list(where)
+
+    def _product(self, v: Tensor) -> Tensor:
+        whole = self.operators[0]
+        padded = torch.zeros(whole.size, dtype=v.dtype, device=v.device)
+        pieces = padded.split(whole.numels)
+        for i, part in zip(self.where, v.split(self.numels), strict=True):
+            pieces[i].copy_(part)
+        rows = whole._product(padded).split(whole.numels)
+        return torch.cat([rows[i] for i in self.where])

@@ -1,0 +1,247 @@
+"""Objective: a model and a loss bound to data, as the one function of the weights that every measurement consumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import batches, perturbed
+
+Mode = Literal["eval", "train", "batch_statistics", "as_is"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` its mean loss over ``weight`` terms."""
+
+    objective: Objective
+    batch: Any
+    weight: float
+    index: int
+
+    def outputs(self) -> Any:
+        return self.objective._outputs(self.batch, self.index)
+
+    def loss(self, outputs: Any) -> Tensor:
+        return self.objective._loss(outputs, self.batch)
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The tensor through which the loss depends on the weights."""
+        return batches.logits(outputs)
+
+
+class Objective:
+    """The mean loss of a model over data, L(w) = Σ_b n_b L_b(w) / Σ_b n_b, with n_b the terms that batch b averages.
+
+    Args:
+        model: any module. It is only evaluated: weights, ``.grad``, buffers, mode flags and random state are bitwise
+            the same after every call.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a mean; with ``forward=``, ``loss_fn(outputs, batch)``. None where
+            batches are mappings and ``model(**batch)`` returns a ``loss``. A module with ``reduction="sum"`` is summed
+            over batches instead of averaged.
+        data: a batch, a list of batches, or something that can be iterated again and again, such as a ``DataLoader``.
+            A batch is ``(inputs, targets)``, a list of two tensors, or a mapping (``BatchEncoding`` included).
+        forward: ``forward(model, batch) -> outputs``, for any other kind of batch.
+        weight: ``weight(batch) -> n_b``. By default: integer targets count those that are not ``ignore_index`` (that of
+            the loss, else -100), by their class weights where the loss has them; other targets count their elements;
+            a mapping counts its ``labels``, without the first of each sequence where the model is a causal language
+            model, which predicts labels[..., 1:]; batches without targets count samples.
+        mode: "eval" (the default: running statistics, no dropout), "train" (batch statistics, and dropout with one
+            fixed mask a batch), "batch_statistics" (eval, but with the batch statistics of normalization layers) or
+            "as_is" (the flags of the modules at the moment of the call).
+        seed: for whatever the model or the data draw from torch's generators, so that every evaluation draws the same.
+        check: whether measurements first make sure that two evaluations agree.
+
+    Raises:
+        ValueError: for one-shot iterators, data sets without a loader, or batches of an unknown form.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> objective = Objective(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
+    >>> bool(objective.value() == model.weight.square().mean())
+    True
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor] | None, data: Any, *,
+                 forward: Callable[[nn.Module, Any], Any] | None = None,
+                 weight: Callable[[Any], Any] | None = None, mode: Mode = "eval", seed: int = 0, check: bool = True):
+        if mode not in ("eval", "train", "batch_statistics", "as_is"):
+            raise ValueError(f'mode must be "eval", "train", "batch_statistics" or "as_is", got {mode!r}')
+        if forward is not None and loss_fn is None:
+            raise ValueError("forward= needs a loss: loss_fn(outputs, batch)")
+        self.model, self.loss_fn, self.mode, self.seed = model, loss_fn, mode, seed
+        self.data = batches.as_data(data, any_form=forward is not None)
+        self._forward, self._weight, self._check = forward, weight, check
+        self._shift = batches.predicts_next_label(model)
+        self._sums = batches.option(loss_fn, "reduction") == "sum"
+        self._depth = 0
+        self._model_seed = seed
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What operators act on: the parameters that require a gradient, in the order of ``model.parameters()``."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return list({p.device: None for p in self.model.parameters()})
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are moved: the device of the first parameter."""
+        return next(iter(self.devices), torch.device("cpu"))
+
+    def value(self) -> Tensor:
+        """L(w): a 0-d float64 tensor (batches are summed in float64)."""
+        with self.session(), torch.no_grad():
+            return self._total((t.loss(t.outputs()), t.weight) for t in self.terms())
+
+    def gradient(self) -> list[Tensor]:
+        """∇L(w), in the order of ``model.parameters()``; zeros where a parameter is unused or frozen."""
+        found = dict(zip(map(id, self.parameters), self.trainable_gradient()[1], strict=True))
+        return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in self.model.parameters()]
+
+    def trainable_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """L(w) and ∇L(w) over ``parameters``, in one pass over the data."""
+        w = self.parameters
+        total, losses, weights = None, [], []
+        with self.session(), torch.enable_grad():
+            for term in self.terms():
+                loss = term.loss(term.outputs())
+                g = torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True) if loss.requires_grad \
+                    else tuple(map(torch.zeros_like, w))
+                total = accumulate(total, g, term.weight)
+                losses.append(loss.detach())
+                weights.append(term.weight)
+        assert total is not None
+        return self._total(zip(losses, weights, strict=True)), average(total, self.normalizer(weights), w)
+
+    def terms(self) -> Iterator[Term]:
+        """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
+        assert self._depth, "terms() outside session()"
+        torch.manual_seed(self.seed)
+        empty = True
+        for index, batch in enumerate(self.data):
+            n = self.weight(batch)
+            if n > 0:
+                empty = False
+                yield Term(self, batches.move(batch, self.device), n, index)
+        if empty:
+            raise ValueError("the data gave no batch with anything to average. If they can be iterated only once, "
+                             "pass list(data) or the DataLoader itself")
+
+    def weight(self, batch: Any) -> float:
+        """n_b: how many terms the loss of a batch is a mean of."""
+        if self._weight is not None:
+            n = float(self._weight(batch))
+        else:
+            n = batches.terms(batch, self.loss_fn, self._shift)
+        if not (math.isfinite(n) and n >= 0):
+            raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
+        return 1.0 if self._sums and n > 0 and self._weight is None else n
+
+    def normalizer(self, weights: Iterable[float]) -> float:
+        """Σ n_b, or 1 where the loss is a sum."""
+        return 1.0 if self._sums and self._weight is None else math.fsum(weights)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Several evaluations that share one setting of modes and give everything back at the end."""
+        if self._depth:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(perturbed.unchanged_random_state(self.devices))
+            stack.enter_context(perturbed.unchanged_buffers(self.model))
+            if self.mode != "as_is":
+                stack.enter_context(perturbed.module_mode(self.model, self.mode == "train"))
+            if self.mode == "batch_statistics":
+                for module in self.model.modules():
+                    if isinstance(module, nn.modules.batchnorm._NormBase):
+                        module.training = True
+            stack.enter_context(batches.eager(self.model))
+            self._depth = 1
+            try:
+                yield
+            finally:
+                self._depth = 0
+
+    def check(self) -> None:
+        """Raise a ValueError that names the cause if two evaluations at the same weights differ.
+
+        Runs at most once, and not at all with ``check=False``. In the modes "train" and "as_is" the model's own draws
+        are the same in both evaluations; in the others it must not draw anything that matters.
+        """
+        if not self._check:
+            return
+        with self.session():
+            first = self.value()
+            try:
+                self._model_seed += 1 if self.mode in ("eval", "batch_statistics") else 0
+                second = self.value()
+                if not same(first, second, self.parameters):
+                    from .batches import culprit
+
+                    raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
+                                     f"{culprit(self)}")
+            finally:
+                self._model_seed = self.seed
+        self._check = False
+
+    def _outputs(self, batch: Any, index: int) -> Any:
+        state = perturbed.RandomState(self.devices)
+        torch.manual_seed(self._model_seed + index)
+        try:
+            if self._forward is not None:
+                return self._forward(self.model, batch)
+            return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
+        finally:
+            state.set()
+
+    def _loss(self, outputs: Any, batch: Any) -> Tensor:
+        if self._forward is not None:
+            loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
+        elif isinstance(batch, Mapping):
+            loss = batches.own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, batch)
+        elif self.loss_fn is None:
+            raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
+        else:
+            loss = self.loss_fn(outputs, batch[1])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("the loss of a batch must be one number, its mean over the batch "
+                             f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")
+        return loss.reshape(())
+
+    def _total(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
+        values, weights = zip(*losses, strict=True)
+        parts = [v.detach().to("cpu", torch.float64) * n for v, n in zip(values, weights, strict=True)]
+        return torch.stack(parts).sum() / self.normalizer(weights)
+
+
+def accumulate(total: list[Tensor] | None, g: Iterable[Tensor], weight: float) -> list[Tensor]:
+    """total + weight · g in place; half precisions are summed in float32."""
+    rows = [t.detach() for t in g]
+    rows = [t.float() if t.dtype in perturbed.HALF else t for t in rows]
+    if total is None:
+        return list(torch._foreach_mul(rows, weight)) if weight != 1 else [t.clone() for t in rows]
+    torch._foreach_add_(total, rows, alpha=weight)
+    return total
+
+
+def average(total: list[Tensor], normalizer: float, like: Iterable[Tensor]) -> list[Tensor]:
+    """total / normalizer, in the dtype of the parameters."""
+    if normalizer != 1:
+        torch._foreach_div_(total, normalizer)
+    return [t.to(p.dtype) for t, p in zip(total, like, strict=True)]
+
+
+def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Equal up to the order in which a loader or a device adds."""
+    tolerance = max((torch.finfo(p.dtype).eps for p in parameters), default=1e-7) * 50
+    return bool((first - second).abs() <= tolerance * first.abs().clamp(min=torch.finfo(torch.float64).tiny)) \
+        or bool(first.isnan() & second.isnan())
