@@ -12,6 +12,7 @@ divides it. It says what it needs: ``needs_gradient`` (a first pass at w) and ``
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
@@ -207,7 +208,7 @@ class Layerwise:
         scales = vectors.ratio(ascent.space.norms(ascent.w), ascent.space.norms(ascent.d))
         for d, scale in zip(ascent.d, scales, strict=True):
             d.mul_(scale.to(d.device, d.dtype if d.dtype == torch.float64 else torch.float32))
-        return torch.ones_like(scales[0])
+        return (scales.amax() > 0).to(scales)  # 0: nowhere to go
 
 
 @final
@@ -401,8 +402,9 @@ class RandomFraction:
         """Which of ``count`` tensors move at a step; never none of them."""
         if not self.per_tensor or count == 0:
             return [True] * count
-        draws = torch.rand(count, generator=vectors.seeded(_mixed(self.seed, step)))
-        return (draws <= max(self.beta, draws.min().item())).tolist()
+        generator = random.Random(_mixed(self.seed, step))
+        draws = [generator.random() for _ in range(count)]
+        return [u <= max(self.beta, min(draws)) for u in draws]
 
     def __call__(self, ascent: Ascent) -> Tensor:
         norm = self.inner(ascent)

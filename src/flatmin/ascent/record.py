@@ -13,10 +13,11 @@ from ..results import plain
 class StepRecord:
     """Telemetry of a step. Values stay on the device until read: each property is a float and costs one transfer.
 
-    ``loss`` at w; ``perturbed_loss`` at w + ε (all that a step of one pass there knows); ``sharpness``, their difference; ``gradient_norm`` ‖g‖₂ at w over the
-    parameters that move; ``perturbed_gradient_norm`` ‖·‖₂ of the gradient that was left in ``p.grad``; ``radius`` of
-    the step really taken, in the direction's own norm; ``cosine`` between the step taken and the one asked for;
-    ``skipped``, whether an overflow was found. nan where a step has no such quantity (one pass only, for one).
+    ``loss`` at w; ``perturbed_loss`` at w + ε (all that a step of one pass there knows); ``sharpness``, their
+    difference; ``gradient_norm`` ‖g‖₂ at w over the parameters that move; ``perturbed_gradient_norm`` ‖·‖₂ of the
+    gradient that was left in ``p.grad``; ``radius`` of the step really taken, in the direction's own norm; ``cosine``
+    between the step taken and the one asked for; ``skipped``, whether an overflow was found; ``passes`` taken. nan
+    where a step has no such quantity.
     """
 
     __slots__ = ("_values", "skipped", "passes")

@@ -62,7 +62,7 @@ def _members(group: dict[str, Any]) -> list[nn.Parameter]:
         raise ValueError('a group needs exactly one of "params" and "modules", and a "rho"')
     if "params" in group:
         members: Any = group["params"]
-        return list([members] if isinstance(members, Tensor) else members)
+        return [members] if isinstance(members, nn.Parameter) else list(members)
     modules: Any = group["modules"]
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     return list({id(p): p for m in modules for p in m.parameters()}.values())
