@@ -18,7 +18,7 @@ Mode = Literal["eval", "train", "batch_statistics", "as_is"]
 
 @dataclass(frozen=True)
 class Term:
-    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` its mean loss over ``weight`` terms."""
+    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms."""
 
     objective: Objective
     batch: Any

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,19 +16,12 @@ from . import memory
 from .operator import CurvatureOperator
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
-Apply = Callable[..., Sequence[Tensor | None]]
-"""(v, keep, batched) ↦ one tensor, or None for zero, a parameter; ``keep`` says that the map will be used again."""
+Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
+"""(v, keep, batched) ↦ one tensor, or None for zero, a parameter. ``keep``: the map will be used again; ``batched``:
+each tensor holds a block of vectors along a new first dimension."""
 
 Linearize = Callable[[Term, list[nn.Parameter]], tuple[Tensor, Apply]]
 """A batch and parameters ↦ the loss and the linear map of that batch."""
-
-
-@dataclass
-class _Kept:
-    """What stays of one batch between products: its weight and, where memory allows, its linear map."""
-
-    weight: float
-    apply: Apply | None
 
 
 class ObjectiveOperator(CurvatureOperator):
@@ -46,13 +38,13 @@ class ObjectiveOperator(CurvatureOperator):
             raise ValueError(f"product must be one of {', '.join(products)}, got {product!r}")
         chosen = [(n, p) for n, p in objective.model.named_parameters() if p.requires_grad]
         dtypes = [p.dtype for _, p in chosen]
-        super().__init__([p.shape for _, p in chosen], _widest(dtypes), objective.device, [n for n, _ in chosen], dtypes)
+        super().__init__([p.shape for _, p in chosen], _widest(dtypes), objective.device,
+                         [n for n, _ in chosen], dtypes)
         self.objective, self.product = objective, product
         self.parameters = [p for _, p in chosen]
         self._linearize = linearize
-        self._kept: list[_Kept] | None = None
-        self._normalizer = 1.0
         self._depth = 0
+        self._forget()
         if parameters is not None:
             where = self.select(parameters)
             self.parameters = [self.parameters[i] for i in where]
@@ -94,17 +86,20 @@ class ObjectiveOperator(CurvatureOperator):
             try:
                 yield
             finally:
-                self._depth, self._kept = 0, None
+                self._depth = 0
+                self._forget()
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """Products inside share nothing with those before."""
-        kept, self._kept = self._kept, None
-        try:
-            with self.session():
-                yield
-        finally:
-            self._kept = kept if self._depth else None
+        """Products inside share nothing with those before: their graphs are forgotten and made anew."""
+        self._forget()
+        with self.session():
+            yield
+
+    def _forget(self) -> None:
+        self._kept: dict[int, tuple[float, Apply]] = {}
+        self._weights: list[float] | None = None
+        self._room: float | None = None
 
     def _product(self, v: Tensor) -> Tensor:
         if self._depth:
@@ -113,59 +108,65 @@ class ObjectiveOperator(CurvatureOperator):
             return self._mean(v)
 
     def _products(self, block: Tensor) -> Tensor:
-        return super()._products(block)
+        with self.session():
+            return torch.stack([self._mean(v) for v in block])
 
     def _mean(self, v: Tensor) -> Tensor:
-        vs = self.split(v)
-        out: Tensor | None = None
+        """Σ n_b A_b v / Σ n_b, for v of shape (n,) or a block (b, n)."""
+        batched = v.dim() == 2
+        vs = [part.reshape(v.shape[:-1] + shape).to(dtype) for part, shape, dtype in
+              zip(v.split(self.numels, -1), self.shapes, self._dtypes, strict=True)]
+        out, first = None, 1.0
         for weight, apply, keep in self._maps():
-            out = self._add(out, apply(vs, keep), weight)
-        assert out is not None
-        return out.div_(self._normalizer) if self._normalizer != 1 else out
+            rows = apply(vs, keep, batched)
+            if out is None:
+                out, first = self._flat(rows, v), weight
+                continue
+            for piece, row in zip(out.split(self.numels, -1), rows, strict=True):
+                if row is not None:
+                    piece.add_(row.detach().reshape(piece.shape).to(self.device), alpha=weight / first)
+        assert out is not None and self._weights is not None
+        share = first / self.objective.normalizer(self._weights)
+        return out.mul_(share) if share != 1 else out
 
-    def _add(self, out: Tensor | None, rows: Sequence[Tensor | None], weight: float) -> Tensor:
-        if out is None:
-            flat = [torch.zeros(n, dtype=self.dtype, device=self.device) if r is None
-                    else r.detach().reshape(-1).to(self.device, self.dtype) for r, n in zip(rows, self.numels, strict=True)]
-            out = torch.cat(flat)
-            return out.mul_(weight) if weight != 1 else out
-        for piece, row in zip(out.split(self.numels), rows, strict=True):
-            if row is not None:
-                piece.add_(row.detach().reshape(-1).to(self.device), alpha=weight)
-        return out
+    def _flat(self, rows: Sequence[Tensor | None], v: Tensor) -> Tensor:
+        parts = v.split(self.numels, -1)
+        return torch.cat([torch.zeros_like(part) if row is None else
+                          row.detach().reshape(part.shape).to(self.device, self.dtype)
+                          for row, part in zip(rows, parts, strict=True)], -1)
 
     def _maps(self) -> Iterator[tuple[float, Apply, bool]]:
-        """The linear map of each batch, with its share and whether it will be used again."""
-        if self._kept is not None and all(k.apply is not None for k in self._kept):
-            for k in self._kept:
-                assert k.apply is not None
-                yield k.weight, k.apply, True
+        """Weight and linear map of each batch, and whether the map will be used again."""
+        if self._weights is not None and len(self._kept) == len(self._weights):
+            for weight, apply in self._kept.values():
+                yield weight, apply, True
             return
-        first = self._kept is None
-        kept: list[_Kept] = [] if self._kept is None else self._kept
-        room = memory.available(self.device) // 2 if self._depth and self.product != "recomputed" else 0
+        if self._room is None:
+            caching = self._depth and self.product != "recomputed"
+            self._room = memory.available(self.device) / 2 if caching else -1.0
         weights = []
-        single = None
-        for i, term in enumerate(self.objective.terms()):
+        for term in self.objective.terms():
             weights.append(term.weight)
-            if not first and kept[i].apply is not None:
-                yield kept[i].weight, kept[i].apply, True  # type: ignore[misc]
+            if term.index in self._kept:
+                yield *self._kept[term.index], True
                 continue
-            with memory.Meter() as meter, torch.enable_grad():
-                _, apply = self._linearize(term, self.parameters)
-            room -= meter.bytes
-            keep = first and room >= 0
-            if first:
-                kept.append(_Kept(term.weight, apply if keep else None))
-            del single
-            single = apply
+            apply = self._linearized(term)
+            if keep := self._room > 0:
+                self._kept[term.index] = (term.weight, apply)
             yield term.weight, apply, keep
             del apply
-        self._normalizer = self.objective.normalizer(weights)
-        if len(weights) == 1:
-            self._normalizer, kept[0].weight = 1.0, 1.0
-        if first and self._depth:
-            self._kept = kept
+        if self._weights is None:
+            self._weights = weights
+
+    def _linearized(self, term: Term) -> Apply:
+        assert self._room is not None
+        with torch.enable_grad():
+            if self._room <= 0:
+                return self._linearize(term, self.parameters)[1]
+            with memory.Meter() as meter:
+                _, apply = self._linearize(term, self.parameters)
+        self._room -= meter.bytes
+        return apply
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
