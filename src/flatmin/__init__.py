@@ -1,13 +1,17 @@
 """Train to flat minima, and prove that they are flat.
 
-Descend                Sharpener, presets, SAM
-Measure                Objective
+Descend     Sharpener             sharpness-aware gradients for any optimizer
+            presets               the SAM family by name: sam, asam, looksam, functional_sam, ...
+            SAM                   the drop-in torch.optim.Optimizer
+Measure     Objective             a model and a loss bound to data
+            flatmin.curvature     Hessian, Gauss-Newton, Fisher; eigenpairs, traces, densities
+            flatmin.sharpness     one-step sharpness and its relatives
+            flatmin.landscape     the loss along lines
 """
 
-from .ascent import presets
-from .ascent.optimizer import SAM
-from .ascent.sharpener import Sharpener
+from .ascent import SAM, Sharpener, presets
+from .objective import Objective
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "Sharpener", "presets"]
+__all__ = ["SAM", "Objective", "Sharpener", "presets"]

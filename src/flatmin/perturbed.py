@@ -25,17 +25,22 @@ class Displacement:
     """Weights moved by ε = scale · d, and back, bit for bit.
 
     With ``own=True`` the memory of ``d`` is taken over to hold the copy of w: no allocation beyond one block of
-    scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated.
+    scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated; with ``offload``, in
+    the host's memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offload: bool = False) -> None:
+        self._offload = offload
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
         self.realised: list[Tensor] = []
 
     def move(self, w: Sequence[Tensor], d: Sequence[Tensor], scale: Tensor, *, own: bool = True,
              finite: bool = False) -> None:
         """w ← w + scale · d. ``finite`` replaces inf and NaN in the step by zero (an overflow to be skipped later)."""
-        copies = d if own else [torch.empty_like(t) for t in w]
+        if self._offload:
+            copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in w]
+        else:
+            copies = d if own else [torch.empty_like(t) for t in w]
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in HALF
             step = torch._foreach_mul([t.float() for t in ds] if half else ds, scale.to(ws[0].device))

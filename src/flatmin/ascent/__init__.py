@@ -1,1 +1,34 @@
-"""Sharpness-aware gradients."""
+"""Sharpness-aware gradients: a product of small parts.
+
+direction   where is uphill?            Gradient, Adaptive, Layerwise, Fisher, Preconditioned, Momentum, Friendly,
+                                        Random, RandomFraction, WithWeightDecay
+rule        which gradient is kept?     Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
+cadence     when is it paid for?        EveryStep, Every (with Reuse), WarmStart
+rho         how far?                    a number, LinearRho, RhoFollowsLearningRate
+façade      torch.optim.Optimizer       SAM, ASAM, LookSAM, EfficientSAM, MomentumSAM, MemoryEfficientSAM
+"""
+
+from . import presets
+from .cadence import Every, EveryStep, LinearRho, Reuse, RhoFollowsLearningRate, WarmStart
+from .directions import (
+    Adaptive,
+    Fisher,
+    Friendly,
+    Gradient,
+    Layerwise,
+    Momentum,
+    Preconditioned,
+    Random,
+    RandomFraction,
+    WithWeightDecay,
+)
+from .optimizer import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
+from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
+from .sharpener import Sharpener
+
+__all__ = [
+    "ASAM", "SAM", "Adaptive", "EfficientSAM", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient",
+    "Layerwise", "LinearRho", "LogitOnly", "LookSAM", "MemoryEfficientSAM", "Momentum", "MomentumSAM", "Plain",
+    "Preconditioned", "Random", "RandomFraction", "Reuse", "RhoFollowsLearningRate", "Selected", "Sharpener",
+    "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "presets",
+]

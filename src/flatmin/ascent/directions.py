@@ -339,7 +339,7 @@ def _keeps_momentum(optimizer: torch.optim.Optimizer) -> bool:
 class Friendly:
     """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
 
-    Uses m from before this step, and d = g at the first, as the authors' code does.
+    Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does.
     """
 
     sigma: float = 1.0
@@ -350,14 +350,15 @@ class Friendly:
     def __call__(self, ascent: Ascent) -> Tensor:
         _unscale(ascent)
         average: dict[str, Tensor] = ascent.memory.setdefault("average", {})
-        usable = torch.isfinite(ascent.gradient_norm if ascent.gradient_norm is not None
-                                else ascent.space.norm(ascent.d))
+        assert ascent.gradient_norm is not None
+        usable = torch.isfinite(ascent.gradient_norm)
         for name, d in zip(ascent.names, ascent.d, strict=True):
+            fine = usable.to(d.device)
             m = average.get(name)
             if m is None:
-                average[name] = torch.where(usable.to(d.device), (1 - self.decay) * d, torch.zeros_like(d))
+                average[name] = torch.where(fine, d, torch.zeros_like(d))
                 continue
-            new = torch.where(usable.to(d.device), self.decay * m + (1 - self.decay) * d, m)
+            new = torch.where(fine, self.decay * m + (1 - self.decay) * d, m)
             d.sub_(m, alpha=self.sigma)
             m.copy_(new)
         return ascent.space.norm(ascent.d)
@@ -450,7 +451,7 @@ class WithWeightDecay:
     def __call__(self, ascent: Ascent) -> Tensor:
         _unscale(ascent)
         vectors.axpy(self.weight_decay, ascent.w, ascent.d)
-        ascent.gradient_norm = None
+        ascent.gradient_norm = ascent.space.norm(ascent.d)
         return self.inner(ascent)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import PerturbedStateError
-from .cadence import Cadence
-from .directions import Classic, Direction
+from .cadence import Cadence, Every, Reuse
+from .directions import Adaptive, Classic, Direction, Momentum, RandomFraction
 from .rows import check_rho
 from .rules import Rule
 from .sharpener import Sharpener
@@ -55,6 +55,7 @@ class SAM(Optimizer):
             step and replays dropout.
         base_optimizer: an optimizer class, built here with ``**options`` and kept as ``.base_optimizer``.
         rho: radius ρ ≥ 0.
+        direction, rule, cadence, offload: as for ``flatmin.Sharpener``; rules that need the outputs have no place here.
 
     ``param_groups``, ``state``, ``state_dict`` and hooks are the base optimizer's own, so that schedulers, checkpoints
     and trainers see a plain optimizer. Gradient scaling and accumulation need both passes under control: use
@@ -75,10 +76,13 @@ class SAM(Optimizer):
 
     def __init__(self, params: Iterable[Any] | nn.Module, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05,
                  adaptive: bool = False, *, direction: Direction | None = None, rule: Rule | None = None,
-                 cadence: Cadence | None = None, **options: Any):
+                 cadence: Cadence | None = None, offload: bool = False, **options: Any):
         if isinstance(base_optimizer, Optimizer):
             raise ValueError("pass the optimizer's class, not an instance: SAM(params, torch.optim.SGD, rho=0.05, "
                              "lr=0.1); around an optimizer you already have use flatmin.Sharpener")
+        if rule is not None and rule.second != "loss":
+            raise ValueError(f"{type(rule).__name__} needs the network's outputs, which a closure does not show: use "
+                             "flatmin.Sharpener")
         if base_optimizer is torch.optim.LBFGS:
             raise ValueError("LBFGS calls its closure itself and cannot be the base of SAM; use flatmin.Sharpener "
                              "inside its closure")
@@ -86,7 +90,8 @@ class SAM(Optimizer):
         self._module = params if isinstance(params, nn.Module) else None
         groups = params.parameters() if isinstance(params, nn.Module) else params
         self.base_optimizer = base_optimizer(groups, **options)
-        self._parts = {"direction": direction or Classic(), "rule": rule, "cadence": cadence}
+        self._parts: dict[str, Any] = {"direction": direction or Classic(), "rule": rule, "cadence": cadence,
+                                       "offload": offload}
         self._connect()
 
     def _connect(self) -> None:
@@ -99,6 +104,7 @@ class SAM(Optimizer):
         self._patch_step_function()
         self._warned_capturable_if_run_uncaptured = True
         self._complete_groups()
+        self._between = False  # first_step was called and second_step was not
         self.sharpener = Sharpener(self._module, groups=base.param_groups, optimizer=base, rho=self._settings["rho"],
                                    **self._parts)
 
@@ -120,11 +126,16 @@ class SAM(Optimizer):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """With the gradient at w in ``p.grad``: move to w + ε."""
-        if self.sharpener.standing:
+        if self._between:
             raise PerturbedStateError("first_step was called twice: call second_step first, or restore() to abandon "
                                       "a step whose second pass failed")
         if not self.sharpener.has_gradients:
             raise ValueError("first_step needs gradients: call loss.backward() before it")
+        self._between = True
+        if not self.sharpener.pays:  # a plain step of the cadence: the second gradient is taken at w
+            if zero_grad:
+                self.zero_grad()
+            return
         kept = [] if zero_grad else [(p, p.grad.clone()) for p in self._parameters() if p.grad is not None]
         try:
             self.sharpener.climb()
@@ -136,12 +147,12 @@ class SAM(Optimizer):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """With the gradient at w + ε in ``p.grad``: go back to w and take the base optimizer's step."""
-        if not self.sharpener.standing:
+        if not self._between:
             raise PerturbedStateError("second_step needs a first_step before it")
-        self.sharpener.come_back()
-        if self.sharpener.has_gradients:
-            nan = torch.tensor(float("nan"))  # the caller ran the passes: their losses are not known here
-            self.sharpener.finish(self.sharpener.combined(nan, nan))
+        climbed = self.sharpener.standing
+        self.restore()
+        if self.sharpener.has_gradients:  # the caller ran the passes: their losses are not known here
+            self.sharpener.finish(self.sharpener.combined(None, None) if climbed else self.sharpener.plain_record(None))
         self._opt_called = True  # what an LR scheduler looks for
         self.base_optimizer.step()
         if zero_grad:
@@ -149,6 +160,7 @@ class SAM(Optimizer):
 
     def restore(self) -> None:
         """Give back w after a second pass that failed; without effect otherwise."""
+        self._between = False
         self.sharpener.come_back()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
@@ -164,7 +176,7 @@ class SAM(Optimizer):
                 "then second_step(zero_grad=True); or leave your optimizer as it is and use flatmin.Sharpener, which "
                 "stands where loss.backward() stood"
             )
-        if self.sharpener.standing:
+        if self._between:
             raise PerturbedStateError("step was called between first_step and second_step")
         passes = _ClosurePasses(closure, self.sharpener)
         try:
@@ -222,6 +234,47 @@ class SAM(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _refuse_standing(self, what: str) -> None:
-        if self.sharpener.standing:
+        if self._between:
             raise PerturbedStateError(f"{what} between first_step and second_step would take w + ε for the weights: "
                                       "call second_step (or restore) first")
+
+
+def ASAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.5, eta: float = 0.01,
+         biases: bool = False, **options: Any) -> SAM:
+    """:class:`SAM` with the paper's adaptive direction, T = |w| + η on weights (arXiv:2102.11600).
+
+    With bare parameters, tensors of one dimension count as biases; pass the module to tell normalization weights
+    apart. ``biases=True`` scales those too, for which the radius is usually larger (2.0).
+    """
+    return SAM(params, base_optimizer, rho, direction=Adaptive(eta, biases=biases), **options)
+
+
+def LookSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, k: int = 5, alpha: float = 0.7,
+            **options: Any) -> SAM:
+    """:class:`SAM` every k steps, re-using its sharpness component between (arXiv:2203.02714).
+
+    ``step(closure)`` evaluates once on the steps between; ``first_step``/``second_step`` cannot save the pass.
+    """
+    return SAM(params, base_optimizer, rho, cadence=Every(k, Reuse(alpha)), **options)
+
+
+def EfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05,
+                 perturbation_ratio: float = 0.5, **options: Any) -> SAM:
+    """:class:`SAM` moving a random fraction of the tensors, scaled by its inverse (ESAM's SWP, arXiv:2110.03141).
+
+    Its data selection needs per-sample losses: ``flatmin.presets.esam``.
+    """
+    return SAM(params, base_optimizer, rho, direction=RandomFraction(beta=perturbation_ratio), **options)
+
+
+def MomentumSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 3.0, **options: Any) -> SAM:
+    """:class:`SAM` along minus the base optimizer's momentum: ``step(closure)`` evaluates once (arXiv:2401.12033)."""
+    return SAM(params, base_optimizer, rho, direction=Momentum(), **options)
+
+
+def MemoryEfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, **options: Any) -> SAM:
+    """:class:`SAM` that keeps its copy of w in the host's memory: an accelerator holds weights and one gradient.
+
+    Works with activation checkpointing in the model, which is what saves the rest.
+    """
+    return SAM(params, base_optimizer, rho, offload=True, **options)

@@ -55,6 +55,7 @@ class Passes:
         self.samples: list[Any] = [None] * len(batches)
         self._wrappers, self._scaler, self._custom = wrappers, scaler, backward
         self.alone = alone  # this rank's gradients stay its own in the next pass
+        self.lenient = False  # a loss that reaches no parameter is no error
 
     def loss(self) -> Tensor:
         """Σ weight · loss, back-propagated."""
@@ -98,6 +99,8 @@ class Passes:
         value = value if weight == 1.0 else value * weight
         if self._scaler is not None:
             value = self._scaler.scale(value)
+        if self.lenient and not value.requires_grad:
+            return
         if self._custom is not None:
             self._custom(value)
         else:
@@ -135,7 +138,7 @@ class Passes:
     def _recording(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
         value, self.output_gradients[i] = self._output_gradient(outputs, batch)
-        _backward_from(outputs, self.output_gradients[i])
+        _backward_from(outputs, self.output_gradients[i], self.lenient)
         return value
 
     def _frozen(self, i: int, batch: MicroBatch) -> Tensor:
@@ -169,12 +172,14 @@ class Passes:
         return value, [t.grad if isinstance(t, Tensor) else None for t in cut]
 
 
-def _backward_from(outputs: Any, gradients: list[Tensor | None]) -> None:
+def _backward_from(outputs: Any, gradients: list[Tensor | None], lenient: bool = False) -> None:
     """Through ``backward`` and not ``autograd.grad``: DDP's reducer and FSDP2's hooks hang on it."""
     leaves = tree_flatten(outputs)[0]
     pairs = [(t, g) for t, g in zip(leaves, gradients, strict=True)
              if g is not None and isinstance(t, Tensor) and t.requires_grad]
     if not pairs:
+        if lenient:
+            return
         raise ValueError("the loss does not depend on the network's outputs")
     torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 

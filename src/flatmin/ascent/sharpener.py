@@ -80,6 +80,8 @@ class Sharpener:
             group where it is and out of the norm.
         rho: the radius ρ ≥ 0 in the direction's own norm, or a schedule called as ``rho(step, lr)``.
         replay: draw the same random numbers (dropout masks) in both passes.
+        offload: keep the copy of w in the host's memory instead of where the first gradient was; slower, and on an
+            accelerator a parameter-sized tensor less.
 
     Raises:
         ValueError: a negative ρ, an unknown scope, a part that lacks what it needs.
@@ -110,13 +112,14 @@ class Sharpener:
         groups: Groups | None = None,
         rho: Any = 0.05,
         replay: bool = True,
+        offload: bool = False,
     ):
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}; several modules go into a "
                              "torch.nn.ModuleList, bare parameters into flatmin.SAM")
         if scope not in ("batch", "micro_batch", "rank"):
             raise ValueError(f'scope must be "batch", "micro_batch" or "rank", got {scope!r}')
-        self.model, self.scope, self.replay = model, scope, replay
+        self.model, self.scope, self.replay, self.offload = model, scope, replay, offload
         self.direction: Direction = direction or Gradient()
         self.rule: Rule = rule or Plain()
         self.cadence: Cadence = cadence or EveryStep()
@@ -166,7 +169,7 @@ class Sharpener:
         stash = [(row.parameter, row.parameter.grad) for row in self._rows]
         self.clear_gradients()
         try:
-            if self.scope == "micro_batch":
+            if self.scope == "micro_batch" and self.pays:
                 record = self._each_micro_batch(batches)
             else:
                 record = self.run(Passes(batches, self._wrappers, self.scaler, self._custom_backward))
@@ -203,9 +206,9 @@ class Sharpener:
             return self._one_pass(passes, rhos)
         start = RandomState(self._devices) if self.replay else None
         passes.alone = self.scope == "rank"
-        with self._only_what_moves(rhos):
+        with self._only_what_moves(rhos) as passes.lenient:
             value = self._first_pass(passes)
-        passes.alone = False
+        passes.alone = passes.lenient = False
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
         try:
@@ -229,8 +232,11 @@ class Sharpener:
         return [r for r, c in zip(rows, chosen, strict=True) if c]
 
     @contextmanager
-    def _only_what_moves(self, rhos: dict[int, float]) -> Iterator[None]:
-        """Parameters that will not move take no gradient in the first pass, where nothing else needs it."""
+    def _only_what_moves(self, rhos: dict[int, float]) -> Iterator[bool]:
+        """Parameters that will not move take no gradient in the first pass, where nothing else needs it.
+
+        Yields whether there are such.
+        """
         still: list[nn.Parameter] = []
         if self._may_skip and not self._keeps_gradient:
             moving = {r.index for r in self._moving(rhos)}
@@ -238,7 +244,7 @@ class Sharpener:
         try:
             for p in still:
                 p.requires_grad_(False)
-            yield
+            yield bool(still)
         finally:
             for p in still:
                 p.requires_grad_(True)
@@ -271,7 +277,7 @@ class Sharpener:
             self.come_back()
         return self.combined(None, value) | {"passes": 1}
 
-    def plain_record(self, value: Tensor) -> dict[str, Any]:
+    def plain_record(self, value: Tensor | None) -> dict[str, Any]:
         """The record of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""
         component = self._memory.get("component")
         reuse = self.cadence.reuse
@@ -287,7 +293,7 @@ class Sharpener:
         Returns the context in which the second pass is to run.
         """
         rhos = self._rhos() if rhos is None else rhos
-        standing = self._standing = _Standing()
+        standing = self._standing = _Standing(Displacement(self.offload))
         gradients = self._take_gradients()
         if self._keeps_gradient:
             standing.gradients = {i: g.clone() if self._wrappers.bucket_views else g for i, g in gradients.items()}
@@ -431,6 +437,11 @@ class Sharpener:
     def has_state(self) -> bool:
         """Whether there is anything to carry from step to step."""
         return bool(self._memory) or not isinstance(self.cadence, EveryStep) or callable(self.rho)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the coming step takes the second pass."""
+        return self.cadence(self._step) and any(self._rhos().values())
 
     @property
     def standing(self) -> bool:
