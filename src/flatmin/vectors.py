@@ -180,10 +180,7 @@ class Space:
     def norm(self, a: Sequence[Tensor], p: float = 2) -> Tensor:
         """‖a‖_p over all coordinates, for p = 1, 2 or infinity."""
         if p == 2:
-            if self.sharded:
-                return self.reduce(sums_of_squares(a)).sqrt()
-            pieces = [_flatten_dense_tensors([a[i] for i in group]) for group in self._small]
-            return sums_of_squares(pieces + [a[i] for i in self._large]).sum().sqrt()
+            return self._total(sums_of_squares(self._pieces(a))).sqrt()
         wide = _wide(a[0].device)
         if p == 1:
             return self.reduce(torch.stack([t.abs().sum(dtype=_wide(t.device)).to(a[0].device) for t in a]))
@@ -194,7 +191,37 @@ class Space:
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """aᵀb over all coordinates."""
-        return self.reduce(dots(a, b))
+        return self._total(dots(self._pieces(a), self._pieces(b)))
+
+    def share(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """aᵀb/‖b‖², the coefficient of a's part along b; 0 where b is 0."""
+        x, y = self._pieces(a), self._pieces(b)
+        return ratio(self._total(dots(x, y)), self._total(sums_of_squares(y)))
+
+    def finite(self, a: Sequence[Tensor]) -> Tensor:
+        """Whether every number is finite, as a 0-d flag; equal on the ranks that share the tensors."""
+        bad = torch.zeros((), device=a[0].device)
+        for same in _by_device(a):
+            if same[0].device.type in ("cpu", "cuda"):
+                found, one = (torch.full((), x, device=same[0].device, dtype=torch.float32) for x in (0.0, 1.0))
+                torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)  # times 1: leaves them as they are
+            else:
+                found = 1 - torch.isfinite(sums_of_squares(same).sum()).float()
+            bad = torch.maximum(bad, found.to(bad.device))
+        if self.sharded:
+            bad = self.reduce(bad.expand(len(self.parameters)), "max")
+        return bad == 0
+
+    def _pieces(self, a: Sequence[Tensor]) -> list[Tensor]:
+        """The same numbers in fewer tensors: small ones gathered, unless ranks share them."""
+        if self.sharded:
+            return list(a)
+        gathered = [_flatten_dense_tensors([a[i] for i in group]) if len(group) > 1 else a[group[0]]
+                    for group in self._small]
+        return gathered + [a[i] for i in self._large]
+
+    def _total(self, per_piece: Tensor) -> Tensor:
+        return self.reduce(per_piece) if self.sharded else per_piece.sum()
 
     def random(self, generator: torch.Generator, kind: str = "normal") -> list[Tensor]:
         """A random vector, ``kind`` "normal", "rademacher" or "uniform" on [0, 1).

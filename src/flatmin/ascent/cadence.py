@@ -28,7 +28,7 @@ class Reuse:
         """g_v, the part of g_s orthogonal to g."""
         out = [t.clone() for t in perturbed]
         for one, g, v in self._parts(space, gradient, out):
-            vectors.combine(1.0, v, -vectors.ratio(one.dot(g, v), one.norm(g).square()), g)
+            vectors.combine(1.0, v, -one.share(v, g), g)
         return out
 
     def add(self, space: Space, gradient: Sequence[Tensor], component: Sequence[Tensor]) -> None:

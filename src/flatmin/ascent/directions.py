@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import vectors
 from ..vectors import Space
+from .rows import Row
 
 
 @dataclass
@@ -29,10 +30,7 @@ class Ascent:
     """What a direction may look at. ``w`` and ``d`` are the local parts of the parameters that will move."""
 
     space: Space
-    parameters: list[nn.Parameter]
-    names: list[str]
-    roles: list[str]  # "weight", "bias", "norm_weight" or "norm_bias", from the owning module's type
-    options: list[dict[str, Any]]  # the parameter's group
+    rows: list[Row]  # the parameters that will move: .parameter, .name, .role and .group of each
     w: list[Tensor]
     d: list[Tensor]
     gradient_norm: Tensor | None
@@ -65,7 +63,7 @@ def steepest(ascent: Ascent, metric: Metric | None, p: float) -> Tensor:
     elif p == float("inf"):
         for d in ascent.d:
             d.sign_()
-        norm = torch.ones((), dtype=torch.float64, device=ascent.d[0].device)
+        norm = ascent.space.norm(ascent.d, p)  # 1, or 0 for a zero gradient
     elif p == 1:
         norm = _keep_largest(ascent)
     else:
@@ -148,7 +146,7 @@ class Adaptive:
         return steepest(ascent, lambda i, w, d: self._if_scaled(ascent, i, w.abs() + self.eta), self.p)
 
     def _scaled(self, ascent: Ascent, i: int) -> bool:
-        return self.biases or not ascent.roles[i].endswith("bias")
+        return self.biases or not ascent.rows[i].role.endswith("bias")
 
     def _if_scaled(self, ascent: Ascent, i: int, t: Tensor) -> Tensor | None:
         return t if self._scaled(ascent, i) else None
@@ -166,16 +164,20 @@ class Adaptive:
         where = [i for i in range(len(ascent.w)) if self._scaled(ascent, i)]
         w, d = [ascent.w[i] for i in where], [ascent.d[i] for i in where]
 
-        def sweep() -> None:
-            for ws, ds in vectors.blocks(w, d):
-                t = torch._foreach_abs(ws)
-                if self.eta:
-                    torch._foreach_add_(t, self.eta)
-                torch._foreach_mul_(ds, t)
+        def scales(ws: list[Tensor]) -> Any:
+            t = torch._foreach_abs(ws)
+            if self.eta:
+                torch._foreach_add_(t, self.eta)
+            return t
 
-        sweep()
+        kept: list[Any] = []
+        for ws, ds in vectors.blocks(w, d):
+            t = scales(ws)
+            torch._foreach_mul_(ds, t)
+            kept = [*kept, t] if not kept else [*kept[:1], ()]  # of several blocks none is kept
         norm = ascent.space.norm(ascent.d)
-        sweep()
+        for ws, ds in vectors.blocks(w, d):
+            torch._foreach_mul_(ds, kept[0] if len(kept) == 1 else scales(ws))
         return norm
 
 
@@ -188,9 +190,9 @@ class Classic:
     needs_optimizer: ClassVar[bool] = False
 
     def __call__(self, ascent: Ascent) -> Tensor:
-        if not any(o.get("adaptive") for o in ascent.options):
+        if not any(r.group.get("adaptive") for r in ascent.rows):
             return steepest(ascent, None, 2)
-        return steepest(ascent, lambda i, w, d: w.abs() if ascent.options[i].get("adaptive") else None, 2)
+        return steepest(ascent, lambda i, w, d: w.abs() if ascent.rows[i].group.get("adaptive") else None, 2)
 
 
 @final
@@ -279,7 +281,7 @@ class Preconditioned:
 
     def _metric(self, ascent: Ascent, i: int) -> Tensor | None:
         assert ascent.optimizer is not None
-        state = ascent.optimizer.state.get(ascent.parameters[i])
+        state = ascent.optimizer.state.get(ascent.rows[i].parameter)
         if not state:
             return None
         if "exp_avg_sq" not in state:
@@ -292,10 +294,10 @@ class Preconditioned:
 
 
 def _beta2(ascent: Ascent, i: int) -> float:
-    betas = ascent.options[i].get("betas")
+    betas = ascent.rows[i].group.get("betas")
     if betas is None and ascent.optimizer is not None:
         for group in ascent.optimizer.param_groups:
-            if any(p is ascent.parameters[i] for p in group["params"]):
+            if any(p is ascent.rows[i].parameter for p in group["params"]):
                 betas = group["betas"]
     if betas is None:
         raise ValueError("the bias correction of the preconditioner needs the optimizer's betas")
@@ -320,7 +322,7 @@ class Momentum:
         return ascent.space.norm(ascent.d)
 
     def _uphill(self, ascent: Ascent, i: int) -> Tensor:
-        state = ascent.optimizer.state.get(ascent.parameters[i], {}) if ascent.optimizer is not None else {}
+        state = ascent.optimizer.state.get(ascent.rows[i].parameter, {}) if ascent.optimizer is not None else {}
         v = state.get("momentum_buffer", state.get("exp_avg"))
         if v is not None:
             return vectors.local(v).neg()
@@ -352,11 +354,11 @@ class Friendly:
         average: dict[str, Tensor] = ascent.memory.setdefault("average", {})
         assert ascent.gradient_norm is not None
         usable = torch.isfinite(ascent.gradient_norm)
-        for name, d in zip(ascent.names, ascent.d, strict=True):
+        for row, d in zip(ascent.rows, ascent.d, strict=True):
             fine = usable.to(d.device)
-            m = average.get(name)
+            m = average.get(row.name)
             if m is None:
-                average[name] = torch.where(fine, d, torch.zeros_like(d))
+                average[row.name] = torch.where(fine, d, torch.zeros_like(d))
                 continue
             new = torch.where(fine, self.decay * m + (1 - self.decay) * d, m)
             d.sub_(m, alpha=self.sigma)
@@ -453,27 +455,3 @@ class WithWeightDecay:
         vectors.axpy(self.weight_decay, ascent.w, ascent.d)
         ascent.gradient_norm = ascent.space.norm(ascent.d)
         return self.inner(ascent)
-
-
-NORMALIZATION: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm,
-    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
-)
-
-
-def is_normalization(module: nn.Module) -> bool:
-    """A normalization layer by type: torch's own, or a class like those model libraries write (``*RMSNorm``, ...)
-    that owns nothing but a one-dimensional weight and perhaps a bias."""
-    if isinstance(module, NORMALIZATION):
-        return True
-    own = dict(module.named_parameters(recurse=False))
-    return (type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
-            and "weight" in own and all(p.dim() <= 1 for p in own.values()))
-
-
-def role(module: nn.Module | None, name: str, parameter: Tensor) -> str:
-    """ "weight", "bias", "norm_weight" or "norm_bias" of a parameter, from the module that owns it and its shape."""
-    if module is not None and is_normalization(module):
-        return "norm_bias" if name == "bias" else "norm_weight"
-    return "weight" if parameter.dim() >= 2 else "bias"
-

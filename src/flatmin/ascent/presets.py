@@ -21,8 +21,8 @@ from .directions import (
     Preconditioned,
     Random,
     RandomFraction,
-    is_normalization,
 )
+from .rows import is_normalization
 from .rules import Functional, Plain, Selected, SurrogateGap, Weighted
 from .sharpener import Sharpener
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,17 +16,19 @@ class StepRecord:
 
     ``loss`` at w; ``perturbed_loss`` at w + ε (all that a step of one pass there knows); ``sharpness``, their
     difference; ``gradient_norm`` ‖g‖₂ at w over the parameters that move; ``perturbed_gradient_norm`` ‖·‖₂ of the
-    gradient that was left in ``p.grad``; ``radius`` of the step really taken, in the direction's own norm; ``cosine``
-    between the step taken and the one asked for; ``skipped``, whether an overflow was found; ``passes`` taken. nan
-    where a step has no such quantity.
+    gradient left in ``p.grad``, while it is there unchanged; ``radius`` of the step really taken, in the direction's
+    own norm; ``cosine`` between the step taken and the one asked for; ``skipped``, whether an overflow was found;
+    ``passes`` taken. nan where a step has no such quantity.
     """
 
-    __slots__ = ("_values", "skipped", "passes")
+    __slots__ = ("_left_norm", "_values", "passes", "skipped")
 
-    def __init__(self, passes: int, skipped: bool, **values: Tensor | float | None):
+    def __init__(self, passes: int, skipped: bool, left_norm: Callable[[], float] | None = None,
+                 **values: Tensor | float | None):
         self.passes = passes
         self.skipped = skipped
         self._values = values
+        self._left_norm = left_norm
 
     def _read(self, name: str) -> float:
         value = self._values.get(name)
@@ -49,7 +52,7 @@ class StepRecord:
 
     @property
     def perturbed_gradient_norm(self) -> float:
-        return self._read("perturbed_gradient_norm")
+        return math.nan if self._left_norm is None else self._left_norm()
 
     @property
     def radius(self) -> float:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .directions import role
-
 Groups = Sequence[dict[str, Any]]
 
 
@@ -24,6 +22,29 @@ class Row:
     parameter: nn.Parameter
     role: str
     group: dict[str, Any]
+
+
+NORMALIZATION: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+)
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """A normalization layer by type: torch's own, or a class like those model libraries write (``*RMSNorm``, ...)
+    that owns nothing but a one-dimensional weight and perhaps a bias."""
+    if isinstance(module, NORMALIZATION):
+        return True
+    own = dict(module.named_parameters(recurse=False))
+    return (type(module).__name__.endswith("Norm") and not any(True for _ in module.children())
+            and "weight" in own and all(p.dim() <= 1 for p in own.values()))
+
+
+def role(module: nn.Module | None, name: str, parameter: Tensor) -> str:
+    """ "weight", "bias", "norm_weight" or "norm_bias" of a parameter, from the module that owns it and its shape."""
+    if module is not None and is_normalization(module):
+        return "norm_bias" if name == "bias" else "norm_weight"
+    return "weight" if parameter.dim() >= 2 else "bias"
 
 
 def rows_of(model: nn.Module | None, groups: Groups | None, default: dict[str, Any]) -> list[Row]:

@@ -83,7 +83,7 @@ class SurrogateGap:
             raise ValueError(f"alpha must not be negative, got {self.alpha}")
 
     def __call__(self, space: Space, perturbed: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
-        along = vectors.ratio(space.dot(gradient, perturbed), space.norm(perturbed).square())
+        along = space.share(gradient, perturbed)
         vectors.combine(1 + self.alpha * along, perturbed, -self.alpha, gradient)
 
 

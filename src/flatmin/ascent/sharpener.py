@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -200,7 +201,7 @@ class Sharpener:
         if self._standing is not None:
             raise PerturbedStateError("the weights stand at w + ε already: finish that step first")
         rhos = self._rhos()
-        if not self.cadence(self._step) or not any(rhos.values()):
+        if not self.cadence(self._step) or not any(rhos):
             return self.plain_record(passes.loss())
         if not self.direction.needs_gradient and self.rule.second == "loss" and not self._keeps_gradient:
             return self._one_pass(passes, rhos)
@@ -223,7 +224,7 @@ class Sharpener:
         second = self.rule.second
         return passes.recording() if second == "frozen" else passes.sampled() if second == "selected" else passes.loss()
 
-    def _moving(self, rhos: dict[int, float]) -> list[Row]:
+    def _moving(self, rhos: list[float]) -> list[Row]:
         """Rows that a step may move: trainable, ρ > 0, drawn if the direction draws."""
         rows = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
         if not isinstance(self.direction, RandomFraction):
@@ -232,13 +233,14 @@ class Sharpener:
         return [r for r, c in zip(rows, chosen, strict=True) if c]
 
     @contextmanager
-    def _only_what_moves(self, rhos: dict[int, float]) -> Iterator[bool]:
+    def _only_what_moves(self, rhos: list[float]) -> Iterator[bool]:
         """Parameters that will not move take no gradient in the first pass, where nothing else needs it.
 
         Yields whether there are such.
         """
         still: list[nn.Parameter] = []
-        if self._may_skip and not self._keeps_gradient:
+        draws = isinstance(self.direction, RandomFraction)
+        if self._may_skip and not self._keeps_gradient and (draws or not all(rhos)):
             moving = {r.index for r in self._moving(rhos)}
             still = [r.parameter for r in self._rows if r.parameter.requires_grad and r.index not in moving]
         try:
@@ -249,7 +251,7 @@ class Sharpener:
             for p in still:
                 p.requires_grad_(True)
 
-    def _second_pass(self, passes: Any, rhos: dict[int, float], start: RandomState | None) -> Tensor | None:
+    def _second_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor | None:
         try:
             mode = self.climb(rhos)
             if start is not None:
@@ -269,7 +271,7 @@ class Sharpener:
         passes.frozen()
         return perturbed
 
-    def _one_pass(self, passes: Any, rhos: dict[int, float]) -> dict[str, Any]:
+    def _one_pass(self, passes: Any, rhos: list[float]) -> dict[str, Any]:
         try:
             with self.climb(rhos):
                 value = passes.loss()
@@ -287,7 +289,7 @@ class Sharpener:
                 reuse.add(self._space(rows), self._gradients(rows), [component[r.name] for r in rows])
         return {"passes": 1, "loss": value, "radius": 0.0} | self._final()
 
-    def climb(self, rhos: dict[int, float] | None = None) -> AbstractContextManager[Any]:
+    def climb(self, rhos: list[float] | None = None) -> AbstractContextManager[Any]:
         """With g in ``p.grad`` (or nothing, for directions that need none): choose ε, keep what is needed, move.
 
         Returns the context in which the second pass is to run.
@@ -322,9 +324,9 @@ class Sharpener:
     def _local(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
         return local(vectors.matched(gradient, parameter)) if self._sharded else gradient
 
-    def _move(self, standing: _Standing, moving: list[Row], rhos: dict[int, float],
+    def _move(self, standing: _Standing, moving: list[Row], rhos: list[float],
               gradients: dict[int, Tensor]) -> None:
-        w = [local(r.parameter).detach() if self._sharded else r.parameter.detach() for r in moving]
+        w: list[Tensor] = [local(r.parameter) for r in moving] if self._sharded else [r.parameter for r in moving]
         space = self._space(moving)
         d: list[Tensor] = []
         if self.direction.needs_gradient:
@@ -333,34 +335,39 @@ class Sharpener:
             gradients.clear()
             standing.gradient_norm = space.norm(d)
         scale_of_loss = self._loss_scale()
-        ascent = Ascent(
-            space, [r.parameter for r in moving], [r.name for r in moving], [r.role for r in moving],
-            [r.group for r in moving], w, d, standing.gradient_norm, self._memory, self._step, self.optimizer,
-            scale_of_loss,
-        )
+        ascent = Ascent(space, moving, w, d, standing.gradient_norm, self._memory, self._step, self.optimizer,
+                        scale_of_loss)
         norm = self.direction(ascent)
         usable = (norm > 0) & torch.isfinite(norm)
-        safe = self.scaler is not None or any(t.dtype in HALF for t in w)
-        for rho in sorted({rhos[r.index] for r in moving}):
-            where = [i for i, r in enumerate(moving) if rhos[r.index] == rho]
+        radii = {rhos[r.index] for r in moving}
+        for rho in radii:
             scale = torch.where(usable, rho / norm, 0.0)
-            self._displace(standing, [moving[i] for i in where], [w[i] for i in where],
-                           [ascent.d[i] for i in where], scale, safe)
-            standing.radius = usable * rho * ascent.stretch
+            if len(radii) == 1:
+                self._displace(standing, moving, w, ascent.d, scale)
+            else:
+                where = [i for i, r in enumerate(moving) if rhos[r.index] == rho]
+                self._displace(standing, [moving[i] for i in where], [w[i] for i in where],
+                               [ascent.d[i] for i in where], scale)
+        standing.radius = usable * max(radii) * ascent.stretch
         if standing.gradient_norm is not None and scale_of_loss is not None:
             standing.gradient_norm = standing.gradient_norm / scale_of_loss.to(standing.gradient_norm.device)
 
-    def _displace(self, standing: _Standing, rows: list[Row], w: list[Tensor], d: list[Tensor], scale: Tensor,
-                  finite: bool) -> None:
+    def _displace(self, standing: _Standing, rows: list[Row], w: list[Tensor], d: list[Tensor], scale: Tensor
+                  ) -> None:
         """Move by scale · d; half-precision weights in float32 where that can be done."""
-        for dtype in {t.dtype for t in w}:
-            where = [i for i, t in enumerate(w) if t.dtype == dtype]
+        dtypes = {t.dtype for t in w}
+        for dtype in dtypes:
+            if len(dtypes) > 1:
+                where = [i for i, t in enumerate(w) if t.dtype == dtype]
+                self._displace(standing, [rows[i] for i in where], [w[i] for i in where], [d[i] for i in where], scale)
+                continue
             steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            finite = self.scaler is not None or dtype in HALF
             if dtype in HALF and self._can_widen and standing.widened is None:
-                standing.widened = Widened([rows[i].parameter for i in where])
-                standing.widened.move([d[i] for i in where], steps, finite=finite)
+                standing.widened = Widened([r.parameter for r in rows])
+                standing.widened.move(d, steps, finite=finite)
             else:
-                standing.displacement.move([w[i] for i in where], [d[i] for i in where], steps, finite=finite)
+                standing.displacement.move(w, d, steps, finite=finite)
 
     def come_back(self) -> None:
         """Give the weights back, if they were moved."""
@@ -420,7 +427,7 @@ class Sharpener:
                         local(before).add_(local(vectors.matched(parameter.grad, before)))
                     parameter.grad = before
         self._step += 1
-        self.last = StepRecord(record.pop("passes"), skipped, **record)
+        self.last = StepRecord(record.pop("passes"), skipped, self._left_norm(), **record)
         self._warn_if_rounded()
 
     def clear_gradients(self) -> None:
@@ -441,7 +448,7 @@ class Sharpener:
     @property
     def pays(self) -> bool:
         """Whether the coming step takes the second pass."""
-        return self.cadence(self._step) and any(self._rhos().values())
+        return self.cadence(self._step) and any(self._rhos())
 
     @property
     def standing(self) -> bool:
@@ -483,6 +490,8 @@ class Sharpener:
         self._registries = buffer_registries(self.model)
         self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
         self._wrappers = Wrappers(self.model)
+        self._group_keys = [id(r.group) for r in self._rows]
+        self._distinct = {id(r.group): r.group for r in self._rows}
         self._whole = Space([r.parameter for r in self._rows])
         self._spaces: dict[tuple[int, ...], Space] = {}
         compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
@@ -499,14 +508,11 @@ class Sharpener:
             self._spaces = {key: Space([r.parameter for r in rows])}
         return self._spaces[key]
 
-    def _rhos(self) -> dict[int, float]:
+    def _rhos(self) -> list[float]:
         """ρ of every row at this step."""
         lr = self.optimizer.param_groups[0].get("lr") if self.optimizer is not None else None
-        values: dict[int, float] = {}
-        for row in self._rows:
-            if id(row.group) not in values:
-                values[id(row.group)] = rho_at(row.group.get("rho", self.rho), self._step, lr)
-        return {row.index: values[id(row.group)] for row in self._rows}
+        values = {key: rho_at(group.get("rho", self.rho), self._step, lr) for key, group in self._distinct.items()}
+        return [values[key] for key in self._group_keys]
 
     @property
     def _keeps_gradient(self) -> bool:
@@ -524,19 +530,33 @@ class Sharpener:
         torch.clear_autocast_cache()
 
     def _final(self, first_norm: Tensor | None = None) -> dict[str, Tensor]:
-        """The norm of what is left in ``p.grad``, and whether inf or nan was met in either pass, on any rank."""
+        """Whether inf or nan was met in either pass, on any rank."""
         rows = self._rows
         if any(r.parameter.grad is None for r in rows):
             rows = [r for r in rows if r.parameter.grad is not None]
         if not rows:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
-        norm = self._space(rows).norm(self._gradients(rows))
-        flag = ~torch.isfinite(norm)
+        gradients = self._gradients(rows)
+        flag = ~self._space(rows).finite(gradients)
         if first_norm is not None:
             flag = flag | ~torch.isfinite(first_norm)
+        return {"flag": self._wrappers.any_rank(flag) if self.scope == "rank" else flag}
+
+    def _left_norm(self) -> Callable[[], float]:
+        """‖p.grad‖ as this step leaves it, computed when asked for; nan once the gradients have changed."""
+        rows = [r for r in self._rows if r.parameter.grad is not None]
+        left = [r.parameter.grad for r in rows]
+        version = sum(g._version for g in left if g is not None)
         scale = self._loss_scale()
-        return {"flag": self._wrappers.any_rank(flag) if self.scope == "rank" else flag,
-                "perturbed_gradient_norm": norm if scale is None else norm / scale.to(norm.device)}
+
+        def norm() -> float:
+            now = [r.parameter.grad for r in rows]
+            same = all(a is b for a, b in zip(now, left, strict=True))
+            if not rows or not same or sum(g._version for g in left if g is not None) != version:
+                return math.nan
+            return float(self._space(rows).norm(self._gradients(rows)) / (1.0 if scale is None else float(scale)))
+
+        return norm
 
     def _leave_inf(self) -> None:
         """A scaler looks for inf in ``p.grad``: leave one on every device."""
