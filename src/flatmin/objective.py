@@ -78,7 +78,7 @@ class Objective:
         self.data = batches.as_data(data, any_form=forward is not None)
         self._forward, self._weight, self._check = forward, weight, check
         self._shift = batches.predicts_next_label(model)
-        self._sums = batches.option(loss_fn, "reduction") == "sum"
+        self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
         self._depth = 0
         self._model_seed = seed
 
@@ -143,11 +143,11 @@ class Objective:
             n = batches.terms(batch, self.loss_fn, self._shift)
         if not (math.isfinite(n) and n >= 0):
             raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
-        return 1.0 if self._sums and n > 0 and self._weight is None else n
+        return 1.0 if self.sums and n > 0 else n
 
     def normalizer(self, weights: Iterable[float]) -> float:
         """Σ n_b, or 1 where the loss is a sum."""
-        return 1.0 if self._sums and self._weight is None else math.fsum(weights)
+        return 1.0 if self.sums else math.fsum(weights)
 
     @contextmanager
     def session(self) -> Iterator[None]:

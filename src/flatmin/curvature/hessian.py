@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import perturbed, vectors
 from ..objective import Objective, Term
-from .products import Apply, ObjectiveOperator, Product
+from .products import Apply, ObjectiveOperator, Product, on_module
+
+_NO_SECOND_DERIVATIVE = ("is not implemented", "not implemented for", "does not support double backward",
+                         "once_differentiable", "double backward", "Trying to backward through a graph")
 
 
 class Hessian(ObjectiveOperator):
@@ -18,10 +23,12 @@ class Hessian(ObjectiveOperator):
     Args:
         objective: L, an ``Objective``; averages over its batches are exact, so a ragged last batch changes nothing.
         parameters: only a block of H: names of parameters or of modules, or modules.
-        product: how Hv is made. "cached": reverse over reverse on graphs that stay while an algorithm runs;
-            "recomputed": the same, one batch's graph at a time; "auto": cached as far as half of the free memory
-            allows; "forward": forward over reverse; "finite_difference": (∇L(w + hv) − ∇L(w − hv)) / 2h, for what has no second
-            derivative, with its error estimated in ``error`` and in records.
+        product: how Hv is made. "cached": reverse over reverse, on graphs that stay while an algorithm runs.
+            "recomputed": the same, one batch's graph at a time. "forward": forward over reverse. "finite_difference":
+            (∇L(w + hv) − ∇L(w − hv)) / 2h, for what has no second derivative, with its relative error estimated in
+            ``error`` and in records. "auto": cached as far as half of the free memory allows, then recomputed; finite
+            differences, with a warning, where the model has no second derivative.
+        vmap: whether several vectors go through the graph at once; by default on accelerators only, where it pays.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -31,28 +38,88 @@ class Hessian(ObjectiveOperator):
     """
 
     def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
-                 product: Product = "auto"):
-        super().__init__(objective, _linearize, parameters=parameters, product=product,
-                         products=("auto", "cached", "recomputed"))
+                 product: Product = "auto", vmap: bool | None = None):
+        self.error: float | None = None
+        super().__init__(objective, _forward if product == "forward" else _reverse, parameters=parameters,
+                         product=product, products=("auto", "cached", "recomputed", "forward", "finite_difference"))
+        self.vmap = (objective.device.type != "cpu" if vmap is None else vmap) and product != "finite_difference"
+
+    def _again(self, names: list[str]) -> Hessian:
+        return Hessian(self.objective, parameters=names, product=self.product, vmap=self.vmap)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({} if self.error is None else {"product_error": self.error})
+
+    def _mean(self, v: Tensor) -> Tensor:
+        if self.product == "finite_difference":
+            return self._difference(v)
+        try:
+            return super()._mean(v)
+        except (RuntimeError, NotImplementedError) as error:
+            if self.product != "auto" or not any(text in str(error) for text in _NO_SECOND_DERIVATIVE):
+                raise
+            warnings.warn("the model has no second derivative, so products are differences of gradients; "
+                          f"their error is in the record. ({str(error).splitlines()[0]})", stacklevel=2)
+        self.product = "finite_difference"
+        self._forget()
+        return self._difference(v)
+
+    def _difference(self, v: Tensor) -> Tensor:
+        """(∇L(w + hv) − ∇L(w − hv)) / 2h; the first product of an operator also estimates the error.
+
+        h balances the third derivative (h²) against rounding of the gradient (ε/h): h = ε^⅓ (1 + ‖w‖) / ‖v‖.
+        """
+        length = float(vectors.sums_of_squares([v])[0]) ** 0.5
+        if length == 0:
+            return torch.zeros_like(v)
+        w = [vectors.local(p.detach()) for p in self.parameters]
+        eps = max(torch.finfo(p.dtype).eps for p in w) ** (1 / 3)
+        h = eps * (1 + float(vectors.sums_of_squares(w).sum()) ** 0.5) / length
+        out = self._central(v, h)
+        if self.error is None:
+            coarse = self._central(v, 2 * h)
+            top = float(out.double().norm())
+            self.error = float((out - coarse).double().norm()) / top if top > 0 else 0.0
+        return out
+
+    def _central(self, v: Tensor, h: float) -> Tensor:
+        gradients = []
+        vs = self.split(v)
+        for sign in (1, -1):
+            with perturbed.displaced(self.parameters, vs, sign * h):
+                found = dict(zip(map(id, self.objective.parameters), self.objective.trainable_gradient()[1],
+                                 strict=True))
+            gradients.append(self.join([found[id(p)] for p in self.parameters]))
+        return gradients[0].sub_(gradients[1]).div_(2 * h)
 
 
-def _linearize(term: Term, w: list[nn.Parameter]) -> tuple[Tensor, Apply]:
-    loss = term.loss(term.outputs())
-    return loss.detach(), derivative_of_gradient(loss, w)
+def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
+    return derivative_of_gradient(term.loss(term.outputs()), w)
 
 
 def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
-    if not loss.requires_grad:
-        return lambda v, keep, batched: [None] * len(w)
-    g = torch.autograd.grad(loss, w, create_graph=True, allow_unused=True)
+    g = torch.autograd.grad(loss, w, create_graph=True, allow_unused=True) if loss.requires_grad else [None] * len(w)
     used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]
     roots: list[Any] = [g[i] for i in used]
-    if not used:
-        return lambda v, keep, batched: [None] * len(w)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
+        if not roots:
+            return [None] * len(w)
         return torch.autograd.grad(roots, w, [v[i] for i in used], retain_graph=keep, allow_unused=True,
                                    is_grads_batched=batched)
+
+    return apply
+
+
+def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
+    """v ↦ the derivative of ∇loss along v, forward over reverse."""
+    loss, at = on_module(term, w, lambda t: t.loss(t.outputs()))
+
+    def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
+        def one(tangent: tuple[Tensor, ...]) -> Any:
+            return torch.func.jvp(torch.func.grad(loss), (at,), (tangent,))[1]
+
+        return torch.func.vmap(one)(tuple(v)) if batched else one(tuple(v))
 
     return apply

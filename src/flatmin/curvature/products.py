@@ -20,8 +20,8 @@ Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
 """(v, keep, batched) ↦ one tensor, or None for zero, a parameter. ``keep``: the map will be used again; ``batched``:
 each tensor holds a block of vectors along a new first dimension."""
 
-Linearize = Callable[[Term, list[nn.Parameter]], tuple[Tensor, Apply]]
-"""A batch and parameters ↦ the loss and the linear map of that batch."""
+Linearize = Callable[[Term, list[nn.Parameter]], Apply]
+"""A batch and parameters ↦ the linear map of that batch."""
 
 
 class ObjectiveOperator(CurvatureOperator):
@@ -40,7 +40,9 @@ class ObjectiveOperator(CurvatureOperator):
         dtypes = [p.dtype for _, p in chosen]
         super().__init__([p.shape for _, p in chosen], _widest(dtypes), objective.device,
                          [n for n, _ in chosen], dtypes)
-        self.objective, self.product = objective, product
+        self.objective = objective
+        self.product: Product = product
+        self.vmap = False
         self.parameters = [p for _, p in chosen]
         self._linearize = linearize
         self._depth = 0
@@ -109,6 +111,13 @@ class ObjectiveOperator(CurvatureOperator):
 
     def _products(self, block: Tensor) -> Tensor:
         with self.session():
+            if self.vmap and len(block) > 1:
+                try:
+                    return self._mean(block)
+                except RuntimeError as error:
+                    if "vmap" not in str(error) and "batching rule" not in str(error):
+                        raise
+                    self.vmap = False
             return torch.stack([self._mean(v) for v in block])
 
     def _mean(self, v: Tensor) -> Tensor:
@@ -142,7 +151,7 @@ class ObjectiveOperator(CurvatureOperator):
                 yield weight, apply, True
             return
         if self._room is None:
-            caching = self._depth and self.product != "recomputed"
+            caching = self._depth and self.product in ("auto", "cached")
             self._room = memory.available(self.device) / 2 if caching else -1.0
         weights = []
         for term in self.objective.terms():
@@ -162,11 +171,35 @@ class ObjectiveOperator(CurvatureOperator):
         assert self._room is not None
         with torch.enable_grad():
             if self._room <= 0:
-                return self._linearize(term, self.parameters)[1]
+                return self._linearize(term, self.parameters)
             with memory.Meter() as meter:
-                _, apply = self._linearize(term, self.parameters)
+                apply = self._linearize(term, self.parameters)
         self._room -= meter.bytes
         return apply
+
+
+class _Call(nn.Module):
+    """A function of one batch as the forward of a module, so that ``functional_call`` can exchange its parameters."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Term], Any]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, term: Term) -> Any:
+        return self.function(term)
+
+
+def on_module(term: Term, w: list[nn.Parameter], function: Callable[[Term], Any]) -> tuple[Callable[..., Any], Any]:
+    """A function of one batch as a pure function of a tuple of parameters, and the parameters as they are."""
+    names = {id(p): name for name, p in term.objective.model.named_parameters()}
+    keys = [f"model.{names[id(p)]}" for p in w]
+    module = _Call(term.objective.model, function)
+    module.training = term.objective.model.training
+
+    def pure(values: tuple[Tensor, ...]) -> Any:
+        return torch.func.functional_call(module, dict(zip(keys, values, strict=True)), (term,))
+
+    return pure, tuple(p.detach() for p in w)
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -51,7 +51,7 @@ def line(objective: Objective, direction: Sequence[Tensor] | Literal["random", "
         ``.x .values .direction .settings``; the weights are bitwise what they were.
 
     >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> objective = Objective(model, torch.nn.MSELoss(), (torch.ones(1, 1), model.weight.detach()))
+    >>> objective = Objective(model, torch.nn.MSELoss(), (torch.ones(1, 1), model.weight.detach().clone()))
     >>> [abs(round(v, 4)) for v in line(objective, steps=3, radius=2.0).values.tolist()]
     [4.0, 0.0, 4.0]
     """

@@ -1,0 +1,119 @@
+"""The Gauss-Newton matrix, and what the Hessian has beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objective import Objective, Term
+from .hessian import derivative_of_gradient
+from .products import Apply, ObjectiveOperator, Product, on_module
+
+Middle = Callable[[Tensor], Tensor]
+"""A symmetric linear map on the space of one batch's outputs."""
+
+
+class GaussNewton(ObjectiveOperator):
+    """G = Σ_b n_b Jᵀ (∂²L_b/∂z²) J / Σ_b n_b, with J = ∂z/∂w the Jacobian of the outputs z.
+
+    The part of the Hessian that goes through the curvature of the loss in the outputs (the *logit* path); positive
+    semi-definite for losses that are convex in z. Exact and matrix-free: u = Jv, then the second derivative of the loss
+    at z, then Jᵀ. z is the tensor that the model returns, or its ``logits``.
+
+    Args:
+        objective: L.
+        parameters: only a block: names of parameters or of modules, or modules.
+        product: "auto" or "cached" (graphs stay while an algorithm runs), "recomputed", or "forward" (Jv by forward
+            differentiation).
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> G = GaussNewton(Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1))))
+    >>> G.dense().tolist()                          # linear in w: G = H
+    [[1.0, 0.0], [0.0, 4.0]]
+    """
+
+    def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
+                 product: Product = "auto"):
+        super().__init__(objective, _forward if product == "forward" else _linearize, parameters=parameters,
+                         product=product, products=("auto", "cached", "recomputed", "forward"))
+
+
+class FunctionalPart(ObjectiveOperator):
+    """H − G = Σ_c (∂L/∂z_c) ∇²z_c: the part of the Hessian from the curvature of the model (the *functional* path).
+
+    It is the Hessian of ⟨∂L/∂z held fixed, z(w)⟩, exact where the loss depends on w through z alone.
+
+    Args:
+        objective: L.
+        parameters, product: as for ``GaussNewton`` (without "forward").
+    """
+
+    def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
+                 product: Product = "auto"):
+        super().__init__(objective, _functional, parameters=parameters, product=product,
+                         products=("auto", "cached", "recomputed"))
+
+
+def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
+    """z and the loss as a function of it, in one graph."""
+    outputs = term.outputs()
+    return term.logits(outputs), term.loss(outputs)
+
+
+def loss_curvature(z: Tensor, loss: Tensor) -> Middle:
+    """u ↦ (∂²loss/∂z²) u."""
+    c, = torch.autograd.grad(loss, z, create_graph=True)
+
+    def middle(u: Tensor) -> Tensor:
+        if not c.requires_grad:
+            return torch.zeros_like(u)
+        out, = torch.autograd.grad(c, z, u, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if out is None else out
+
+    return middle
+
+
+def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
+    """v ↦ Jᵀ M J v. Jv is the derivative along v of u ↦ Jᵀu, which is linear: two reverse passes on a kept graph."""
+    if not z.requires_grad:
+        return lambda v, keep, batched: [None] * len(w)
+    u = torch.zeros_like(z, requires_grad=True)
+    transposed = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
+    used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
+    roots: list[Any] = [transposed[i] for i in used]
+
+    def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
+        assert not batched
+        jv, = torch.autograd.grad(roots, u, [v[i] for i in used], retain_graph=True)
+        return torch.autograd.grad(z, w, middle(jv), retain_graph=keep, allow_unused=True)
+
+    return apply
+
+
+def _linearize(term: Term, w: list[nn.Parameter]) -> Apply:
+    z, loss = outputs_and_loss(term)
+    return sandwich(z, w, loss_curvature(z, loss))
+
+
+def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
+    logits, at = on_module(term, w, lambda t: t.logits(t.outputs()))
+    z, loss = outputs_and_loss(term)
+    middle = loss_curvature(z, loss)
+
+    def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
+        jv = torch.func.jvp(logits, (at,), (tuple(v),))[1]
+        return torch.autograd.grad(z, w, middle(jv), retain_graph=keep, allow_unused=True)
+
+    return apply
+
+
+def _functional(term: Term, w: list[nn.Parameter]) -> Apply:
+    z, loss = outputs_and_loss(term)
+    if not z.requires_grad:
+        return lambda v, keep, batched: [None] * len(w)
+    c, = torch.autograd.grad(loss, z, retain_graph=True)
+    return derivative_of_gradient((c.detach() * z).sum(), w)
