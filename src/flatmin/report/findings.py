@@ -1,0 +1,210 @@
+"""What a run found, in plain sentences made from its numbers; what got worse is always among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from .reading import Gap, Reading, Stat, gap, number, numbers, plus_minus, section, significant
+
+LOSSES = {  # what should be small: the metric, its name, its verb when it is not
+    "nll": ("Negative log-likelihood", "is higher"),
+    "ece": ("Calibration", "is worse (expected calibration error)"),
+    "sharpness": ("One-step sharpness", "rose"),
+    "eigenvalue": ("The largest Hessian eigenvalue", "rose"),
+}
+
+
+def findings(record: Mapping[str, Any]) -> list[str]:
+    """Honest sentences on a run record: who leads and whether that is decided, what else was seen, what got worse.
+
+    A difference counts as decided when it exceeds the spread √(sd² + sd²) of a difference between two single runs; with
+    one seed there is no spread and nothing is decided.
+    """
+    return [verdict(record), *seen(record), *worse(record)]
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The shortest true sentence on test accuracy."""
+    r = Reading(record)
+    ranked = _ranked(r)
+    if not ranked:
+        return "No result yet"
+    best, base = ranked[0], r.baseline
+    if len(ranked) == 1:
+        return f"{r.label(best)} reaches {percent(r.stat(best, 'accuracy'))} {r.test_name}"
+    tied = _tied(r, ranked)
+    if len(tied) == len(ranked) or base in tied and best != base:
+        return f"No winner: the seeds do not tell {_names(r, tied)} apart"
+    if best == base:
+        return f"Nothing beats {r.label(base)} here"
+    points = _points(gap(r.stat(best, "accuracy"), r.stat(base, "accuracy")))
+    also = f"; {_names(r, tied[1:])} {'is' if len(tied) == 2 else 'are'} as good within the spread" if tied[1:] else ""
+    over = f"over {r.label(base)}" if base in ranked else ""
+    return f"{r.label(best)} gains {points} of {r.test_name} {over}{also}".replace("  ", " ")
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """Who has the best test accuracy, by how much, against which spread."""
+    r = Reading(record)
+    ranked = _ranked(r)
+    if not ranked:
+        return "No run has finished with a test accuracy, so there is nothing to compare yet."
+    best = ranked[0]
+    stat = r.stat(best, "accuracy")
+    first = f"{r.label(best)} has the best {r.test_name}: {percent(stat)}"
+    if len(ranked) == 1:
+        return f"{first}. It is the only method with a result, so nothing is compared."
+    other = r.baseline if r.baseline in ranked and best != r.baseline else ranked[1]
+    step = gap(stat, r.stat(other, "accuracy"))
+    text = f"{first}, {_points(step)} above {r.label(other)} ({percent(r.stat(other, 'accuracy'))}); {_against(step)}."
+    tied = [m for m in _tied(r, ranked)[1:] if m != other]
+    if tied:
+        text += f" Undecided between {r.label(best)} and {_names(r, tied)}: they differ by less than the spread."
+        if not math.isfinite(step.spread):
+            text = text.replace("by less than the spread", f"by {_points(gap(stat, r.stat(tied[-1], 'accuracy')))} "
+                                                           "at most, and there is no spread to compare with")
+    return text
+
+
+def worse(record: Mapping[str, Any]) -> list[str]:
+    """Everything measured that got worse than with the baseline, also where it is within the spread."""
+    r = Reading(record)
+    base, others = r.baseline, [m for m in r.methods if m != r.baseline]
+    out = []
+    lower = [m for m in others if r.stat(m, "accuracy").mean < r.stat(base, "accuracy").mean]
+    if lower:
+        out.append(_listing(r, f"{r.test_name.capitalize()} is lower", "accuracy", lower))
+    for metric, (name, verb) in LOSSES.items():
+        rose = [m for m in others if r.stat(m, metric).mean > r.stat(base, metric).mean]
+        if rose:
+            out.append(_listing(r, f"{name} {verb}", metric, rose))
+    slow = [(r.timing(m)[1], m) for m in others if r.timing(m)[1] > 1.005]
+    if slow:
+        costs = [f"{ratio:.2f} times with {r.label(m)}" for ratio, m in slow]
+        out.append(f"Every step costs more time than one of {r.label(base)}: {_join(costs)}.")
+    for m in r.methods:
+        broken = sum(not math.isfinite(v) for v in [*r.seeds(m, "nll"), *r.seeds(m, "accuracy")])
+        if broken:
+            out.append(f"{r.label(m)} diverged: {broken} of its test results are not finite numbers.")
+    loose = [x for x in r.all_runs if section(x, "hessian").get("converged") is False]
+    if loose:
+        out.append(f"{len(loose)} of {len(r.all_runs)} Hessian eigenvalues did not converge to the tolerance; "
+                   f"read them with their residuals.")
+    return out
+
+
+def seen(record: Mapping[str, Any]) -> list[str]:
+    """Flatness, how well it goes with accuracy, and what training longer did."""
+    r = Reading(record)
+    return [*_flatter(r), *_parts(r), *_rankings(r), *_peaks(r)]
+
+
+def _flatter(r: Reading) -> list[str]:
+    out = []
+    for metric, name in (("sharpness", "one-step sharpness"), ("eigenvalue", "the largest Hessian eigenvalue")):
+        base = r.stat(r.baseline, metric)
+        lower = [m for m in r.methods if r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
+        if lower:
+            values = [f"{r.label(m)} {plus_minus(r.stat(m, metric))}" for m in lower]
+            out.append(f"Flatter than {r.label(r.baseline)} by {name} ({plus_minus(base)}): {_join(values)}.")
+    return out
+
+
+def _parts(r: Reading) -> list[str]:
+    shares = [(abs(r.stat(m, "first_order").mean) / r.stat(m, "sharpness").mean, m) for m in r.methods
+              if r.stat(m, "first_order").known and r.stat(m, "sharpness").mean > 0]
+    most = [m for share, m in shares if share > 0.5]
+    if not most:
+        return []
+    whose = "every method" if len(most) == len(r.methods) > 1 else _names(r, most)
+    low, high = min(s for s, m in shares if m in most), max(s for s, m in shares if m in most)
+    part = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return [f"For {whose}, {part.replace('%', ' %')} of one-step sharpness is its first-order part ρ‖g‖: it says how far "
+            f"training is from a stationary point, more than how curved the loss is."]
+
+
+def _rankings(r: Reading) -> list[str]:
+    clashes = []
+    for a, b in combinations(r.methods, 2):
+        s, h = (gap(r.stat(a, m), r.stat(b, m)) for m in ("sharpness", "eigenvalue"))
+        if s.difference * h.difference < 0:
+            clashes.append((s.decided and h.decided, (a, b) if s.difference < 0 else (b, a)))
+    if not clashes:
+        return []
+    clear = [pair for decided, pair in clashes if decided]
+    a, b = clear[0] if clear else clashes[0][1]
+    text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than {r.label(b)} "
+            f"by the first, sharper by the second")
+    if not clear:
+        text += ", though not by more than the spread in both"
+    more = (len(clear) or len(clashes)) - 1
+    return [text + (f"; so do {more} more pairs of methods." if more > 1 else "; so does one more pair." if more else ".")]
+
+
+def _peaks(r: Reading) -> list[str]:
+    """Methods whose test accuracy fell clearly from its best epoch, which is read off the test set and never used."""
+    fell = []
+    for m in r.methods:
+        curves = [numbers(section(x, "history").get("test_accuracy")) for x in r.runs(m)]
+        drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
+        if drops and sum(drops) / len(drops) > 0.02:
+            fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points")
+    return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {_join(fell)}. (No epoch was "
+            f"picked; every result is that of the last one.)"] if fell else []
+
+
+def percent(stat: Stat) -> str:
+    return f"{plus_minus(stat, 100)} %"
+
+
+def _ranked(r: Reading) -> list[str]:
+    return sorted((m for m in r.methods if r.stat(m, "accuracy").known), key=lambda m: -r.stat(m, "accuracy").mean)
+
+
+def _tied(r: Reading, ranked: Sequence[str]) -> list[str]:
+    """The best, and what cannot be told from it."""
+    top = r.stat(ranked[0], "accuracy")
+    return [ranked[0], *(m for m in ranked[1:] if not gap(top, r.stat(m, "accuracy")).decided)]
+
+
+def _points(step: Gap) -> str:
+    return f"{abs(100 * step.difference):.1f} points"
+
+
+def _against(step: Gap) -> str:
+    if not math.isfinite(step.spread):
+        return "with one seed there is no spread to compare this with, so it is undecided"
+    spread = f"the spread over seeds, {100 * step.spread:.1f}"
+    return f"more than {spread}" if step.decided else f"less than {spread}, so undecided"
+
+
+def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str:
+    base = r.stat(r.baseline, metric)
+    show = percent if metric == "accuracy" else plus_minus
+    clear = [m for m in methods if gap(base, r.stat(m, metric)).decided]
+    vague = [m for m in methods if m not in clear]
+    values = {m: f"{show(r.stat(m, metric))} with {r.label(m)}" for m in methods}
+    text = f"{start} than {show(base)} with {r.label(r.baseline)}".replace("rose than", "rose from")
+    text = text.replace("rose from", "rose, from") if len(methods) > 1 else text
+    text += ": " if "rose" not in text else " to "
+    parts = []
+    if clear:
+        parts.append(_join([values[m] for m in clear]))
+    if vague:
+        why = "undecided, within the spread" if math.isfinite(base.sd) else "undecided, one seed"
+        parts.append(f"{_join([values[m] for m in vague])} ({why})")
+    return f"{text}{'; '.join(parts)}."
+
+
+def _names(r: Reading, methods: Sequence[str]) -> str:
+    return _join([r.label(m) for m in methods])
+
+
+def _join(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+__all__ = ["findings", "headline", "number", "percent", "seen", "significant", "verdict", "worse"]

@@ -1,0 +1,2 @@
+def page(record): return ""
+def write(folder): return None
