@@ -1,0 +1,155 @@
+"""The command line: few verbs, each with examples in its ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import RunFolderError
+
+_COMPARE = """examples:
+  flatmin compare                                    digits with 60 % noisy labels: SGD, SAM and ASAM, three seeds
+  flatmin compare --methods sgd,sam,looksam --seeds 5
+  flatmin compare --rho sam=0.1,asam=1               skip the choice of the radius
+  flatmin compare fashion-mnist --data FOLDER        the four IDX files of Fashion-MNIST
+  flatmin compare my_module:recipe                   your own model and data: a flatmin.recipes.Recipe
+  flatmin compare --resume runs/compare              go on after Ctrl-C, bit for bit
+
+the radius of each method is chosen on held-out training data; the test data is looked at once, at the end."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call, 130 for Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(error, 2)
+    except (RunFolderError, OSError, ArithmeticError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"flatmin: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong calls in one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"flatmin: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flatmin", description="Train to flat minima, and prove that they are flat.")
+    parser.add_argument("--version", action="version", version=f"flatmin {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    raw = argparse.RawDescriptionHelpFormatter
+
+    compare = verbs.add_parser("compare", help="train methods side by side, measure them, write a report",
+                               description="Train methods side by side on one recipe, measure them, write a report.",
+                               epilog=_COMPARE, formatter_class=raw)
+    compare.add_argument("recipe", nargs="?", help="digits (default), fashion-mnist, cifar10, or module:attribute")
+    compare.add_argument("--methods", help="comma-separated, or all (default sgd,sam,asam)")
+    compare.add_argument("--seeds", type=int, help="runs a method (default 3)")
+    compare.add_argument("--noise", type=float, help="share of training labels re-drawn (default: the recipe's)")
+    compare.add_argument("--epochs", type=int, help="passes over the training data (default: the recipe's)")
+    compare.add_argument("--rho", help="a radius for all, or method=radius,...; otherwise chosen from a small grid")
+    compare.add_argument("--data", metavar="FOLDER", help="where the recipe's files are")
+    compare.add_argument("--threads", type=int, help="threads of one process (default 1: fastest for small models)")
+    compare.add_argument("--config", metavar="FILE", help="a TOML file of these settings; flags win over it")
+    compare.add_argument("--out", metavar="FOLDER", help="run folder to make (default runs/compare, or -2, -3, ...)")
+    compare.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run with its own settings")
+    compare.add_argument("--quiet", action="store_true", help="no progress")
+    compare.set_defaults(run=_compare)
+
+    report = verbs.add_parser("report", help="write report.html again from a run folder",
+                              description="Write report.html again from the record.json of a run folder.",
+                              epilog="example:\n  flatmin report runs/compare", formatter_class=raw)
+    report.add_argument("folder")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .recipes import CompareSettings, Comparison
+    from .recipes.folder import RunFolder
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(CompareSettings)
+             if getattr(args, f.name) is not None}
+    if args.resume is not None:
+        if given or args.out or args.config:
+            raise ValueError("--resume continues with the run's own settings: leave the other settings out")
+        folder, record = RunFolder.open(args.resume)
+        if record["kind"] != "compare":
+            raise RunFolderError(f"{args.resume} holds a run of flatmin {record['kind']}, not of compare")
+        kept = {f.name: record["settings"][f.name] for f in dataclasses.fields(CompareSettings)
+                if f.name in record["settings"]}
+        job = Comparison(CompareSettings(**kept), folder, record, args.quiet)
+    else:
+        settings = CompareSettings(**(_toml(args.config, CompareSettings) | given))
+        path = args.out or _fresh("runs/compare")
+        folder = RunFolder(path)
+        job = Comparison(settings, folder, quiet=args.quiet)  # before anything is written: wrong settings cost nothing
+        RunFolder.create(path)
+    try:
+        job.run()
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; go on with: flatmin compare --resume {folder.path}", 130)
+    from .report import table, write
+
+    write(folder.path)
+    print(table(job.record))
+    print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .recipes.folder import RunFolder
+    from .report import write
+
+    folder, _ = RunFolder.open(args.folder)
+    write(folder.path)
+    print(folder.path / "report.html")
+    return 0
+
+
+def _toml(path: str | None, kind: type) -> dict[str, Any]:
+    """Settings from a TOML file, checked against the fields of a settings class."""
+    if path is None:
+        return {}
+    try:
+        found = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    names = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise ValueError(f"{path} has unknown settings {', '.join(unknown)}: choose from {', '.join(names)}")
+    return found
+
+
+def _fresh(base: str) -> str:
+    """The first of base, base-2, base-3, ... that is not there."""
+    path, n = base, 1
+    while Path(path).exists():
+        n += 1
+        path = f"{base}-{n}"
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

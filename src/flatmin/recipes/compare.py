@@ -1,0 +1,283 @@
+"""``flatmin compare``: methods side by side on one recipe; everything else equal.
+
+For each method with a radius: choose ρ on held-out parts of the *training* data. For each seed: train on all of it,
+then look at the clean test data once and measure sharpness and curvature on training examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..ascent.rows import is_normalization
+from ..curvature import Hessian, eigenpairs
+from ..landscape import line
+from ..objective import Objective
+from ..sharpness import one_step
+from .folder import RunFolder
+from .loop import Diverged, Plan, accuracy, batches, train
+from .methods import Method, find_methods, gradient, optimizer_for
+from .metrics import classification, logits_of
+from .progress import Progress
+from .recipe import Data, Recipe, find_recipe
+
+MEASURED_RHO = 0.05
+"""The radius at which one-step sharpness is measured, the same for every method."""
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Settings of a comparison; None takes the recipe's own."""
+
+    recipe: str = "digits"
+    methods: str = "sgd,sam,asam"
+    seeds: int = 3
+    noise: float | None = None
+    epochs: int | None = None
+    rho: str | None = None
+    data: str | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+        if self.noise is not None and not 0 <= self.noise <= 1:
+            raise ValueError(f"--noise is a share from 0 to 1, got {self.noise}")
+        if self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        find_methods(self.methods)
+        fixed_radii(self.rho)
+
+
+def fixed_radii(text: str | None) -> dict[str, float]:
+    """``"0.1"`` for all methods (under the key ``""``), or ``"sam=0.1,asam=1"``.
+
+    Raises:
+        ValueError: not a number, negative, or an unknown method.
+    """
+    out: dict[str, float] = {}
+    for part in (text or "").split(","):
+        name, _, number = part.rpartition("=")
+        if not part.strip():
+            continue
+        try:
+            value = float(number)
+        except ValueError:
+            raise ValueError(f"--rho takes a number or method=number, got {part!r}") from None
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"--rho must not be negative, got {number.strip()}")
+        if name.strip():
+            find_methods(name)
+        out[name.strip()] = value
+    return out
+
+
+class Comparison:
+    """One run of the job over a folder; :meth:`run` continues whatever the record already holds."""
+
+    def __init__(self, settings: CompareSettings, folder: RunFolder, record: dict[str, Any] | None = None,
+                 quiet: bool = False):
+        self.settings, self.folder, self.quiet = settings, folder, quiet
+        self.recipe: Recipe = find_recipe(settings.recipe)
+        self.noise = self.recipe.noise if settings.noise is None else settings.noise
+        self.epochs = self.recipe.epochs if settings.epochs is None else settings.epochs
+        torch.set_num_threads(settings.threads)
+        self.data: Data = self.recipe.data(settings.data).with_noise(self.noise)
+        self.methods = self._usable(find_methods(settings.methods))
+        self.radii = fixed_radii(settings.rho)
+        self.record = record if record is not None else self._new_record()
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left; the record is saved after every piece of work, also when interrupted."""
+        self.progress = Progress(self._steps(), self.quiet)
+        try:
+            self.record["status"] = "running"
+            self.folder.save_record(self.record)
+            for method in self.methods:
+                self._choose(method)
+            for seed in range(self.settings.seeds):
+                for method in self.methods:
+                    self._train_and_measure(method, seed)
+            if "timing" not in self.record:
+                self.record["timing"] = self._time()
+            self.record["summary"] = summary(self.record["runs"])
+            self.record["status"] = "complete"
+        except BaseException:
+            self.record["status"] = "interrupted"
+            self.record["summary"] = summary(self.record["runs"])
+            raise
+        finally:
+            self.progress.close()
+            self.folder.save_record(self.record)
+        return self.record
+
+    def _usable(self, methods: list[Method]) -> list[Method]:
+        """Leave out, with the reason in the record, what this model cannot be trained with."""
+        torch.manual_seed(0)
+        norms = any(is_normalization(m) for m in self.recipe.model().modules())
+        self.left_out = {} if norms else {m.name: "the model has no normalization layers" for m in methods
+                                          if m.name == "sam_on"}
+        kept = [m for m in methods if m.name not in self.left_out]
+        if not kept:
+            raise ValueError("; ".join(f"{k}: {v}" for k, v in self.left_out.items()))
+        return kept
+
+    def _new_record(self) -> dict[str, Any]:
+        held = self._folds()[0][1]
+        return {
+            "kind": "compare", "status": "running",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "settings": dataclasses.asdict(self.settings) | {
+                "noise": self.noise, "epochs": self.epochs, "batch_size": self.recipe.batch_size, "lr": self.recipe.lr,
+                "momentum": self.recipe.momentum, "weight_decay": self.recipe.weight_decay,
+                "adamw_lr": self.recipe.adamw_lr, "schedule": "cosine", "folds": self.recipe.folds,
+                "measured_rho": MEASURED_RHO},
+            "versions": {"flatmin": __version__, "torch": torch.__version__, "python": platform.python_version(),
+                         "platform": platform.platform(), "threads": self.settings.threads},
+            "data": {"name": self.recipe.name, "train": len(self.data.train_targets),
+                     "test": len(self.data.test_targets), "classes": self.data.classes, "noise": self.noise,
+                     "held_out": len(held)},
+            "left_out": self.left_out, "selection": {}, "runs": [],
+        }
+
+    # choosing the radius, on training data alone
+
+    def _folds(self) -> list[tuple[Tensor, Tensor]]:
+        """(kept, held-out) index pairs; one fifth is held out each time."""
+        n = len(self.data.train_targets)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(77))
+        parts = [order[i::5] for i in range(5)]
+        return [(torch.cat([p for j, p in enumerate(parts) if j != i]), parts[i]) for i in range(self.recipe.folds)]
+
+    def _choose(self, method: Method) -> None:
+        grid = () if method.name in self.radii or "" in self.radii else method.grid(self.recipe)
+        if not grid:
+            return
+        entry = self.record["selection"].setdefault(method.name, {
+            "grid": list(grid), "scores": [], "stderr": [], "chosen": None,
+            "criterion": f"mean accuracy over {self.recipe.folds} held-out parts of the training data, noisy labels"})
+        for rho in grid[len(entry["scores"]):]:
+            self.progress.say(f"choosing ρ for {method.name}: {rho:g}")
+            found = [self._held_out_score(method, rho, i, *fold) for i, fold in enumerate(self._folds())]
+            entry["scores"].append(statistics.fmean(found))
+            entry["stderr"].append(statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan)
+            self.folder.save_record(self.record)
+        best = max(range(len(grid)), key=lambda i: (entry["scores"][i], -grid[i]))
+        entry["chosen"] = grid[best]
+
+    def _held_out_score(self, method: Method, rho: float, fold: int, kept: Tensor, held: Tensor) -> float:
+        x, y = self.data.train_inputs, self.data.train_targets
+        plan = Plan(f"choose-{method.name}-{rho}-{fold}", self.recipe, method, rho, 500 + fold, self.epochs, x[kept],
+                    y[kept])
+        try:
+            model, _ = train(plan, self.progress.tick)
+        except Diverged:
+            return 0.0
+        return accuracy(model, x[held], y[held])
+
+    def _rho(self, method: Method) -> float | None:
+        if not method.rhos and not self.recipe.rhos.get(method.name):
+            return None
+        fixed = self.radii.get(method.name, self.radii.get(""))
+        return self.record["selection"][method.name]["chosen"] if fixed is None else fixed
+
+    # training and measuring
+
+    def _train_and_measure(self, method: Method, seed: int) -> None:
+        if any(r["method"] == method.name and r["seed"] == seed for r in self.record["runs"]):
+            return
+        key = f"{method.name}-seed{seed}"
+        self.progress.say(key)
+        rho = self._rho(method)
+        plan = Plan(key, self.recipe, method, rho, seed, self.epochs, self.data.train_inputs, self.data.train_targets,
+                    (self.data.test_inputs, self.data.test_targets))
+        state = self.folder.load_state()
+        state = state if state is not None and state["key"] == key else None
+        model, history = train(plan, self.progress.tick, self.folder, state)
+        run = {"method": method.name, "seed": seed, "rho": rho, "history": history} | self._measure(model)
+        self.folder.save_weights(key, model)
+        self.record["runs"].append(run)
+        self.folder.save_record(self.record)
+        self.folder.save_state(None)
+
+    def _measure(self, model: nn.Module) -> dict[str, Any]:
+        n = self.recipe.curvature_samples
+        objective = Objective(model, self.recipe.loss, [(self.data.train_inputs[:n], self.data.train_targets[:n])])
+        step = one_step(objective, rho=MEASURED_RHO)
+        spectrum = eigenpairs(Hessian(objective), k=1, tol=1e-3)
+        across = line(objective, steps=41, radius=5.0, seed=0)
+        return {
+            "test": classification(logits_of(model, self.data.test_inputs), self.data.test_targets),
+            "sharpness": {"rho": MEASURED_RHO, "value": step.value, "first_order": step.first_order,
+                          "second_order": step.second_order, "remainder": step.remainder, "samples": n},
+            "hessian": {"eigenvalue": spectrum.largest, "residual": float(spectrum.residuals[-1]),
+                        "converged": bool(spectrum.converged[-1]), "matvecs": spectrum.matvecs, "samples": n},
+            "line": {"x": across.x.tolist(), "values": across.values.tolist(), "direction": "random, the same for all"},
+        }
+
+    def _time(self, steps: int = 60) -> dict[str, Any]:
+        """Seconds a step, methods alternating on the same batches; ratios to the first method, step by step."""
+        self.progress.say("timing")
+        trained = []
+        for method in self.methods:
+            torch.manual_seed(0)
+            model = self.recipe.model()
+            optimizer = optimizer_for(method.base, model, self.recipe)
+            trained.append((model, optimizer, method.sharpener(model, optimizer, self._rho(method))))
+        times: list[list[float]] = [[] for _ in trained]
+        index = list(batches(len(self.data.train_inputs), self.recipe.batch_size, 0, 0))
+        for i in range(steps + 5):
+            x, y = (t[index[i % len(index)]] for t in (self.data.train_inputs, self.data.train_targets))
+            for (model, optimizer, sharpener), seconds in zip(trained, times, strict=True):
+                start = time.perf_counter()
+                gradient(sharpener, model, self.recipe, x, y)
+                optimizer.step()
+                optimizer.zero_grad()
+                if i >= 5:
+                    seconds.append(time.perf_counter() - start)
+        out = {}
+        for method, seconds in zip(self.methods, times, strict=True):
+            ratios = [a / b for a, b in zip(seconds, times[0], strict=True)]
+            quartiles = statistics.quantiles(ratios, n=4)
+            out[method.name] = {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios),
+                                "mean_ratio": sum(seconds) / sum(times[0]), "quartiles": [quartiles[0], quartiles[2]],
+                                "relative_to": self.methods[0].name}
+        return out
+
+    def _steps(self) -> int:
+        """Training steps that are left."""
+        n = len(self.data.train_targets)
+        full = self.epochs * math.ceil(n / self.recipe.batch_size)
+        part = self.epochs * math.ceil(0.8 * n / self.recipe.batch_size)
+        total = 0
+        for method in self.methods:
+            grid = () if method.name in self.radii or "" in self.radii else method.grid(self.recipe)
+            done = len(self.record["selection"].get(method.name, {}).get("scores", []))
+            total += (len(grid) - done) * self.recipe.folds * part
+        return total + full * (len(self.methods) * self.settings.seeds - len(self.record["runs"]))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, standard deviation over seeds and their number, by method and quantity."""
+    out: dict[str, Any] = {}
+    for name in dict.fromkeys(r["method"] for r in runs):
+        mine = [r for r in runs if r["method"] == name]
+        columns = {k: [r["test"][k] for r in mine] for k in ("accuracy", "nll", "ece")}
+        columns["sharpness"] = [r["sharpness"]["value"] for r in mine]
+        columns |= {k: [r["sharpness"][k] for r in mine] for k in ("first_order", "second_order")}
+        columns |= {k: [r["hessian"][k] for r in mine] for k in ("eigenvalue", "residual")}
+        out[name] = {k: {"mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else math.nan,
+                         "n": len(v)} for k, v in columns.items()}
+    return out

@@ -1,0 +1,95 @@
+"""Run folders: ``record.json``, checkpoints and a report; every file is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RunFolderError
+from ..results import plain
+
+
+class RunFolder:
+    """A folder that a job writes and can continue from."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A new folder; one that holds anything is refused, so that no earlier result is lost."""
+        folder = cls(path)
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise RunFolderError(f"{path} exists and is not empty: choose another --out, or continue it with "
+                                 f"--resume {path}")
+        try:
+            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {path}: {error.strerror or error}; choose another --out") from error
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
+        """An existing run and its record."""
+        folder = cls(path)
+        file = folder.path / "record.json"
+        if not file.is_file():
+            raise RunFolderError(f"{path} is not a run folder: it has no record.json")
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{file} cannot be read: {error}") from error
+        if not isinstance(record, dict) or "kind" not in record:
+            raise RunFolderError(f"{file} is not a record of flatmin")
+        return folder, record
+
+    def save_record(self, record: dict[str, Any]) -> None:
+        text = json.dumps(plain(record), indent=1, ensure_ascii=False)
+        self._replace("record.json", lambda tmp: tmp.write_text(text))
+
+    def save_weights(self, name: str, model: nn.Module) -> None:
+        """The model's ``state_dict`` as ``checkpoints/<name>.safetensors``."""
+        from safetensors.torch import save_file
+
+        tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
+        self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
+
+    def save_state(self, state: dict[str, Any] | None) -> None:
+        """Where a training run stands, for ``--resume``; None once it is finished."""
+        if state is None:
+            (self.path / "checkpoints" / "training.pt").unlink(missing_ok=True)
+        else:
+            self._replace("checkpoints/training.pt", lambda tmp: torch.save(state, tmp))
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The state that was saved last, read without unpickling anything but tensors and plain values."""
+        file = self.path / "checkpoints" / "training.pt"
+        if not file.exists():
+            return None
+        try:
+            return torch.load(file, weights_only=True)
+        except Exception as error:
+            raise RunFolderError(f"{file} cannot be read ({type(error).__name__}): delete it to repeat the run that "
+                                 "was going on") from error
+
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        target = self.path / name
+        temporary = target.with_name(target.name + ".part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            os.replace(temporary, target)
+        except Exception as error:
+            try:
+                temporary.unlink(missing_ok=True)
+            except OSError:
+                pass
+            # safetensors and torch wrap a full disk in errors of their own
+            raise RunFolderError(f"cannot write {target}: {error}; what was saved before is untouched, and "
+                                 f"--resume {self.path} goes on from there") from error

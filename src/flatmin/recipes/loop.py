@@ -1,0 +1,96 @@
+"""The training loop: one for all recipes and methods, resumable bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .folder import RunFolder
+from .methods import Method, gradient, optimizer_for
+from .metrics import logits_of
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training run: what, from which seed, on which data, how far."""
+
+    key: str
+    recipe: Recipe
+    method: Method
+    rho: float | None
+    seed: int
+    epochs: int
+    inputs: Tensor
+    targets: Tensor
+    watch: tuple[Tensor, Tensor] | None = None  # inputs and targets whose accuracy is followed by epoch
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer finite."""
+
+
+def batches(n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Index batches of an epoch: a function of seed and epoch alone, so that methods see the same batches."""
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + epoch)
+    yield from torch.randperm(n, generator=generator).split(batch_size)
+
+
+def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder | None = None,
+          state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[float]]]:
+    """Train and return the model and its history by epoch.
+
+    With a folder the state is saved after every epoch; ``state``, from there, continues bit for bit. ``tick`` is
+    called once a step.
+    """
+    torch.manual_seed(plan.seed)
+    model = plan.recipe.model()
+    optimizer = optimizer_for(plan.method.base, model, plan.recipe)
+    sharpener = plan.method.sharpener(model, optimizer, plan.rho)
+    n, size = len(plan.inputs), plan.recipe.batch_size
+    steps = plan.epochs * math.ceil(n / size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    history: dict[str, list[float]] = {"epoch": [], "train_loss": [], "test_accuracy": []}
+    start = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        if sharpener is not None:
+            sharpener.load_state_dict(state["sharpener"])
+        torch.set_rng_state(state["rng"])
+        history, start = state["history"], state["epoch"]
+    for epoch in range(start, plan.epochs):
+        model.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for index in batches(n, size, plan.seed, epoch):
+            loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            total += loss.double() * len(index)
+            tick()
+        if not math.isfinite(total.item()):
+            raise Diverged(f"{plan.method.name} with rho={plan.rho}, seed {plan.seed}: the loss is not finite in epoch "
+                           f"{epoch + 1}; lower the radius or the learning rate")
+        history["epoch"].append(epoch + 1)
+        history["train_loss"].append(total.item() / n)
+        if plan.watch is not None:
+            history["test_accuracy"].append(accuracy(model, *plan.watch))
+        if folder is not None:
+            folder.save_state({
+                "key": plan.key, "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state(), "history": history,
+                "sharpener": sharpener.state_dict() if sharpener is not None else None,
+            })
+    return model, history
+
+
+def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """The share of right classes."""
+    return (logits_of(model, inputs).argmax(-1) == targets).double().mean().item()

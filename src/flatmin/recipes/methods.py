@@ -1,0 +1,92 @@
+"""The methods a job can compare: plain optimizers and every preset, each with its base and its radii to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ascent import Sharpener
+from ..ascent.presets import PRESETS
+from .recipe import Recipe
+
+_ONE, _SMALL = (0.05, 0.1, 0.2, 0.4), (0.02, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, the optimizer it descends with, and the grid its radius is chosen from (empty: it has none)."""
+
+    name: str
+    base: str = "sgd"
+    rhos: tuple[float, ...] = ()
+
+    def sharpener(self, model: nn.Module, optimizer: torch.optim.Optimizer, rho: float | None) -> Sharpener | None:
+        """The preset over a model, or None for a plain optimizer."""
+        if self.name not in PRESETS:
+            return None
+        return PRESETS[self.name](model, rho=rho, optimizer=optimizer)
+
+    def grid(self, recipe: Recipe) -> tuple[float, ...]:
+        """The radii to try on a recipe."""
+        return tuple(recipe.rhos.get(self.name, self.rhos))
+
+
+METHODS: Mapping[str, Method] = {m.name: m for m in (
+    Method("sgd"),
+    Method("adamw", "adamw"),
+    Method("sam", rhos=_ONE),
+    Method("asam", rhos=(0.5, 1.0, 2.0, 4.0)),
+    Method("esam", rhos=_ONE),
+    Method("looksam", rhos=_ONE),
+    Method("layer_sam", rhos=(0.01, 0.02, 0.05, 0.1)),
+    Method("momentum_sam", rhos=(0.1, 0.3, 1.0, 3.0)),
+    Method("fisher_sam", rhos=_ONE),
+    Method("functional_sam", rhos=(0.1, 0.2, 0.4, 0.8)),
+    Method("preconditioned_sam", "adamw", _ONE),
+    Method("preconditioned_functional_sam", "adamw", (0.1, 0.2, 0.4, 0.8)),
+    Method("gsam", rhos=_ONE),
+    Method("friendly_sam", rhos=_ONE),
+    Method("wsam", rhos=_SMALL),
+    Method("sam_on", rhos=(0.2, 0.5, 1.0, 2.0)),
+    Method("random_sam", rhos=(0.1, 0.5, 2.0, 5.0)),
+    Method("unnormalized_sam", rhos=_SMALL),
+)}
+
+
+def find_methods(text: str) -> list[Method]:
+    """Methods from a comma-separated list, or all of them.
+
+    Raises:
+        ValueError: an unknown name, or none.
+    """
+    if text.strip() == "all":
+        return list(METHODS.values())
+    names = [n.strip() for n in text.split(",") if n.strip()]
+    unknown = [n for n in names if n not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"unknown method {', '.join(unknown) or text!r}: choose from all, {', '.join(METHODS)}")
+    return [METHODS[n] for n in dict.fromkeys(names)]
+
+
+def optimizer_for(base: str, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The base optimizer a method descends with."""
+    if base == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=recipe.adamw_lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+                           weight_decay=recipe.weight_decay)
+
+
+def gradient(sharpener: Sharpener | None, model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
+    """Leave the method's gradient of one batch in ``p.grad``; returns the loss."""
+    if sharpener is None:
+        loss = recipe.loss(model(x), y)
+        loss.backward()
+        return loss.detach()
+    if sharpener.rule.second == "selected":
+        options: dict[str, Any] = {"reduction": "none"}
+        return sharpener.backward(lambda s: model(x[s]), lambda z, s: recipe.loss(z, y[s], **options))
+    return sharpener.backward(lambda: model(x), lambda z: recipe.loss(z, y))

@@ -1,0 +1,108 @@
+"""What a job trains: a model, its data and a loss, with settings that suit them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test tensors; targets are class numbers from 0 to ``classes`` − 1."""
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    classes: int
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            x, y = getattr(self, f"{name}_inputs"), getattr(self, f"{name}_targets")
+            if len(x) != len(y) or len(x) == 0:
+                raise ValueError(f"the {name} data has {len(x)} inputs and {len(y)} targets")
+            if y.is_floating_point() or y.dim() != 1 or y.min() < 0 or y.max() >= self.classes:
+                raise ValueError(f"the {name} targets must be class numbers from 0 to {self.classes - 1}")
+
+    def with_noise(self, share: float, seed: int = 0) -> Data:
+        """A share of the training labels re-drawn uniformly from all classes; test labels stay clean."""
+        generator = torch.Generator().manual_seed(1_000 + seed)
+        n = len(self.train_targets)
+        picked = torch.randperm(n, generator=generator)[: round(share * n)]
+        targets = self.train_targets.clone()
+        targets[picked] = torch.randint(self.classes, (len(picked),), generator=generator)
+        return Data(self.train_inputs, targets, self.test_inputs, self.test_targets, self.classes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, its data and a loss: what ``flatmin compare my_module:recipe`` looks for.
+
+    Args:
+        name: for the report.
+        model: builds the model; called after the random state was set from the seed.
+        data: loads the data; called with the ``--data`` folder or None.
+        loss: mean loss of (outputs, targets); with a ``reduction="none"`` option it also serves data selection.
+        epochs, batch_size, lr, momentum, weight_decay: of SGD with a cosine schedule.
+        adamw_lr: of AdamW, the base of the preconditioned methods.
+        noise: the share of training labels re-drawn by default.
+        folds: over how many held-out parts of the training data a radius is chosen.
+        rhos: radii to choose from, by method, where they differ from the library's own.
+        curvature_samples: training examples that sharpness and curvature are measured on.
+
+    Example:
+        >>> import torch
+        >>> def data(folder=None):
+        ...     x = torch.randn(200, 4); y = (x[:, 0] > 0).long()
+        ...     return Data(x[:100], y[:100], x[100:], y[100:], classes=2)
+        >>> recipe = Recipe("mine", lambda: torch.nn.Linear(4, 2), data, epochs=5)
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    data: Callable[[str | None], Data]
+    loss: Callable[..., Tensor] = nn.functional.cross_entropy
+    epochs: int = 40
+    batch_size: int = 32
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    adamw_lr: float = 1e-3
+    noise: float = 0.0
+    folds: int = 1
+    rhos: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    curvature_samples: int = 1000
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe of the library by name, or ``module:attribute`` from the user's own code.
+
+    Raises:
+        ValueError: no such name, module or attribute, or not a :class:`Recipe`.
+    """
+    from . import RECIPES
+
+    if name in RECIPES:
+        return RECIPES[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"no recipe {name!r}: choose {', '.join(RECIPES)}, or module:attribute for your own")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {error}") from error
+    value: Any = getattr(module, attribute, None)
+    if callable(value) and not isinstance(value, Recipe):
+        value = value()
+    if not isinstance(value, Recipe):
+        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe (found {type(value).__name__})")
+    return value
