@@ -131,6 +131,22 @@ def micro_batch(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda at, **kw: sum(weight * rule(part, **kw) for weight, part in at.parts())
 
 
+def asam_inf(at: Point, rho: float, eta: float) -> Tensor:
+    """2.2, p = inf: e = rho T sign(g)."""
+    T = torch.where(at.weight_mask() > 0, at.w.abs() + eta, torch.ones_like(at.w))
+    return at.gradient(at.w + rho * T * at.gradient(at.w).sign())
+
+
+def asam_biases(at: Point, rho: float, eta: float) -> Tensor:
+    """T = |w| + eta on every tensor."""
+    return at.gradient(at.w + adaptive(at.w, at.gradient(at.w), torch.ones_like(at.w), rho, eta))
+
+
+def decayed_sam(at: Point, rho: float, decay: float = 0.5) -> Tensor:
+    """Weight decay in the ascent: uphill on L + ½ decay ‖w‖²."""
+    return at.gradient(at.w + ball(at.gradient(at.w) + decay * at.w, rho))
+
+
 def layer_sam(at: Point, rho: float) -> Tensor:
     """2.4: e_j = rho ‖w_j‖ g_j / ‖g_j‖ for each tensor."""
     g, eps = at.gradient(at.w), torch.zeros_like(at.w)
@@ -152,6 +168,22 @@ def looksam(at: Point, rho: float, k: int, alpha: float) -> Tensor:
     return g + alpha * g.norm() / g_v.norm() * g_v
 
 
+def looksam_by_tensor(at: Point, rho: float, k: int, alpha: float) -> Tensor:
+    """LookSAM with the projection and both norms taken in each tensor by itself."""
+    t = at.memory.get("t", 0)
+    at.memory["t"] = t + 1
+    g = at.gradient(at.w)
+    if t % k == 0:
+        g_s = at.gradient(at.w + ball(g, rho))
+        at.memory["g_v"] = {n: g_s[s] - (g[s] @ g_s[s]) / (g[s] @ g[s]) * g[s] for n, s in at.slices.items()}
+        return g_s
+    out = g.clone()
+    for name, s in at.slices.items():
+        g_v = at.memory["g_v"][name]
+        out[s] += alpha * g[s].norm() / g_v.norm() * g_v
+    return out
+
+
 def momentum_sam(at: Point, rho: float) -> Tensor:
     """2.5: e = -rho v / ‖v‖ with the optimizer's own momentum; plain before there is one."""
     v = at.remembered("momentum_buffer")
@@ -166,19 +198,23 @@ def fisher_sam(at: Point, rho: float, eta: float) -> Tensor:
     return at.gradient(at.w + rho * f / (g @ f).sqrt())
 
 
-def preconditioned(at: Point, g: Tensor, rho: float) -> Tensor:
-    """2.7: e = rho M⁻¹g / ‖M⁻¹g‖ with M = sqrt(v̂) + 1e-8, v̂ AdamW's bias-corrected second moment before this step."""
+def preconditioned(at: Point, g: Tensor, rho: float, norm: str = "l2", power: float = 0.5) -> Tensor:
+    """2.7: e = rho M⁻¹g / ‖M⁻¹g‖ with M = v̂^power + 1e-8, v̂ AdamW's bias-corrected second moment before this step.
+
+    Over sqrt(gᵀM⁻¹g) with norm "dual", over ‖g‖ with "raw".
+    """
     v = at.remembered("exp_avg_sq")
     if v is None:
         return ball(g, rho)
     group = at.optimizer.param_groups[0]
     step = float(at.optimizer.state[group["params"][0]]["step"])
-    M = (v / (1 - group["betas"][1] ** step)).sqrt() + 1e-8
-    return ball(g / M, rho)
+    M = (v / (1 - group["betas"][1] ** step)) ** power + 1e-8
+    length = {"l2": (g / M).norm(), "dual": (g @ (g / M)).sqrt(), "raw": g.norm()}[norm]
+    return rho * (g / M) / length
 
 
-def preconditioned_sam(at: Point, rho: float) -> Tensor:
-    return at.gradient(at.w + preconditioned(at, at.gradient(at.w), rho))
+def preconditioned_sam(at: Point, rho: float, norm: str = "l2", power: float = 0.5) -> Tensor:
+    return at.gradient(at.w + preconditioned(at, at.gradient(at.w), rho, norm, power))
 
 
 def functional_gradient(at: Point, w: Tensor, displaced: Tensor) -> Tensor:
@@ -205,11 +241,34 @@ def preconditioned_functional_sam(at: Point, rho: float) -> Tensor:
     return functional_gradient(at, at.w, at.w + preconditioned(at, at.gradient(at.w), rho))
 
 
-def gsam(at: Point, rho: float, alpha: float) -> Tensor:
+def surrogate_gap(g: Tensor, g_p: Tensor, alpha: float) -> Tensor:
     """2.8: g_p − alpha g_perp, g_perp the part of g orthogonal to g_p."""
-    g = at.gradient(at.w)
-    g_p = at.gradient(at.w + ball(g, rho))
     return g_p - alpha * (g - (g @ g_p) / (g_p @ g_p) * g_p)
+
+
+def gsam(at: Point, rho: float, alpha: float) -> Tensor:
+    g = at.gradient(at.w)
+    return surrogate_gap(g, at.gradient(at.w + ball(g, rho)), alpha)
+
+
+def preconditioned_gap(at: Point, rho: float, alpha: float) -> Tensor:
+    g = at.gradient(at.w)
+    return surrogate_gap(g, at.gradient(at.w + preconditioned(at, g, rho)), alpha)
+
+
+def momentum_gap(at: Point, rho: float, alpha: float) -> Tensor:
+    return surrogate_gap(at.gradient(at.w), momentum_sam(at, rho), alpha)
+
+
+def adaptive_weighted(at: Point, rho: float, eta: float, gamma: float) -> Tensor:
+    a = gamma / (1 - gamma)
+    return (1 - a) * at.gradient(at.w) + a * asam(at, rho, eta)
+
+
+def fisher_functional(at: Point, rho: float, eta: float) -> Tensor:
+    g = at.gradient(at.w)
+    f = g / (1 + eta * g**2)
+    return functional_gradient(at, at.w, at.w + rho * f / (g @ f).sqrt())
 
 
 def friendly_sam(at: Point, rho: float, sigma: float, decay: float) -> Tensor:
@@ -242,6 +301,15 @@ def every(k: int, rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         t = at.memory.get("every", 0)
         at.memory["every"] = t + 1
         return rule(at, **kw) if t % k == 0 else base(at)
+    return stepped
+
+
+def warm_start(n: int, rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cadence: the plain gradient on the first n steps, then the rule."""
+    def stepped(at: Point, **kw) -> Tensor:
+        t = at.memory.get("warm", 0)
+        at.memory["warm"] = t + 1
+        return base(at) if t < n else rule(at, **kw)
     return stepped
 
 

@@ -171,6 +171,12 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
+def standing(model: nn.Module) -> Tensor:
+    """A copy of all parameters as one vector, for looking from inside a pass, where some may be set not to require a
+    gradient."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
 def flat_grad(model: nn.Module) -> Tensor:
     """All gradients as one vector; a missing one counts as zero."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).detach().reshape(-1).clone()

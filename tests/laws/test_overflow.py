@@ -50,6 +50,8 @@ def test_a_bad_pass_skips_the_step_and_says_so(row, which, bad, where):
     model, optimizer, sharpener = setup(row)
     before, state = flat(model), copy.deepcopy(optimizer.state_dict())
     parts = parts_for(row, *batch(0))
+    if row.pair and which == row.passes(3) and where == "loss":
+        pytest.skip("the last loss of a functional rule is telemetry: no gradient comes from it")
     poison = Poison(BAD[bad], which, where)
     row.backward(sharpener, model, parts, poison)
     assert poison.calls >= which, "the poisoned pass was never run"
@@ -71,7 +73,7 @@ def test_the_steps_after_a_skip_are_ordinary(row, which):
     and the memory holds nothing but finite numbers."""
     model, optimizer, sharpener = setup(row)
     twin, twin_optimizer, twin_sharpener = setup(row)
-    row.backward(sharpener, model, parts_for(row, *batch(0)), Poison(math.nan, which))
+    row.backward(sharpener, model, parts_for(row, *batch(0)), Poison(math.nan, which, "gradient"))
     optimizer.step()
     optimizer.zero_grad()
 
@@ -156,7 +158,7 @@ def test_with_a_scaler_the_inf_stays_and_the_scaler_skips(row, which, bad):
         optimizer.zero_grad()
     before, state = flat(model), copy.deepcopy(optimizer.state_dict()["state"])
     assert scaler.get_scale() == 2.0**10
-    row.backward(sharpener, model, parts_for(row, *batch(3, dtype=torch.float32)), Poison(BAD[bad], which))
+    row.backward(sharpener, model, parts_for(row, *batch(3, dtype=torch.float32)), Poison(BAD[bad], which, "gradient"))
     assert sharpener.last.skipped
     assert_same(flat(model), before)
     assert not flat_grad(model).isfinite().all(), "nothing for the scaler to find"

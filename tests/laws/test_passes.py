@@ -42,7 +42,7 @@ def test_forward_passes_are_what_the_row_says(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=case_id)
-def test_backward_passes_are_as_many_as_forward_passes(row):
+def test_backward_passes_are_what_the_row_says(row):
     model = build()
     optimizer, sharpener = start(row, row.bases[-1], model)
     calls = []

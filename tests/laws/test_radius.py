@@ -10,7 +10,7 @@ import torch
 
 import oracles
 import problems
-from problems import assert_same, batch, build, flat, flat_grad, loss_fn
+from problems import assert_same, batch, build, flat, flat_grad, loss_fn, standing
 from rows import ROWS, Row, case_id, parts_for, presets, start, warm_up, whole
 
 MEASURED = [row for row in ROWS if row.own_norm is not None]
@@ -27,7 +27,7 @@ def observe(row: Row, scale: float = 1.0, dtype=torch.float64):
     seen: dict[int, list] = {}
 
     def loss(z, y):
-        seen.setdefault(id(y), []).append(flat(model))
+        seen.setdefault(id(y), []).append(standing(model))
         return scale * loss_fn(z, y)
 
     row.backward(sharpener, model, parts, loss)
@@ -41,8 +41,8 @@ def observe(row: Row, scale: float = 1.0, dtype=torch.float64):
 @pytest.mark.parametrize("scale", [1.0, 1e-13, 1e13])
 @pytest.mark.parametrize("row", MEASURED, ids=case_id)
 def test_radius_is_rho_in_the_rows_own_norm(row, scale):
-    if row.preset == "unnormalized_sam" and scale > 1:
-        pytest.skip("its step grows with the gradient")
+    if (row.preset == "unnormalized_sam" or "fisher" in row.name) and scale > 1:
+        pytest.skip("its eps grows with the gradient, or shrinks below the rounding of w")
     _, observed = observe(row, scale)
     for at, g, eps in observed:
         # eps is the difference of two rounded weights: exact to about 1e-16 · ‖w‖
@@ -79,14 +79,14 @@ def test_the_record_says_what_was_done(row):
 @pytest.mark.parametrize("row", ROWS, ids=case_id)
 def test_a_zero_gradient_moves_nothing_and_stays_finite(row):
     """At a stationary point there is no uphill: no perturbation, a finite (zero) gradient, not a skipped step."""
-    if row.random:
+    if row.random or row.name == "decay-in-ascent":
         pytest.skip("its direction does not come from the gradient")
     model = build()
     optimizer, sharpener = start(row, row.bases[-1], model)
     seen = []
 
     def loss(z, y):
-        seen.append(flat(model))
+        seen.append(standing(model))
         return 0.0 * z.sum() + 1.0
 
     value = row.backward(sharpener, model, parts_for(row, *batch(0)), loss)
@@ -151,7 +151,7 @@ def test_a_group_with_rho_zero_is_outside_the_norm():
     seen = []
 
     def loss():
-        seen.append(flat(model))
+        seen.append(standing(model))
         return loss_fn(model(x), y)
 
     presets.sam(model, rho=0.1, groups=[{"modules": [model.first, model.post], "rho": 0.0}]).backward(loss)
