@@ -11,4 +11,6 @@ from .recipe import Data, Recipe, find_recipe
 
 RECIPES = {r.name: r for r in (digits, fashion_mnist, cifar10)}
 
-__all__ = ["RECIPES", "CompareSettings", "Comparison", "Data", "Recipe", "cifar10", "digits", "fashion_mnist", "find_recipe"]
+__all__ = [
+    "RECIPES", "CompareSettings", "Comparison", "Data", "Recipe", "cifar10", "digits", "fashion_mnist", "find_recipe",
+]

@@ -1,0 +1,31 @@
+# make demo   set up and run the main job, flatmin compare
+# make test   set up and run what CI runs: lint, types, tests
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+.venv/installed: pyproject.toml constraints.txt peers.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -r peers.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/flatmin compare
+
+test: .venv/installed lint types
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
