@@ -180,8 +180,9 @@ def culprit(objective: Objective) -> str:
             runs.append(_trace(objective, term))
         for (name, kind, a), (_, _, b) in zip(*runs, strict=False):
             if not _equal(a, b):
-                return (f"module {name!r} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make "
-                        'it respect .eval(), or pass mode="train" to hold its draws fixed')
+                where = f"module {name!r}" if name else "the model"
+                return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "
+                        'respect .eval(), or pass mode="train" to hold its draws fixed')
         first, second = ([t.batch for t in objective.terms()] for _ in range(2))
         if len(first) != len(second) or not all(map(_equal, first, second)):
             return "the data differ from pass to pass. Switch random augmentation off, or pass a list of batches"

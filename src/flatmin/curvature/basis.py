@@ -23,7 +23,7 @@ class Basis:
     def __init__(self, rows: int, n: int, dtype: torch.dtype, device: torch.device, place: Place = "device",
                  folder: str | None = None):
         assert rows > 0
-        self.device, self._file = device, ""
+        self.device = device
         needed = rows * n * torch.empty(0, dtype=dtype).element_size()
         remedy = 'take a smaller basis= or k, or place="host" or "disk", or eigenvalues() for values alone'
         if place == "disk":
@@ -31,15 +31,25 @@ class Basis:
             free = shutil.disk_usage(folder).free
             if needed > free:
                 raise MemoryError(f"a basis of {memory.size(needed)} for {folder}, where {memory.size(free)} are free")
-            handle, self._file = tempfile.mkstemp(prefix="flatmin-basis-", dir=folder)
+            handle, file = tempfile.mkstemp(prefix="flatmin-basis-", dir=folder)
             os.truncate(handle, needed)
             os.close(handle)
-            self.rows = torch.from_file(self._file, shared=True, size=rows * n, dtype=dtype).view(rows, n)
-            os.unlink(self._file)  # the mapping keeps it alive, and nothing is left behind after a kill
+            self.rows = torch.from_file(file, shared=True, size=rows * n, dtype=dtype).view(rows, n)
+            os.unlink(file)  # the mapping keeps it alive, and nothing is left behind after a kill
         else:
             where = device if place == "device" else torch.device("cpu")
             memory.require(needed, where, f"a basis of {rows} vectors", remedy)
             self.rows = torch.empty(rows, n, dtype=dtype, device=where)
+
+    @classmethod
+    def of(cls, rows: Tensor, device: torch.device) -> Basis:
+        """Orthonormal rows that exist already."""
+        basis = cls.__new__(cls)
+        basis.rows, basis.device = rows, device
+        return basis
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
 
     def __getitem__(self, i: int) -> Tensor:
         """Row i on the operator's device."""
@@ -56,16 +66,16 @@ class Basis:
         """The coefficients (count,) of w along the first rows."""
         return torch.mv(self.rows[:count], w.to(self.rows.device))
 
-    def remove(self, w: Tensor, count: int) -> float:
-        """w ← w − VᵀV w for the first rows, in place; the length of what was removed."""
+    def remove(self, w: Tensor, count: int) -> Tensor:
+        """w ← w − VᵀV w for the first rows, in place; the coefficients that were removed, float64 on the CPU."""
         if count == 0:
-            return 0.0
+            return torch.zeros(0, dtype=torch.float64)
         c = self.project(w, count)
         if w.device == self.rows.device:
             w.addmv_(self.rows[:count].T, c, alpha=-1)
         else:
             w.sub_(torch.mv(self.rows[:count].T, c).to(w.device))
-        return float(c.double().norm())
+        return c.to("cpu", torch.float64)
 
     def rotate(self, s: Tensor, count: int) -> None:
         """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place."""

@@ -1,13 +1,15 @@
-"""Thick-restart Lanczos with full re-orthogonalisation: the recurrence alone, without a stopping rule.
+"""Thick-restart band Lanczos with full re-orthogonalisation: the recurrence alone, without a stopping rule.
 
-It keeps A V = V T + r eᵀ, with V orthonormal, in the operator's dtype, and T a small float64 matrix. Where the Krylov
-space is exhausted (r = 0) it goes on from a random vector orthogonal to V, which is how the other copies of a multiple
-eigenvalue come in. K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616.
+It keeps A V_m = V_m T + V_b R, with V orthonormal rows in the operator's dtype, V_b the next b of them (b = 1 is the
+usual Lanczos recurrence; b start vectors see b copies of a multiple eigenvalue) and T, R small float64 matrices. Where
+the Krylov space is exhausted (R = 0) it goes on from a random vector orthogonal to V, which is how further copies come
+in. K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616; A. Ruhe, Math. Comp. 33 (1979) 680-687.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,26 +41,31 @@ def random_vector(operator: CurvatureOperator, generator: torch.Generator, kind:
 
 
 class Krylov:
-    """``count`` basis vectors have been multiplied by A; row ``count`` of V is the next one, unless V is complete."""
+    """The first ``count`` of ``rows`` orthonormal vectors V have been multiplied by A; the others, at most b, wait.
 
-    def __init__(self, operator: CurvatureOperator, basis: Basis, generator: torch.Generator,
-                 locked: Basis | None = None, locked_count: int = 0):
+    ``F`` (rows, rows) holds VᵀAV as far as it is known: T its leading block of ``count``, R the rows below that.
+    """
+
+    def __init__(self, operator: CurvatureOperator, basis: Basis, generator: torch.Generator, *, block: int = 1,
+                 locked: Basis | None = None):
         self.operator, self.V, self.generator = operator, basis, generator
-        self.locked, self.locked_count = locked, locked_count
-        self.capacity = min(basis.rows.shape[0] - 1, operator.size - locked_count)
-        self.T = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self.count = self.matvecs = self.breakdowns = 0
-        self.thick = 0          # rows that are Ritz vectors of a restart, coupled to row ``thick`` only
-        self.beta = 0.0         # length of r
-        self.scale = 0.0        # largest |entry| of T and r seen: what "small" is measured by
+        self.locked = locked
+        self.room = operator.size - (0 if locked is None else len(locked))
+        self.block = min(block, self.room)
+        self.capacity = min(len(basis) - self.block, self.room)
+        self.F = torch.zeros(len(basis), len(basis), dtype=torch.float64)
+        self.count = self.rows = self.matvecs = self.breakdowns = self.thick = 0
+        self.scale = 0.0        # the largest ‖Av‖ seen: what "small" is measured by
         self.unit = 1.0         # a power of two that A is multiplied by, so that squares neither over- nor underflow
         self.eps = torch.finfo(operator.dtype).eps
-        self._fresh_direction(0)
+        self._waiting: list[Tensor] = []
+        for _ in range(self.block):
+            self._append_random()
 
     @property
     def complete(self) -> bool:
         """Whether V spans the whole space, so that T has all eigenvalues."""
-        return self.count + self.locked_count == self.operator.size
+        return self.count == self.room
 
     def step(self) -> None:
         """One product; T grows by a row."""
@@ -66,82 +73,113 @@ class Krylov:
         assert j < self.capacity
         v = self.V[j]
         w = self._multiply(v)
+        self.scale = max(self.scale, norm(w))
         alpha = dot(w, v)
-        if not math.isfinite(alpha):
+        if not math.isfinite(alpha) or not math.isfinite(self.scale):
             raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
-        size = norm(w)
-        self.T[j, j] = alpha
+        self.F[j, j] = alpha
         w.add_(v, alpha=-alpha)
-        if j > self.thick:
-            w.add_(self.V[j - 1], alpha=-float(self.T[j, j - 1]))
-        removed = self._clean(w, j + 1)
+        for i in range(max(self.thick, j - self.block), j):
+            w.add_(self.V[i], alpha=-float(self.F[j, i]))
+        removed = self._clean(w, couple=j)
         beta = norm(w)
         if removed > 0.1 * beta:
-            self._clean(w, j + 1)
+            self._clean(w)
             beta = norm(w)
-        self.scale = max(self.scale, abs(alpha), size)
         self.count = j + 1
-        if self.complete:
-            self.beta = 0.0
-        elif beta <= 20 * self.eps * self.scale:
-            self.beta = 0.0
+        if self.rows == self.room:
+            return
+        if beta <= 20 * self.eps * self.scale:
             self.breakdowns += 1
-            self._fresh_direction(j + 1)
+            self._append_random()
+            return
+        if beta <= 1e3 * self.eps * self.scale:     # mostly rounding: make sure that it is orthogonal
+            w.div_(beta)
+            self._clean(w)
+            self.V.put(self.rows, w, 1 / norm(w))
         else:
-            self.beta = beta
-            if beta <= 1e3 * self.eps * self.scale:     # mostly rounding: make sure that it is orthogonal
-                w.div_(beta)
-                self._clean(w, j + 1)
-                beta = norm(w)
-            self.V.put(j + 1, w, 1 / beta)
-        if j + 1 < self.capacity:
-            self.T[j, j + 1] = self.T[j + 1, j] = self.beta
+            self.V.put(self.rows, w, 1 / beta)
+        self.F[self.rows, j] = self.F[j, self.rows] = beta
+        self.rows += 1
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (m,), coefficients (m, m) of the Ritz vectors as columns, and residual norms (m,)."""
-        theta, s = torch.linalg.eigh(self.T[:self.count, :self.count])
-        return theta, s, self.beta * s[-1].abs()
+        m = self.count
+        theta, s = torch.linalg.eigh(self.F[:m, :m])
+        return theta, s, torch.linalg.vector_norm(self.F[m:self.rows, :m] @ s, dim=0)
 
     def restart(self, s: Tensor, theta: Tensor) -> None:
-        """Keep the Ritz vectors with coefficients s (m, p) and values θ (p,), and the direction r."""
-        p, m = s.shape[1], self.count
-        last = self.V[m].clone()
+        """Keep the Ritz vectors with coefficients s (m, p) and values θ (p,), and the vectors that wait."""
+        p, m, waiting = s.shape[1], self.count, self.rows - self.count
+        tail = [self.V.rows[m + i].clone() for i in range(waiting)]
+        couplings = self.F[m:self.rows, :m] @ s
         self.V.rotate(s, m)
-        self.V.put(p, last)
-        self.T.zero_()
-        self.T[range(p), range(p)] = theta
-        self.T[p, :p] = self.T[:p, p] = self.beta * s[-1]
-        self.count = self.thick = p
+        for i, row in enumerate(tail):
+            self.V.rows[p + i].copy_(row)
+        self.F.zero_()
+        self.F[range(p), range(p)] = theta
+        self.F[p:p + waiting, :p] = couplings
+        self.F[:p, p:p + waiting] = couplings.T
+        self.count, self.rows, self.thick = p, p + waiting, p
+        self._waiting = []
+
+    def state(self) -> dict[str, Any]:
+        """What ``resume`` needs, as tensors and numbers."""
+        names = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
+        return {name: getattr(self, name) for name in names} | {
+            "F": self.F, "V": self.V.rows[:self.rows], "generator": self.generator.get_state()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        for name, value in state.items():
+            if name not in ("F", "V", "generator"):
+                setattr(self, name, value)
+        self.F.copy_(state["F"])
+        self.V.rows[:self.rows].copy_(state["V"])
+        self.generator.set_state(state["generator"])
+        self._waiting = []
 
     def _multiply(self, v: Tensor) -> Tensor:
-        w = self.operator._product(v)
+        if not self._waiting:
+            ready = self.V.rows[self.count:min(self.rows, self.capacity)]
+            self._waiting = list(self.operator._products(ready.to(self.V.device))) if len(ready) > 1 \
+                else [self.operator._product(v)]
+        w = self._waiting.pop(0)
         self.matvecs += 1
         if self.matvecs == 1:
-            top = float(w.abs().amax())
+            top, limit = float(w.abs().amax()), 100 if self.operator.dtype == torch.float32 else 1000
             if math.isfinite(top) and top > 0 and not 1e-9 < top < 1e9:
-                limit = 100 if self.operator.dtype == torch.float32 else 1000
                 self.unit = 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
         return w.mul_(self.unit) if self.unit != 1 else w
 
-    def _clean(self, w: Tensor, count: int) -> float:
-        """Make w orthogonal to the locked vectors and the first ``count`` of V."""
-        away = 0.0 if self.locked is None else self.locked.remove(w, self.locked_count)
-        return max(self.V.remove(w, count), away)
+    def _clean(self, w: Tensor, couple: int | None = None) -> float:
+        """Make w orthogonal to the locked vectors and to V; how much was removed.
 
-    def _fresh_direction(self, i: int) -> None:
-        """Row i ← a random unit vector orthogonal to all others."""
-        if self.complete:
+        With ``couple=j``, w is Av_j, and what it has along vectors that wait is an entry of VᵀAV.
+        """
+        removed = 0.0 if self.locked is None else float(self.locked.remove(w, len(self.locked)).norm())
+        c = self.V.remove(w, self.rows)
+        if couple is not None and couple + 1 < self.rows:
+            new = c[couple + 1:]
+            self.F[couple + 1:self.rows, couple] = new
+            self.F[couple, couple + 1:self.rows] = new
+        return max(removed, float(c.norm()))
+
+    def _append_random(self) -> None:
+        """One more row: a random unit vector orthogonal to all others."""
+        if self.rows == self.room:
             return
         for _ in range(5):
             w = random_vector(self.operator, self.generator)
             w.div_(norm(w))
             for _ in range(3):
-                self._clean(w, i)
-                size = norm(w)
-                if size < 1e-3 / math.sqrt(self.operator.size):
+                self._clean(w)
+                length = norm(w)
+                if length < 1e-3 / math.sqrt(self.operator.size):
                     break
-                w.div_(size)
+                w.div_(length)
             else:
-                self.V.put(i, w)
+                self.V.put(self.rows, w)
+                self.rows += 1
                 return
         raise ArithmeticError("no direction orthogonal to the basis was found in this precision: use float64")

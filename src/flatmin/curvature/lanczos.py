@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from . import memory
+from . import certificate, memory
 from .basis import Basis, Place
-from .krylov import Krylov, norm
+from .krylov import Krylov
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
 
@@ -26,9 +27,9 @@ class Spectrum:
     """Eigenpairs in algebraic order, smallest first as in ``torch.linalg.eigh``.
 
     ``residuals`` are ‖Av − λv‖ for unit v: from fresh products where ``certified``, else estimated by the recurrence.
-    In exact arithmetic an eigenvalue of A lies within its residual of each λ. ``complete`` says whether it was
-    excluded, at 99 % confidence, that an eigenvalue at the wanted end is missing (another copy of a multiple one, say);
-    None where that was not looked into.
+    In exact arithmetic A has an eigenvalue within its residual of each λ. ``complete`` says whether, at 99 %
+    confidence, no eigenvalue at the wanted end is missing (another copy of a multiple one, say); it is False where the
+    search ran out of its budget, and None where there was none.
     """
 
     eigenvalues: Tensor     # (k,) float64
@@ -62,28 +63,29 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
                progress: Progress = False, checkpoint: str | None = None) -> Spectrum:
     """k eigenpairs at an end of the spectrum, by thick-restart Lanczos with full re-orthogonalisation.
 
-    A V = V T + r eᵀ; a Ritz pair (θ, Vs) of T s = θ s has the residual ‖r‖ |s_last|, and stops counting as unconverged
-    when that is at most ``tol`` · max |θ|.
+    A V = V T + r eᵀ; a Ritz pair (θ, Vs) with T s = θ s has the residual ‖r‖ |s_last|, and has converged when that is
+    at most ``tol`` · max |θ|.
 
     Args:
         operator: any ``CurvatureOperator``.
         k: how many; fewer come back only where n < k.
         which: "largest" or "smallest" algebraically, "both" ends (the odd one at the top), or largest "magnitude".
         tol: residual relative to the largest |eigenvalue|.
-        certify: recompute each residual with a fresh product (k products), and look, from a new random vector
-            orthogonal to what was found, for eigenvalues that are missing.
+        certify: recompute each residual with a fresh product (k products), and where several at one end are wanted,
+            search from a new random vector for eigenvalues that are missing (at most a quarter more products, and 16
+            at least, unless something is found).
         seed: of the start vector.
         basis: vectors held at most (by default 3k + 40, less where memory is short); after that, thick restarts.
-        block: products taken together from as many random vectors; for clusters of known multiplicity.
+        block: from how many random vectors to start, taking products together; for clusters of known multiplicity.
         place: "device", "host" or "disk" (a file in ``folder`` that is gone afterwards), for the basis.
         max_matvecs: after this many products (default: 20 times the basis) what there is comes back, unconverged
             pairs marked, with a warning.
         progress: True for a line on standard error, or a function of (products, text).
-        checkpoint: a file that holds the state, written each minute, from which the same call goes on after a kill;
-            it is removed at the end.
+        checkpoint: a file for the state, written each minute, from which the same call goes on after a kill; removed
+            at the end.
 
     Raises:
-        ValueError: k < 1, or a product that is not finite.
+        ValueError: k < 1, a product that is not finite, or a checkpoint of something else.
         MemoryError: before starting, where the basis does not fit, with what is needed.
 
     >>> from flatmin.curvature import Matrix
@@ -98,42 +100,47 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     if k < 1 or tol <= 0 or block < 1:
         raise ValueError(f"k, tol and block must be positive, got k={k}, tol={tol}, block={block}")
     k, generator = min(k, operator.size), vectors.seeded(seed)
-    limit = max_matvecs or 20 * _rows(operator, k, basis, place)
+    m = _rows(operator, k, basis, block, place)
+    settings = operator.describe() | {"k": k, "which": which, "tol": tol, "basis": m, "block": block}
     with operator.session(), reporter(progress, "eigenpairs") as report:
-        V = Basis(_rows(operator, k, basis, place) + 1, operator.size, operator.dtype, operator.device, place, folder)
-        run = Krylov(operator, V, generator)
-        _iterate(run, k, which, tol, limit, report)
+        V = Basis(min(m + block, operator.size + block), operator.size, operator.dtype, operator.device, place, folder)
+        run = Krylov(operator, V, generator, block=block)
+        with _Checkpoint(checkpoint, run, settings) as keep:
+            _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep)
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
-        x = V.combine(s[:, chosen], run.count)
-        values, residuals, used, complete = theta[chosen], bounds[chosen], run.matvecs, None
-        scale = float(theta.abs().max())
-        del V
+        values, residuals, x = theta[chosen], bounds[chosen], V.combine(s[:, chosen], run.count)
+        scale, used, complete = float(theta.abs().max()), run.matvecs, True if run.complete else None
+        del V, run.V
+        if certify and not complete and bool((residuals <= tol * scale).all()):
+            values, x, complete, more = _completed(run, values, x, which, tol * scale, max(16, used // 4))
+            used += more
+        values = values / run.unit
         if certify:
-            complete = run.complete or None
-    values, residuals = values / run.unit, residuals / run.unit
-    if certify:
-        residuals = certificate(operator, values, x)
-        used += k
+            residuals = certificate.residuals(operator, values, x)
+            used += len(x)
+        else:
+            residuals = residuals / run.unit
     converged = residuals <= tol * scale / run.unit
     if not bool(converged.all()):
-        warnings.warn(f"{int((~converged).sum())} of {k} eigenpairs did not converge to {tol:g} of the largest in "
-                      f"{used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
+        warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
+                      f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
     return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
-                    complete=complete, matvecs=used, settings=operator.describe() | {"which": which, "tol": tol})
+                    complete=complete, matvecs=used, settings=operator.describe() | settings)
 
 
-def _rows(operator: CurvatureOperator, k: int, basis: int | None, place: Place) -> int:
+def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
     """How many basis vectors to hold."""
+    least = min(k + 2 * block, operator.size)
     if basis is not None:
-        if basis < min(k + 2, operator.size):
-            raise ValueError(f"basis must be at least k + 2 = {k + 2}, got {basis}")
+        if basis < least:
+            raise ValueError(f"basis must be at least k + 2 block = {least}, got {basis}")
         return min(basis, operator.size)
-    rows = 3 * k + 40
+    rows = 3 * k + 20 + 20 * block
     if place != "disk":
         where = operator.device if place == "device" else torch.device("cpu")
         vector = operator.size * torch.empty(0, dtype=operator.dtype).element_size()
-        rows = min(rows, max(k + 8, memory.available(where) // (2 * vector) - k))
+        rows = min(rows, max(least + 6, memory.available(where) // (2 * vector) - k))
     return min(rows, operator.size)
 
 
@@ -150,9 +157,10 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
     return theta.abs().argsort(descending=True)[:k].sort().values
 
 
-def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None]) -> None:
+def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None],
+             keep: Callable[[], None]) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    checked = 0
+    checked = run.count
     while True:
         run.step()
         full = run.count == run.capacity
@@ -161,21 +169,72 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
         checked = run.count
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
-        done = bounds[chosen] <= 0.9 * tol * theta.abs().max()
-        report(run.matvecs, f"{int(done.sum())} of {k} converged")
-        if bool(done.all()) or run.complete or run.matvecs >= limit:
+        worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
+        report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
+                            f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}")
+        if worst <= target or run.complete or run.matvecs >= limit:
             return
         if full:
-            keep = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
-            run.restart(s[:, keep], theta[keep])
+            kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
+            run.restart(s[:, kept], theta[kept])
             checked = run.count
+        keep()
 
 
-def certificate(operator: CurvatureOperator, values: Tensor, x: Tensor) -> Tensor:
-    """‖Av − λv‖ / ‖v‖ for each row of x, by products that share nothing with earlier ones."""
-    out = []
-    with getattr(operator, "fresh", nullcontext)():
-        for value, row in zip(values.tolist(), x, strict=True):
-            v = row.to(operator.device)
-            out.append(norm(operator._product(v).add_(v, alpha=-value)) / norm(v))
-    return torch.tensor(out, dtype=torch.float64)
+def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
+               budget: int) -> tuple[Tensor, Tensor, bool | None, int]:
+    """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, products."""
+    k, used = len(values), 0
+    while sides := _sides(values, which):
+        found = certificate.search(run.operator, x, sides, tolerance=tolerance, budget=budget, unit=run.unit,
+                                   generator=run.generator)
+        used += found.matvecs
+        if not len(found.values):
+            return values, x, found.excluded, used
+        values, x = torch.cat([values, found.values]), torch.cat([x, found.vectors])
+        order = values.argsort()
+        best = order[wanted(values[order], k, which)]
+        values, x = values[best], x[best.to(x.device)]
+    return values, x, None, used
+
+
+def _sides(values: Tensor, which: Which) -> list[tuple[int, float]]:
+    """Beyond which thresholds a further eigenvalue would belong to the wanted ones; only ends with several of them."""
+    k, low, high = len(values), float(values[0]), float(values[-1])
+    if k < 2:
+        return []
+    if which == "magnitude":
+        least = float(values.abs().min())
+        return [(1, least), (-1, -least)]
+    if which == "both":
+        sides = [(1, float(values[k // 2]))] if k - k // 2 > 1 else []
+        return sides + ([(-1, float(values[k // 2 - 1]))] if k // 2 > 1 else [])
+    return [(1, low)] if which == "largest" else [(-1, high)]
+
+
+class _Checkpoint:
+    """Writes the state of a run to a file each minute, and takes it up from there."""
+
+    def __init__(self, file: str | None, run: Krylov, settings: dict[str, Any]):
+        self.file, self.run, self.written = file, run, time.monotonic()
+        self.settings = repr(sorted(settings.items())) + run.operator.fingerprint() if file else ""
+
+    def __enter__(self) -> Callable[[], None]:
+        if self.file and os.path.exists(self.file):
+            saved = torch.load(self.file, weights_only=True)
+            if saved["settings"] != self.settings:
+                raise ValueError(f"{self.file} belongs to another computation: remove it, or name another file")
+            self.run.resume(saved["state"])
+        return self.save
+
+    def save(self, now: bool = False) -> None:
+        if self.file and (now or time.monotonic() - self.written > 60):
+            torch.save({"settings": self.settings, "state": self.run.state()}, f"{self.file}.part")
+            os.replace(f"{self.file}.part", self.file)
+            self.written = time.monotonic()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.save(now=True)
+        elif kind is None and self.file and os.path.exists(self.file):
+            os.remove(self.file)

@@ -55,6 +55,11 @@ class CurvatureOperator(ABC):
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
 
+    def fingerprint(self) -> str:
+        """What tells this matrix from another one of the same description, for a checkpoint."""
+        v = torch.linspace(-1, 1, self.size, dtype=self.dtype, device=self.device)
+        return f"{float(self._product(v).double().norm()):.6e}"
+
     @overload
     def matvec(self, vectors: Tensor) -> Tensor: ...
     @overload
