@@ -1,10 +1,26 @@
-"""Curvature matrices that are never built, and algorithms that see only their products with vectors."""
+"""Curvature matrices that are never built, and algorithms that see only their products with vectors.
 
+* matrices over an ``Objective``: ``Hessian``, ``GaussNewton``, ``FunctionalPart`` (H − G), ``Fisher``;
+* the ends of a spectrum: ``eigenpairs``, ``power_iteration``, ``eigenvalues`` (three vectors of memory);
+* sums over it, with their errors: ``trace``, ``diagonal``, ``frobenius``, ``spectral_density``;
+* small ones: ``dense_hessian``, ``compute_hessian_sharpness``, ``condition_number``.
+"""
+
+from .dense import ConditionNumber, compute_hessian_sharpness, condition_number, dense_hessian
+from .density import SpectralDensity, spectral_density
 from .fisher import Fisher
 from .gauss_newton import FunctionalPart, GaussNewton
 from .hessian import Hessian
 from .lanczos import Spectrum, eigenpairs
 from .operator import CurvatureOperator, Matrix
+from .power import PowerIteration, power_iteration
+from .sampling import Estimate
+from .trace import Diagonal, diagonal, frobenius, trace
+from .values import Eigenvalues, eigenvalues
 
-__all__ = ["CurvatureOperator", "Fisher", "FunctionalPart", "GaussNewton", "Hessian", "Matrix", "Spectrum",
-           "eigenpairs"]
+__all__ = [
+    "ConditionNumber", "CurvatureOperator", "Diagonal", "Eigenvalues", "Estimate", "Fisher", "FunctionalPart",
+    "GaussNewton", "Hessian", "Matrix", "PowerIteration", "SpectralDensity", "Spectrum", "compute_hessian_sharpness",
+    "condition_number", "dense_hessian", "diagonal", "eigenpairs", "eigenvalues", "frobenius", "power_iteration",
+    "spectral_density", "trace",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .krylov import Krylov, norm
+from .krylov import Krylov, norm, unit_for
 from .operator import CurvatureOperator
 
 DOUBT = 0.01
@@ -24,9 +24,8 @@ def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> Tensor:
         for value, row in zip(values.tolist(), x, strict=True):
             v = row.to(operator.device)
             w = operator._product(v)
-            top = float(w.abs().amax())
-            unit = 2.0 ** -round(math.log2(top)) if 0 < top < 1e-15 or 1e15 < top < math.inf else 1.0
-            out.append(norm(w.add_(v, alpha=-value).mul_(unit)) / unit / norm(v))
+            unit = unit_for(w)
+            out.append(norm(w.mul_(unit).add_(v, alpha=-value * unit)) / unit / norm(v))
     return torch.tensor(out, dtype=torch.float64)
 
 

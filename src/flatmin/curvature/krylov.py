@@ -29,6 +29,14 @@ def norm(a: Tensor) -> float:
     return math.sqrt(float(vectors.sums_of_squares([a])[0]))
 
 
+def unit_for(w: Tensor) -> float:
+    """A power of two that brings a product to a size whose squares neither over- nor underflow; mostly 1."""
+    top, limit = float(w.abs().amax()), 100 if w.dtype == torch.float32 else 1000
+    if not math.isfinite(top) or top == 0 or 1e-9 < top < 1e9:
+        return 1.0
+    return 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
+
+
 def random_vector(operator: CurvatureOperator, generator: torch.Generator, kind: str = "normal") -> Tensor:
     """A random flat vector, the same for a seed on every device."""
     dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
@@ -147,9 +155,7 @@ class Krylov:
         w = self._waiting.pop(0)
         self.matvecs += 1
         if self.matvecs == 1:
-            top, limit = float(w.abs().amax()), 100 if self.operator.dtype == torch.float32 else 1000
-            if math.isfinite(top) and top > 0 and not 1e-9 < top < 1e9:
-                self.unit = 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
+            self.unit = unit_for(w)
         return w.mul_(self.unit) if self.unit != 1 else w
 
     def _clean(self, w: Tensor, couple: int | None = None) -> float:

@@ -1,0 +1,158 @@
+"""The density of a whole spectrum, by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..results import Scalar
+from .basis import Basis, Place
+from .krylov import Krylov
+from .operator import CurvatureOperator
+from .progress import Progress, reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralDensity:
+    """A spectrum as weighted nodes, one row a probe; ``density``, ``log_density`` and ``plot`` smooth them.
+
+    ``mass_at_zero`` is the share of eigenvalues with |λ| at most ``zero`` (a Scalar with its standard error), and
+    ``trace`` n times the mean of the spectrum.
+    """
+
+    nodes: list[Tensor] = field(repr=False)     # a (m,) float64 tensor a probe, ascending
+    weights: list[Tensor] = field(repr=False)   # the same shapes; each sums to 1
+    size: int
+    zero: float
+    mass_at_zero: Scalar
+    trace: Scalar
+    matvecs: int
+    settings: dict[str, Any]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The outermost nodes, which lie inside the spectrum."""
+        return min(float(t[0]) for t in self.nodes), max(float(t[-1]) for t in self.nodes)
+
+    def density(self, x: Tensor | None = None, *, width: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Points x, the density there (integrating to 1) and its standard error over probes.
+
+        Each node is a normal curve of standard deviation ``width``: by default the range over the number of nodes.
+        """
+        low, high = self.range
+        width = width or max(high - low, abs(high), 1e-300) / max(len(t) for t in self.nodes)
+        x = torch.linspace(low - 4 * width, high + 4 * width, 1000, dtype=torch.float64) if x is None else x.double()
+        rows = [_smooth(x, t, w, width) for t, w in zip(self.nodes, self.weights, strict=True)]
+        return x, *_band(rows)
+
+    def log_density(self, *, decades: float = 8, width: float = 0.1) -> dict[str, Tensor]:
+        """Shares of eigenvalues per decade of |λ|, apart for each sign, with their standard errors over probes.
+
+        Keys: "exponent" (log₁₀ |λ|), "positive", "positive_error", "negative", "negative_error"; what is smaller than
+        ``decades`` below the largest |λ| counts as zero.
+        """
+        top = math.log10(max(map(abs, self.range)) or 1.0)
+        x = torch.linspace(top - decades, top + 4 * width, 800, dtype=torch.float64)
+        out = {"exponent": x}
+        for name, sign in (("positive", 1), ("negative", -1)):
+            rows = []
+            for t, w in zip(self.nodes, self.weights, strict=True):
+                here = sign * t > 10 ** (top - decades)
+                rows.append(_smooth(x, (sign * t[here]).log10(), w[here], width))
+            out[name], out[f"{name}_error"] = _band(rows)
+        return out
+
+    def plot(self, ax: Any = None, *, log: bool = False, **style: Any) -> Any:
+        """The density with a band of two standard errors; with ``log``, per decade of |λ| and apart for each sign."""
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots()[1]
+        if log:
+            d = self.log_density()
+            for name in ("positive", "negative"):
+                _draw(ax, 10 ** d["exponent"], d[name], d[f"{name}_error"], label=f"{name} λ", **style)
+            ax.set_xscale("log")
+            ax.set(xlabel="|eigenvalue|", ylabel="share per decade")
+            ax.legend()
+        else:
+            _draw(ax, *self.density(), **style)
+            ax.set_yscale("log")
+            ax.set_ylim(bottom=0.1 / self.size)
+            ax.set(xlabel="eigenvalue", ylabel="density")
+        return ax
+
+
+def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int = 60, zero: float = 1e-4,
+                     seed: int | torch.Generator = 0, place: Place = "device", folder: str | None = None,
+                     progress: Progress = False) -> SpectralDensity:
+    """The spectral density φ(t) = (1/n) Σ_i δ(t − λ_i), by stochastic Lanczos quadrature.
+
+    From each random unit vector v, ``steps`` of Lanczos with full re-orthogonalisation give nodes θ_j and weights
+    (s_j)₁² whose sums Σ_j w_j θ_jᵖ equal vᵀAᵖv up to p = 2 · steps − 1; the mean over v is the spectrum's.
+
+    Args:
+        operator: any ``CurvatureOperator``.
+        probes: random vectors; the band is over them.
+        steps: products a probe, and vectors held at once.
+        zero: |λ| up to ``zero`` times the largest |λ| counts as zero for ``mass_at_zero``.
+        seed: of the probes.
+        place, folder: where the vectors are, as for ``eigenpairs``.
+
+    >>> from flatmin.curvature import Matrix
+    >>> d = spectral_density(Matrix(torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0]))), probes=200)
+    >>> abs(d.mass_at_zero.value - 0.75) < 3 * d.mass_at_zero.stderr
+    True
+
+    S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099; B. Ghorbani et al., ICML 2019.
+    """
+    if probes < 1 or steps < 1:
+        raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
+    generator = vectors.seeded(seed)
+    steps = min(steps, operator.size)
+    nodes, weights, used = [], [], 0
+    with operator.session(), reporter(progress, "spectral density") as report:
+        V = Basis(steps + 1, operator.size, operator.dtype, operator.device, place, folder)
+        for _ in range(probes):
+            run = Krylov(operator, V, generator)
+            while run.count < run.capacity and not run.breakdowns:
+                run.step()
+                report(used + run.matvecs, f"of {probes * steps}")
+            theta, s, _ = run.ritz()
+            nodes.append(theta / run.unit)
+            weights.append(s[0] ** 2)
+            used += run.matvecs
+    top = max(float(t.abs().max()) for t in nodes)
+    n, settings = operator.size, operator.describe() | {"probes": probes, "steps": steps}
+    at_zero = [float(w[t.abs() <= zero * top].sum()) for t, w in zip(nodes, weights, strict=True)]
+    traces = [n * float((w * t).sum()) for t, w in zip(nodes, weights, strict=True)]
+    return SpectralDensity(nodes=nodes, weights=weights, size=n, zero=zero * top, matvecs=used, settings=settings,
+                           mass_at_zero=_scalar(at_zero, settings), trace=_scalar(traces, settings))
+
+
+def _scalar(samples: list[float], settings: dict[str, Any]) -> Scalar:
+    t = torch.tensor(samples, dtype=torch.float64)
+    stderr = float(t.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
+    return Scalar(value=float(t.mean()), stderr=stderr, settings=settings)
+
+
+def _smooth(x: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:
+    z = (x[:, None] - nodes) / width
+    return (weights * torch.exp(-0.5 * z**2)).sum(1) / (width * math.sqrt(2 * math.pi))
+
+
+def _band(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    t = torch.stack(rows)
+    return t.mean(0), t.std(0) / math.sqrt(len(rows)) if len(rows) > 1 else torch.full_like(t[0], math.nan)
+
+
+def _draw(ax: Any, x: Tensor, y: Tensor, error: Tensor, **style: Any) -> None:
+    curve, = ax.plot(x.numpy(), y.numpy(), **style)
+    if not bool(error.isnan().any()):
+        ax.fill_between(x.numpy(), (y - 2 * error).clamp(min=0).numpy(), (y + 2 * error).numpy(), alpha=0.25,
+                        color=curve.get_color(), linewidth=0)

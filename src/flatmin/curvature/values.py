@@ -1,0 +1,129 @@
+"""Eigenvalues alone, in three vectors of memory: Lanczos without a basis, its ghosts recognised."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from .krylov import dot, norm, random_vector, unit_for
+from .lanczos import Which, wanted
+from .operator import CurvatureOperator
+from .progress import Progress, reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eigenvalues:
+    """Distinct eigenvalues in algebraic order; ``errors`` estimate the distance of each to the spectrum.
+
+    ``copies`` counts how often the recurrence found each one again. It says nothing about multiplicity.
+    """
+
+    values: Tensor      # (k,) float64
+    errors: Tensor      # (k,) float64
+    converged: Tensor   # (k,) bool
+    copies: Tensor      # (k,) int64
+    matvecs: int
+    settings: dict[str, Any]
+
+
+def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest", *, tol: float = 1e-3,
+                max_matvecs: int | None = None, seed: int | torch.Generator = 0,
+                progress: Progress = False) -> Eigenvalues:
+    """k distinct eigenvalues at an end of the spectrum, for a model so large that no basis can be held.
+
+    Plain Lanczos: w = A vⱼ − βⱼ₋₁ vⱼ₋₁, αⱼ = vⱼᵀw, three vectors. Without re-orthogonalisation the tridiagonal T has
+    converged eigenvalues again and again, and spurious ones on their way there. Cullum and Willoughby tell them apart:
+    a simple eigenvalue of T that T without its first row and column has too does not depend on the start vector, and
+    is spurious; repeated ones are copies of one. Multiplicities are not seen: use ``eigenpairs`` for them.
+
+    Args:
+        operator: any ``CurvatureOperator``.
+        k: how many distinct values.
+        which: as for ``eigenpairs``.
+        tol: stop when each error is at most ``tol`` · max |θ|.
+        max_matvecs: products at most (default 30k + 200); beyond, a warning and ``converged`` False.
+        seed: of the start vector.
+
+    >>> from flatmin.curvature import Matrix
+    >>> [round(x, 3) for x in eigenvalues(Matrix(torch.diag(torch.tensor([4.0, 1.0, -5.0]))), k=2).values.tolist()]
+    [1.0, 4.0]
+
+    J. Cullum, R. Willoughby, Lanczos Algorithms for Large Symmetric Eigenvalue Computations, SIAM 2002, ch. 4.
+    """
+    if k < 1 or tol <= 0:
+        raise ValueError(f"k and tol must be positive, got k={k}, tol={tol}")
+    limit = max_matvecs or 30 * k + 200
+    alphas: list[float] = []
+    betas: list[float] = []
+    v = random_vector(operator, vectors.seeded(seed))
+    v.div_(norm(v))
+    old: Tensor | None = None
+    unit = 1.0
+    beta = scale = 0.0
+    eps = torch.finfo(operator.dtype).eps
+    found = None
+    checked = 0
+    with operator.session(), reporter(progress, "eigenvalues") as report:
+        while True:
+            w = operator._product(v)
+            unit = unit if alphas else unit_for(w)
+            w.mul_(unit)
+            scale = max(scale, norm(w))
+            if old is not None:
+                w.add_(old, alpha=-beta)
+            alpha = dot(v, w)
+            if not math.isfinite(alpha):
+                raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
+            w.add_(v, alpha=-alpha)
+            beta = norm(w)
+            alphas.append(alpha)
+            m = len(alphas)
+            exhausted = beta <= 20 * eps * scale
+            if exhausted or m >= limit or m - checked > max(4, m // 8):
+                checked = m
+                found = _genuine(torch.tensor(alphas), torch.tensor(betas), 0.0 if exhausted else beta, eps * scale)
+                values, errors, copies = (t[wanted(found[0], k, which)] for t in found)
+                worst, top = float(errors.max()), float(found[0].abs().max())
+                report(m, f"worst error {worst:.1e}, wanted {tol * top:.1e}")
+                if exhausted or m >= limit or (len(values) == k and worst <= tol * top):
+                    break
+            betas.append(beta)
+            old, v = v, w.div_(beta)
+    converged, values, errors = errors <= tol * top, values / unit, errors / unit
+    if not bool(converged.all()):
+        warnings.warn(f"{int((~converged).sum())} of {k} eigenvalues did not converge to {tol:g} of the largest in "
+                      f"{m} products: allow more with max_matvecs=", stacklevel=2)
+    return Eigenvalues(values=values, errors=errors, converged=converged, copies=copies, matvecs=m,
+                       settings=operator.describe() | {"k": k, "which": which, "tol": tol})
+
+
+def _genuine(alphas: Tensor, betas: Tensor, beta: float, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, errors and copies of the eigenvalues of T that are not spurious."""
+    T = torch.diag(alphas.double())
+    if len(betas):
+        T = T + torch.diag(betas.double(), 1) + torch.diag(betas.double(), -1)
+    theta, s = torch.linalg.eigh(T)
+    inner = torch.linalg.eigvalsh(T[1:, 1:])
+    bounds = beta * s[-1].abs()
+    width = 50 * noise * math.sqrt(len(alphas)) + 1e-300
+    values, errors, copies = [], [], []
+    i = 0
+    while i < len(theta):
+        j = i
+        while j + 1 < len(theta) and theta[j + 1] - theta[j] <= width:
+            j += 1
+        spurious = i == j and len(inner) > 0 and float((inner - theta[i]).abs().min()) <= width \
+            and float(s[0, i].abs()) <= 1e-6
+        if not spurious:
+            values.append(float(theta[i:j + 1].mean()))
+            errors.append(max(float(bounds[i:j + 1].min()), noise))
+            copies.append(j - i + 1)
+        i = j + 1
+    return (torch.tensor(values, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64),
+            torch.tensor(copies, dtype=torch.int64))
