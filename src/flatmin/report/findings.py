@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .reading import Gap, Reading, Stat, gap, number, numbers, plus_minus, section, significant
+from .reading import Gap, Reading, Stat, gap, numbers, plus_minus, section
 
-LOSSES = {  # what should be small: the metric, its name, its verb when it is not
-    "nll": ("Negative log-likelihood", "is higher"),
-    "ece": ("Calibration", "is worse (expected calibration error)"),
-    "sharpness": ("One-step sharpness", "rose"),
-    "eigenvalue": ("The largest Hessian eigenvalue", "rose"),
+LOSSES = {  # what should be small: the metric and its name
+    "nll": "Negative log-likelihood",
+    "ece": "Calibration got worse: the expected calibration error",
+    "sharpness": "One-step sharpness",
+    "eigenvalue": "The largest Hessian eigenvalue",
 }
 
 
@@ -36,6 +36,8 @@ def headline(record: Mapping[str, Any]) -> str:
     if len(ranked) == 1:
         return f"{r.label(best)} reaches {percent(r.stat(best, 'accuracy'))} {r.test_name}"
     tied = _tied(r, ranked)
+    if not math.isfinite(r.stat(best, "accuracy").sd):
+        return f"{r.label(best)} is ahead on {r.test_name}, in a single seed: undecided"
     if len(tied) == len(ranked) or base in tied and best != base:
         return f"No winner: the seeds do not tell {_names(r, tied)} apart"
     if best == base:
@@ -61,11 +63,8 @@ def verdict(record: Mapping[str, Any]) -> str:
     step = gap(stat, r.stat(other, "accuracy"))
     text = f"{first}, {_points(step)} above {r.label(other)} ({percent(r.stat(other, 'accuracy'))}); {_against(step)}."
     tied = [m for m in _tied(r, ranked)[1:] if m != other]
-    if tied:
+    if tied and math.isfinite(step.spread):
         text += f" Undecided between {r.label(best)} and {_names(r, tied)}: they differ by less than the spread."
-        if not math.isfinite(step.spread):
-            text = text.replace("by less than the spread", f"by {_points(gap(stat, r.stat(tied[-1], 'accuracy')))} "
-                                                           "at most, and there is no spread to compare with")
     return text
 
 
@@ -77,14 +76,14 @@ def worse(record: Mapping[str, Any]) -> list[str]:
     lower = [m for m in others if r.stat(m, "accuracy").mean < r.stat(base, "accuracy").mean]
     if lower:
         out.append(_listing(r, f"{r.test_name.capitalize()} is lower", "accuracy", lower))
-    for metric, (name, verb) in LOSSES.items():
+    for metric, name in LOSSES.items():
         rose = [m for m in others if r.stat(m, metric).mean > r.stat(base, metric).mean]
         if rose:
-            out.append(_listing(r, f"{name} {verb}", metric, rose))
+            out.append(_listing(r, f"{name} is higher", metric, rose))
     slow = [(r.timing(m)[1], m) for m in others if r.timing(m)[1] > 1.005]
     if slow:
         costs = [f"{ratio:.2f} times with {r.label(m)}" for ratio, m in slow]
-        out.append(f"Every step costs more time than one of {r.label(base)}: {_join(costs)}.")
+        out.append(f"Every step costs more time than one of {r.label(base)}: {joined(costs)}.")
     for m in r.methods:
         broken = sum(not math.isfinite(v) for v in [*r.seeds(m, "nll"), *r.seeds(m, "accuracy")])
         if broken:
@@ -109,7 +108,7 @@ def _flatter(r: Reading) -> list[str]:
         lower = [m for m in r.methods if r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
         if lower:
             values = [f"{r.label(m)} {plus_minus(r.stat(m, metric))}" for m in lower]
-            out.append(f"Flatter than {r.label(r.baseline)} by {name} ({plus_minus(base)}): {_join(values)}.")
+            out.append(f"Flatter than {r.label(r.baseline)} by {name} ({plus_minus(base)}): {joined(values)}.")
     return out
 
 
@@ -122,8 +121,8 @@ def _parts(r: Reading) -> list[str]:
     whose = "every method" if len(most) == len(r.methods) > 1 else _names(r, most)
     low, high = min(s for s, m in shares if m in most), max(s for s, m in shares if m in most)
     part = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
-    return [f"For {whose}, {part.replace('%', ' %')} of one-step sharpness is its first-order part ρ‖g‖: it says how far "
-            f"training is from a stationary point, more than how curved the loss is."]
+    return [f"For {whose}, {part.replace('%', ' %')} of one-step sharpness is its first-order part ρ‖g‖: it tells how "
+            f"far training is from a stationary point more than how curved the loss is."]
 
 
 def _rankings(r: Reading) -> list[str]:
@@ -136,12 +135,13 @@ def _rankings(r: Reading) -> list[str]:
         return []
     clear = [pair for decided, pair in clashes if decided]
     a, b = clear[0] if clear else clashes[0][1]
-    text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than {r.label(b)} "
-            f"by the first, sharper by the second")
+    text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than "
+            f"{r.label(b)} by the first, sharper by the second")
     if not clear:
         text += ", though not by more than the spread in both"
     more = (len(clear) or len(clashes)) - 1
-    return [text + (f"; so do {more} more pairs of methods." if more > 1 else "; so does one more pair." if more else ".")]
+    rest = {0: "", 1: "; so for one more pair of methods"}.get(more, f"; so for {more} more pairs of methods")
+    return [f"{text}{rest}."]
 
 
 def _peaks(r: Reading) -> list[str]:
@@ -152,12 +152,12 @@ def _peaks(r: Reading) -> list[str]:
         drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
         if drops and sum(drops) / len(drops) > 0.02:
             fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points")
-    return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {_join(fell)}. (No epoch was "
+    return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {joined(fell)}. (No epoch was "
             f"picked; every result is that of the last one.)"] if fell else []
 
 
 def percent(stat: Stat) -> str:
-    return f"{plus_minus(stat, 100)} %"
+    return f"{plus_minus(stat, 100, 1)} %"
 
 
 def _ranked(r: Reading) -> list[str]:
@@ -186,25 +186,16 @@ def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str
     show = percent if metric == "accuracy" else plus_minus
     clear = [m for m in methods if gap(base, r.stat(m, metric)).decided]
     vague = [m for m in methods if m not in clear]
-    values = {m: f"{show(r.stat(m, metric))} with {r.label(m)}" for m in methods}
-    text = f"{start} than {show(base)} with {r.label(r.baseline)}".replace("rose than", "rose from")
-    text = text.replace("rose from", "rose, from") if len(methods) > 1 else text
-    text += ": " if "rose" not in text else " to "
-    parts = []
-    if clear:
-        parts.append(_join([values[m] for m in clear]))
+    parts = [joined([f"{r.label(m)} {show(r.stat(m, metric))}" for m in group]) for group in (clear, vague) if group]
     if vague:
-        why = "undecided, within the spread" if math.isfinite(base.sd) else "undecided, one seed"
-        parts.append(f"{_join([values[m] for m in vague])} ({why})")
-    return f"{text}{'; '.join(parts)}."
+        parts[-1] += " (undecided, within the spread)" if math.isfinite(base.sd) else " (undecided, one seed)"
+    return f"{start} than {r.label(r.baseline)}’s {show(base)}: {'; '.join(parts)}."
 
 
 def _names(r: Reading, methods: Sequence[str]) -> str:
-    return _join([r.label(m) for m in methods])
+    return joined([r.label(m) for m in methods])
 
 
-def _join(items: Sequence[str]) -> str:
+def joined(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
-
-__all__ = ["findings", "headline", "number", "percent", "seen", "significant", "verdict", "worse"]

@@ -13,7 +13,7 @@ LABELS = {
     "wsam": "WSAM", "looksam": "LookSAM", "fisher_sam": "Fisher SAM", "friendly_sam": "Friendly SAM",
     "functional_sam": "Functional SAM", "logit_sam": "Logit SAM", "momentum_sam": "Momentum SAM",
     "preconditioned_sam": "Preconditioned SAM", "preconditioned_functional_sam": "Preconditioned functional SAM",
-    "random_sam": "Random SAM", "sam_on": "SAM-ON",
+    "random_sam": "Random SAM", "sam_on": "SAM-ON", "layer_sam": "Layer SAM", "unnormalized_sam": "USAM",
 }
 METRICS = {
     "accuracy": ("test", "accuracy"), "nll": ("test", "nll"), "ece": ("test", "ece"),
@@ -85,8 +85,8 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def plus_minus(stat: Stat, scale: float = 1.0) -> str:
-    """``mean ± sd``, cut where the sd stops to mean anything.
+def plus_minus(stat: Stat, scale: float = 1.0, digits: int = 0) -> str:
+    """``mean ± sd``, cut where the sd stops to mean anything, but not before so many ``digits`` after the point.
 
     >>> plus_minus(Stat(0.83123, 0.0071, 3), 100), plus_minus(Stat(12.0, n=1))
     ('83.1 ± 0.7', '12.0')
@@ -95,9 +95,9 @@ def plus_minus(stat: Stat, scale: float = 1.0) -> str:
     if not stat.known:
         return str(stat.mean) if stat.n else "–"
     if not math.isfinite(sd) or sd == 0 or not 1e-5 <= sd < 1e5:
-        return significant(mean)
+        return f"{mean:.{digits}f}" if digits else significant(mean)
     exponent = math.floor(math.log10(sd))
-    digits = max(0, -exponent + (sd / 10**exponent < 2))
+    digits = max(digits, -exponent + (sd / 10**exponent < 2))
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
@@ -148,9 +148,10 @@ class Reading:
         return Stat(statistics.fmean(values), spread, len(values))
 
     def timing(self, method: str) -> tuple[float, float]:
-        """Seconds a step, and its ratio to the baseline's."""
+        """Seconds a step, and its ratio to the baseline's (the record's may be relative to another method)."""
         given = section(self.record, "timing", method)
-        return number(given.get("seconds")), number(given.get("ratio"))
+        unit = number(section(self.record, "timing", self.baseline).get("ratio", 1.0))
+        return number(given.get("seconds")), number(given.get("ratio")) / unit if unit > 0 else math.nan
 
     def probe(self) -> float:
         """The ρ with which one-step sharpness was measured."""

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .reading import Reading, plus_minus, significant
+from .reading import Reading, gap, plus_minus, significant
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measured quantity: its key, its heading, what to multiply it by, whether large is good (None: neither)."""
+    """A measured quantity: its key, its heading, what to multiply it by, whether large is good."""
 
     metric: str
     heading: str
-    long: str
     scale: float = 1.0
-    up: bool | None = False
+    up: bool = False
+    digits: int = 0
 
 
 COLUMNS = (
-    Column("accuracy", "accuracy %", "Accuracy, %", 100.0, True),
-    Column("nll", "NLL", "Negative log-likelihood"),
-    Column("ece", "ECE", "Calibration error"),
-    Column("sharpness", "sharpness", "One-step sharpness"),
-    Column("first_order", "1st order", "first-order part", up=None),
-    Column("second_order", "2nd order", "second-order part", up=None),
-    Column("eigenvalue", "λ_max", "Largest Hessian eigenvalue"),
+    Column("accuracy", "Accuracy, %", 100.0, True, 1),
+    Column("nll", "Negative log-likelihood"),
+    Column("ece", "Calibration error"),
+    Column("sharpness", "One-step sharpness"),
+    Column("eigenvalue", "Largest Hessian eigenvalue"),
 )
+PARTS = ("first_order", "second_order")
 
 
 def table(record: Mapping[str, Any]) -> str:
     """Mean ± standard deviation over seeds, one method a line, as plain text.
 
-    A residual stands behind its eigenvalue in parentheses; "× SGD" is the time a step costs in units of SGD's.
+    A residual stands behind its eigenvalue in parentheses; "1st + 2nd" are the means of the parts of one-step
+    sharpness; "× SGD" is the time a step costs in units of SGD's.
     """
     r = Reading(record)
-    head = ["", *(c.heading for c in COLUMNS), "ms/step", f"× {r.label(r.baseline)}"]
+    head = ["", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step", f"× {r.label(r.baseline)}"]
     rows = [[r.label(m), *(_cell(r, m, c) for c in COLUMNS), *_time(r, m)] for m in r.methods]
+    for row, m in zip(rows, r.methods, strict=True):
+        row.insert(5, _parts(r, m))
     keep = [0, *(i for i in range(1, len(head)) if any(row[i] != "–" for row in rows))]
     lines = [[row[i] for i in keep] for row in [head, *rows]]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(keep))]
@@ -52,29 +54,42 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def html_table(record: Mapping[str, Any]) -> str:
-    """The same numbers; under each, a strip with one tick a seed and a dot at the mean, on its column's common scale."""
+    """The same numbers; under each a strip, on its column's common scale: a tick for each seed, a dot for the mean.
+
+    Strong figures are the best of their column or cannot be told from it.
+    """
     r = Reading(record)
-    best = {c.metric: _best(r, c) for c in COLUMNS if c.up is not None}
     shown = [c for c in COLUMNS if any(r.stat(m, c.metric).n for m in r.methods)]
+    strong = {c.metric: _strong(r, c) for c in shown}
     timed = any(math.isfinite(x) for m in r.methods for x in r.timing(m))
-    head = "".join(f'<th scope="col"{_part(c)}>{escape(c.long)}{_arrow(c)}</th>' for c in shown)
+    head = "".join(f'<th scope="col">{escape(c.heading)}<small>{_note_on(r, c)}</small></th>' for c in shown)
     if timed:
-        head += f'<th scope="col">Time a step<small>ms, and times {escape(r.label(r.baseline))}’s</small></th>'
+        head += f'<th scope="col">Time a step<small>ms; times {escape(r.label(r.baseline))}’s</small></th>'
     body = []
     for i, m in enumerate(r.methods):
-        cells = "".join(_html_cell(r, m, c, i, best.get(c.metric) == m) for c in shown)
+        cells = "".join(_html_cell(r, m, c, m in strong[c.metric]) for c in shown)
         if timed:
             ms, ratio = _time(r, m)
             cells += f"<td><b>{escape(ms)}</b><small>{escape(ratio)} ×</small></td>"
-        body.append(f'<tr class="s{i}"><th scope="row"><i></i>{escape(r.label(m))}</th>{cells}</tr>')
+        body.append(f'<tr class="s{i}"><th scope="row">{escape(r.label(m))}</th>{cells}</tr>')
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="Results"><table><thead><tr><th scope="col">'
             f'Method</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
 
 
 def _cell(r: Reading, method: str, column: Column) -> str:
-    text = plus_minus(r.stat(method, column.metric), column.scale)
+    text = plus_minus(r.stat(method, column.metric), column.scale, column.digits)
     residual = r.stat(method, "residual") if column.metric == "eigenvalue" else None
     return f"{text} ({residual.mean:.0e})" if residual is not None and residual.known else text
+
+
+def _parts(r: Reading, method: str) -> str:
+    """The two parts with as many decimals as the sharpness has digits worth reading."""
+    parts = [r.stat(method, m) for m in PARTS]
+    if not all(p.known for p in parts):
+        return "–"
+    size = max(abs(p.mean) for p in parts)
+    decimals = max(0, 2 - math.floor(math.log10(size))) if 1e-4 <= size < 1e5 else 0
+    return " + ".join(f"{p.mean:.{decimals}f}" if decimals else f"{p.mean:.1e}" for p in parts)
 
 
 def _time(r: Reading, method: str) -> tuple[str, str]:
@@ -101,47 +116,61 @@ def _pad(text: str, width: int, left: bool = False) -> str:
     return text + space if left else space + text
 
 
-def _best(r: Reading, column: Column) -> str | None:
+def _strong(r: Reading, column: Column) -> set[str]:
     known = [m for m in r.methods if r.stat(m, column.metric).known]
-    pick = max if column.up else min
-    return pick(known, key=lambda m: r.stat(m, column.metric).mean) if len(known) > 1 else None
+    if len(known) < 2:
+        return set()
+    best = (max if column.up else min)(known, key=lambda m: r.stat(m, column.metric).mean)
+    top = r.stat(best, column.metric)
+    tied = {m for m in known if not gap(top, r.stat(m, column.metric)).decided}
+    return tied if len(tied) < len(known) else set()
 
 
-def _part(column: Column) -> str:
-    return ' class="part"' if column.up is None else ""
+def _note_on(r: Reading, column: Column) -> str:
+    if column.metric == "sharpness" and math.isfinite(r.probe()):
+        return f"ρ = {r.probe():g}; first ■ and second □ order"
+    if column.metric == "eigenvalue":
+        return "of the training loss"
+    return "higher is better" if column.up else "lower is better"
 
 
-def _arrow(column: Column) -> str:
-    return {True: "<small>higher is better</small>", False: "<small>lower is better</small>", None: ""}[column.up]
-
-
-def _html_cell(r: Reading, method: str, column: Column, index: int, best: bool) -> str:
-    stat = r.stat(method, column.metric)
-    text = escape(plus_minus(stat, column.scale))
+def _html_cell(r: Reading, method: str, column: Column, strong: bool) -> str:
+    text = escape(plus_minus(r.stat(method, column.metric), column.scale, column.digits))
     value, _, spread = text.partition(" ± ")
     value = f"<b>{value}</b>" + (f" <span>± {spread}</span>" if spread else "")
+    below = strip(r, method, column)
+    if column.metric == "sharpness":
+        below += _bar(r, method)
     residual = r.stat(method, "residual")
     if column.metric == "eigenvalue" and residual.known:
-        value += f"<small>residual {residual.mean:.0e}</small>"
-    kind = " ".join(filter(None, ["part" if column.up is None else "", "best" if best else ""]))
-    return f'<td class="{kind}">{value}{_strip(r, method, column)}</td>'
+        below += f"<small>residual {residual.mean:.0e}</small>"
+    return f"<td{' class=strong' if strong else ''}>{value}{below}</td>"
 
 
-def _strip(r: Reading, method: str, column: Column) -> str:
+def strip(r: Reading, method: str, column: Column) -> str:
+    """The seeds of a method on the scale that all methods of a column share."""
     every = [v for m in r.methods for v in [*r.seeds(m, column.metric), r.stat(m, column.metric).mean]]
     every = [v for v in every if math.isfinite(v)]
     stat = r.stat(method, column.metric)
-    if column.up is None or not every or not stat.known or min(every) == max(every):
+    if not every or not stat.known or min(every) == max(every):
         return ""
     low, high = min(every), max(every)
 
     def place(v: float) -> str:
         return f"{4 + 92 * (v - low) / (high - low):.1f}"
 
-    ticks = _ticks([place(v) for v in r.seeds(method, column.metric) if math.isfinite(v)])
-    return (f'<svg class="strip" viewBox="0 0 100 12" aria-hidden="true"><path class="rail" d="M0 6H100"/>{ticks}'
-            f'<circle cx="{place(stat.mean)}" cy="6" r="3.2"/></svg>')
+    ticks = "".join(f"M{place(v)} 1.5V10.5" for v in r.seeds(method, column.metric) if math.isfinite(v))
+    return (f'<svg class="strip" viewBox="0 0 100 12" aria-hidden="true"><path class="rail" d="M0 6H100"/>'
+            f'<path class="ticks" d="{ticks}"/><circle cx="{place(stat.mean)}" cy="6" r="3.2"/></svg>')
 
 
-def _ticks(places: Sequence[str]) -> str:
-    return f'<path class="ticks" d="{"".join(f"M{x} 1.5V10.5" for x in places)}"/>' if places else ""
+def _bar(r: Reading, method: str) -> str:
+    """The parts of one-step sharpness, as shares of its largest mean, and in numbers."""
+    first, second = (r.stat(method, m).mean for m in PARTS)
+    whole = max((abs(r.stat(m, p).mean) for m in r.methods for p in PARTS if r.stat(m, p).known), default=0) * 1.4
+    if not (math.isfinite(first) and math.isfinite(second) and whole > 0):
+        return ""
+    a, b = (min(100.0, 100 * max(v, 0.0) / whole) for v in (first, second))
+    return (f'<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true"><rect width="{a:.1f}" '
+            f'height="6"/><rect class="open" x="{a:.1f}" width="{b:.1f}" height="6"/></svg>'
+            f"<small>{escape(_parts(r, method))}</small>")
