@@ -1,5 +1,5 @@
 """Scalars that say how sharp a minimum is."""
 
-from .one_step import OneStep, one_step
+from .one_step import FirstOrder, OneStep, first_order, one_step, scaled_radius
 
-__all__ = ["OneStep", "one_step"]
+__all__ = ["FirstOrder", "OneStep", "first_order", "one_step", "scaled_radius"]

@@ -1,0 +1,135 @@
+"""One-step sharpness: closed forms, memory, and that nothing is changed by measuring."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from flatmin import Objective
+from flatmin.sharpness import cautions, first_order, one_step, scaled_radius
+from flatmin.sharpness.gradient import gradient
+from problems import NoisyNet, TiedNet, Vector, assert_same, batch, build, flat, loss_fn
+
+A = torch.tensor([[10.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, -1.0]], dtype=torch.float64)
+W = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+
+
+def quadratic(w=W, a=A, b=None, **settings):
+    """½ wᵀAw + bᵀw as an objective over 8 samples."""
+    def loss(w, _):
+        return 0.5 * w @ a @ w + (0 if b is None else b @ w) + 3.0
+
+    return Objective(Vector(w), loss, torch.zeros(8, 1), forward=lambda model, _: model(), **settings)
+
+
+def test_the_parts_on_a_quadratic():
+    rho, g = 0.1, A @ W
+    s = one_step(quadratic(), rho)
+    assert s.first_order == pytest.approx(rho * float(g.norm()), rel=1e-12)
+    assert s.second_order == pytest.approx(0.5 * rho**2 * float(g @ A @ g / g.dot(g)), rel=1e-12)
+    assert abs(s.remainder) < 1e-12
+    assert float(s) == s.value == pytest.approx(s.first_order + s.second_order, rel=1e-12)
+    assert s.curvature == pytest.approx(float(g @ A @ g / g.dot(g)))
+    assert s.dominant == "first_order" and sum(s.parts.values()) == pytest.approx(1)
+    assert float(first_order(quadratic(), rho)) == pytest.approx(s.first_order, rel=1e-12)
+
+
+def test_the_radius_scales_with_the_root_of_the_size():
+    s = one_step(quadratic(), 0.5, adaptive_epsilon=True)
+    rho = scaled_radius(0.5, 3)
+    assert s.settings["epsilon"] == 0.5 and s.settings["rho"] == rho == 0.5 * math.sqrt(3e-6)
+    assert s.value == one_step(quadratic(), rho).value
+
+
+def test_a_critical_point_has_no_direction():
+    s = one_step(quadratic(torch.zeros(3)), 0.1)
+    assert (s.value, s.first_order, s.second_order, s.radius, s.dominant) == (0, 0, 0, 0, "none")
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_everything_is_given_back(mode):
+    model = build(NoisyNet)
+    model.head.weight.grad = torch.randn_like(model.head.weight)
+    objective = Objective(model, loss_fn, [batch(0), batch(1, 5)], mode=mode)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    grads, modes, state = model.head.weight.grad.clone(), [m.training for m in model.modules()], torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one_step(objective, 0.5, second_order=False)
+    for key, value in model.state_dict().items():
+        assert_same(value, before[key], key)
+    assert_same(model.head.weight.grad, grads)
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters() if p is not model.head.weight)
+
+
+def test_the_weights_come_back_when_the_second_pass_raises():
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("second pass")
+        return loss_fn(outputs, targets)
+
+    model = build(NoisyNet)
+    before = flat(model)
+    with pytest.raises(RuntimeError, match="second pass"):
+        one_step(Objective(model, loss, batch(0)), second_order=False)
+    assert_same(flat(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls", [NoisyNet, TiedNet])
+def test_the_lean_gradient_is_the_gradient(cls, dtype):
+    objective = Objective(build(cls, dtype=dtype), nn.CrossEntropyLoss(), [batch(0, dtype=dtype),
+                                                                           batch(1, 5, dtype=dtype)])
+    for lean, plain in zip(gradient(objective).gradient, objective.trainable_gradient()[1], strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7)
+
+
+def test_two_forwards_and_one_backward():
+    model = build(NoisyNet)
+    calls = {"forward": 0, "backward": 0}
+    model.register_forward_hook(lambda *_: calls.__setitem__("forward", calls["forward"] + 1))
+    model.register_full_backward_hook(lambda *_: calls.__setitem__("backward", calls["backward"] + 1))
+    one_step(Objective(model, loss_fn, batch(0)), second_order=False)
+    assert calls == {"forward": 2, "backward": 1}
+
+
+def test_bfloat16_says_what_it_really_did():
+    model = nn.Linear(64, 3, bias=False).to(torch.bfloat16)
+    data = torch.randn(16, 64, dtype=torch.bfloat16), torch.arange(16) % 3
+    before = model.weight.detach().clone()
+    with pytest.warns(cautions.RoundingWarning):
+        s = one_step(Objective(model, loss_fn, data), 1e-5, second_order=False)
+    assert s.radius < 0.9e-5
+    assert_same(model.weight.detach(), before)
+
+
+@pytest.mark.parametrize(("kind", "objective"), [
+    (cautions.SmallBatchWarning, lambda: Objective(build(NoisyNet), loss_fn, batch(0, 4))),
+    (cautions.TrainingModeWarning, lambda: Objective(build(NoisyNet), loss_fn, batch(0), mode="train")),
+    (cautions.LossNearZeroWarning, lambda: Objective(Vector([1e-4, 2e-4]), lambda w, _: w @ w, torch.zeros(8, 1),
+                                                     forward=lambda model, _: model())),
+    (cautions.MissingGradientWarning, lambda: Objective(
+        nn.ModuleDict({"used": nn.Linear(6, 3), "idle": nn.Linear(2, 2)}), lambda z, b: loss_fn(z, b[1]), batch(0),
+        forward=lambda model, b: model["used"](b[0]))),
+])
+def test_warned_about_by_name(kind, objective):
+    with pytest.warns(kind):
+        s = one_step(objective())
+    assert kind.__name__ in s.warnings
+
+
+def test_a_good_measurement_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one_step(Objective(build(NoisyNet), loss_fn, batch(0))).warnings == ()
+
+
+@pytest.mark.parametrize(("size", "least"), [(10**8, 8), (15 * 10**8, 4), (5 * 10**9, 2), (10**10, 1)])
+def test_the_table_of_batch_sizes(size, least):
+    assert cautions.batch_sizes(size) == (least, 2 * least, 4 * least)
