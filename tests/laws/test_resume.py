@@ -73,8 +73,10 @@ def resumed(tmp_path_factory):
     finally:
         torch.set_default_dtype(before)
     here = Path(__file__).parent
+    saved, out = folder / "saved.pt", folder / "out.pt"
     code = (f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import torch; "
-            f"torch.set_num_threads(1); import test_resume; test_resume.continue_all({str(folder / 'saved.pt')!r}, {str(folder / 'out.pt')!r})")
+            f"torch.set_num_threads(1); import test_resume; "
+            f"test_resume.continue_all({str(saved)!r}, {str(out)!r})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "out.pt", weights_only=True)
