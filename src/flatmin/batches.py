@@ -26,6 +26,9 @@ class _Single:
     def __iter__(self) -> Iterator[Any]:
         yield self.batch
 
+    def __len__(self) -> int:
+        return 1
+
 
 def as_data(data: Any, *, any_form: bool) -> Any:
     """Data as something that can be iterated over batches any number of times."""

@@ -88,6 +88,11 @@ class Objective:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
+    def single(self) -> bool:
+        """Whether the data are one batch, as far as can be told without reading them."""
+        return hasattr(self.data, "__len__") and len(self.data) == 1
+
+    @property
     def devices(self) -> list[torch.device]:
         return list({p.device: None for p in self.model.parameters()})
 
@@ -109,22 +114,24 @@ class Objective:
     def trainable_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L(w) and ∇L(w) over ``parameters``, in one pass over the data."""
         w = self.parameters
-        total, losses, weights = None, [], []
+        total: list[Tensor] | None = None
+        losses: list[Tensor] = []
+        weights: list[float] = []
         with self.session(), torch.enable_grad():
             for term in self.terms():
                 loss = term.loss(term.outputs())
                 g = torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True) if loss.requires_grad \
                     else tuple(map(torch.zeros_like, w))
-                total = accumulate(total, g, term.weight)
+                total = accumulate(total, g, term.weight / weights[0] if weights else 1.0)
                 losses.append(loss.detach())
                 weights.append(term.weight)
         assert total is not None
-        return self._total(zip(losses, weights, strict=True)), average(total, self.normalizer(weights), w)
+        return self._total(zip(losses, weights, strict=True)), average(total, weights[0] / self.normalizer(weights), w)
 
     def terms(self) -> Iterator[Term]:
         """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
         assert self._depth, "terms() outside session()"
-        torch.manual_seed(self.seed)
+        _seed(self.seed, self.devices)
         empty = True
         for index, batch in enumerate(self.data):
             n = self.weight(batch)
@@ -195,7 +202,7 @@ class Objective:
 
     def _outputs(self, batch: Any, index: int) -> Any:
         state = perturbed.RandomState(self.devices)
-        torch.manual_seed(self._model_seed + index)
+        _seed(self._model_seed + index, self.devices)
         try:
             if self._forward is not None:
                 return self._forward(self.model, batch)
@@ -223,21 +230,27 @@ class Objective:
         return torch.stack(parts).sum() / self.normalizer(weights)
 
 
+def _seed(seed: int, devices: Iterable[torch.device]) -> None:
+    """``torch.manual_seed`` for these devices only (which also asks every absent backend, at a tenth of a millisecond)."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.init()
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        elif device.type not in ("cpu", "meta"):
+            getattr(torch, device.type).manual_seed(seed)
+
+
 def accumulate(total: list[Tensor] | None, g: Iterable[Tensor], weight: float) -> list[Tensor]:
-    """total + weight · g in place; half precisions are summed in float32."""
-    rows = [t.detach() for t in g]
-    rows = [t.float() if t.dtype in perturbed.HALF else t for t in rows]
-    if total is None:
-        return list(torch._foreach_mul(rows, weight)) if weight != 1 else [t.clone() for t in rows]
-    torch._foreach_add_(total, rows, alpha=weight)
-    return total
+    """total + weight · g, as new tensors; half precisions are summed in float32."""
+    rows = [t.detach().float() if t.dtype in perturbed.HALF else t.detach() for t in g]
+    return rows if total is None else list(torch._foreach_add(total, rows, alpha=weight))
 
 
-def average(total: list[Tensor], normalizer: float, like: Iterable[Tensor]) -> list[Tensor]:
-    """total / normalizer, in the dtype of the parameters."""
-    if normalizer != 1:
-        torch._foreach_div_(total, normalizer)
-    return [t.to(p.dtype) for t, p in zip(total, like, strict=True)]
+def average(total: list[Tensor], share: float, like: Iterable[Tensor]) -> list[Tensor]:
+    """share · total, in the dtype of the parameters; tensors that share no memory."""
+    out = list(torch._foreach_mul(total, share)) if share != 1 else [t.clone() for t in total]
+    return [t.to(p.dtype) for t, p in zip(out, like, strict=True)]
 
 
 def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:

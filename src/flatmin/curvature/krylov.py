@@ -81,9 +81,8 @@ class Krylov:
         assert j < self.capacity
         v = self.V[j]
         w = self._multiply(v)
-        self.scale = max(self.scale, norm(w))
         alpha = dot(w, v)
-        if not math.isfinite(alpha) or not math.isfinite(self.scale):
+        if not math.isfinite(alpha):
             raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
         self.F[j, j] = alpha
         w.add_(v, alpha=-alpha)
@@ -94,6 +93,9 @@ class Krylov:
         if removed > 0.1 * beta:
             self._clean(w)
             beta = norm(w)
+        if not math.isfinite(beta):
+            raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
+        self.scale = max(self.scale, abs(alpha), removed, beta)
         self.count = j + 1
         if self.rows == self.room:
             return

@@ -71,9 +71,9 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         k: how many; fewer come back only where n < k.
         which: "largest" or "smallest" algebraically, "both" ends (the odd one at the top), or largest "magnitude".
         tol: residual relative to the largest |eigenvalue|.
-        certify: recompute each residual with a fresh product (k products), and where several at one end are wanted,
-            search from a new random vector for eigenvalues that are missing (at most a quarter more products, and 16
-            at least, unless something is found).
+        certify: make sure that the objective is deterministic, recompute each residual with a fresh product (k of
+            them), and where several at one end are wanted, search from a new random vector for eigenvalues that are
+            missing (at most a quarter more products, and 16 at least, unless something is found).
         seed: of the start vector.
         basis: vectors held at most (by default 3k + 40, less where memory is short); after that, thick restarts.
         block: from how many random vectors to start, taking products together; for clusters of known multiplicity.
@@ -102,7 +102,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     k, generator = min(k, operator.size), vectors.seeded(seed)
     m = _rows(operator, k, basis, block, place)
     settings = operator.describe() | {"k": k, "which": which, "tol": tol, "basis": m, "block": block}
-    with operator.session(), reporter(progress, "eigenpairs") as report:
+    with operator.session(check=certify), reporter(progress, "eigenpairs") as report:
         V = Basis(min(m + block, operator.size + block), operator.size, operator.dtype, operator.device, place, folder)
         run = Krylov(operator, V, generator, block=block)
         with _Checkpoint(checkpoint, run, settings) as keep:

@@ -47,8 +47,11 @@ class CurvatureOperator(ABC):
         return torch.stack([self._product(v) for v in block])
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Products inside may share work; the weights must stay as they are until it ends."""
+    def session(self, *, check: bool = True) -> Iterator[None]:
+        """Products inside may share work; the weights must stay as they are until it ends.
+
+        ``check``: first make sure that two evaluations agree, where that can fail.
+        """
         yield
 
     def describe(self) -> dict[str, Any]:
@@ -193,10 +196,10 @@ class _Over(CurvatureOperator):
         self.operators = operators
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, *, check: bool = True) -> Iterator[None]:
         with ExitStack() as stack:
             for operator in self.operators:
-                stack.enter_context(operator.session())
+                stack.enter_context(operator.session(check=check))
             yield
 
     def _product(self, v: Tensor) -> Tensor:

@@ -76,14 +76,15 @@ class ObjectiveOperator(CurvatureOperator):
         return super().describe() | {"product": self.product, "mode": self.objective.mode}
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, *, check: bool = True) -> Iterator[None]:
         if self._depth:
             yield
             return
         with ExitStack() as stack:
             stack.enter_context(self.objective.session())
             stack.enter_context(second_derivatives(self.objective))
-            self.objective.check()
+            if check:
+                self.objective.check()
             self._depth = 1
             try:
                 yield
@@ -170,7 +171,7 @@ class ObjectiveOperator(CurvatureOperator):
     def _linearized(self, term: Term) -> Apply:
         assert self._room is not None
         with torch.enable_grad():
-            if self._room <= 0:
+            if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
                 return self._linearize(term, self.parameters)
             with memory.Meter() as meter:
                 apply = self._linearize(term, self.parameters)
