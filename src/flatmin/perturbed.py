@@ -139,21 +139,30 @@ def buffer_registries(module: nn.Module | None) -> list[dict[str, Any]]:
     return [m._buffers for m in module.modules() if m._buffers] if module is not None else []
 
 
+class Buffers:
+    """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back."""
+
+    def __init__(self, registries: list[dict[str, Any]]):
+        self._owned = [(registry, name, b) for registry in registries for name, b in registry.items() if b is not None]
+        self._seen = {id(b): b for _, _, b in self._owned}
+        self._copies = {key: b.detach().clone() for key, b in self._seen.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for registry, name, buffer in self._owned:
+            registry[name] = buffer
+        for key, buffer in self._seen.items():
+            vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+
+
 @contextmanager
 def unchanged_buffers(module: nn.Module | None, registries: list[dict[str, Any]] | None = None) -> Iterator[None]:
-    """Every buffer of a module (BatchNorm statistics of any kind, counters, ...) is bitwise the same afterwards."""
-    registries = buffer_registries(module) if registries is None else registries
-    owned = [(registry, name, b) for registry in registries for name, b in registry.items() if b is not None]
-    seen = {id(b): b for _, _, b in owned}
-    copies = {key: b.detach().clone() for key, b in seen.items()}
+    """Every buffer of a module is bitwise the same afterwards."""
+    buffers = Buffers(buffer_registries(module) if registries is None else registries)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for registry, name, buffer in owned:
-                registry[name] = buffer
-            for key, buffer in seen.items():
-                vectors.local(buffer).copy_(vectors.local(copies[key]))
+        buffers.restore()
 
 
 class RandomState:

@@ -55,7 +55,7 @@ class Passes:
         self.samples: list[Any] = [None] * len(batches)
         self._wrappers, self._scaler, self._custom = wrappers, scaler, backward
         self.alone = alone  # this rank's gradients stay its own in the next pass
-        self.lenient = False  # a loss that reaches no parameter is no error
+        self.inputs: list[Tensor] | None = None  # the only parameters whose gradient the next pass is to compute
 
     def loss(self) -> Tensor:
         """Σ weight · loss, back-propagated."""
@@ -85,26 +85,24 @@ class Passes:
         total: Tensor | None = None
         for i, batch in enumerate(self.batches):
             last = i == len(self.batches) - 1
-            with self._wrappers.unsynchronised(self.alone or not last), torch.enable_grad():
+            with self._wrappers.unsynchronised(last, self.alone), torch.enable_grad():
                 value = one(i, batch)
             if value is not None:
                 value = value.detach() if batch.weight == 1.0 else value.detach() * batch.weight
                 total = value if total is None else total + value
         return total if total is not None else torch.zeros(())
 
-    def _backward(self, value: Tensor, weight: float) -> None:
+    def _backward(self, value: Tensor, weight: float, of_outputs: bool = False) -> None:
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"the loss must be a tensor with one element, got {_describe(value)}; "
                              "per-sample losses need a mean")
         value = value if weight == 1.0 else value * weight
         if self._scaler is not None:
             value = self._scaler.scale(value)
-        if self.lenient and not value.requires_grad:
-            return
         if self._custom is not None:
             self._custom(value)
         else:
-            value.backward()
+            value.backward(inputs=None if of_outputs else self.inputs)
 
     def _loss(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
@@ -138,7 +136,7 @@ class Passes:
     def _recording(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
         value, self.output_gradients[i] = self._output_gradient(outputs, batch)
-        _backward_from(outputs, self.output_gradients[i], self.lenient)
+        _backward_from(outputs, self.output_gradients[i], self.inputs)
         return value
 
     def _frozen(self, i: int, batch: MicroBatch) -> Tensor:
@@ -168,20 +166,18 @@ class Passes:
             raise ValueError(f"forward must return tensors (or tuples, lists, dicts of them), got {_describe(outputs)}")
         cut = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in leaves]
         value = batch.loss(tree_unflatten(cut, spec))
-        self._backward(value, batch.weight)
+        self._backward(value, batch.weight, of_outputs=True)
         return value, [t.grad if isinstance(t, Tensor) else None for t in cut]
 
 
-def _backward_from(outputs: Any, gradients: list[Tensor | None], lenient: bool = False) -> None:
+def _backward_from(outputs: Any, gradients: list[Tensor | None], inputs: list[Tensor] | None = None) -> None:
     """Through ``backward`` and not ``autograd.grad``: DDP's reducer and FSDP2's hooks hang on it."""
     leaves = tree_flatten(outputs)[0]
     pairs = [(t, g) for t, g in zip(leaves, gradients, strict=True)
              if g is not None and isinstance(t, Tensor) and t.requires_grad]
     if not pairs:
-        if lenient:
-            return
         raise ValueError("the loss does not depend on the network's outputs")
-    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs], inputs=inputs)
 
 
 def _describe(value: Any) -> str:

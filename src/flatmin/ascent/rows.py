@@ -74,8 +74,15 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
         for name, p in module._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                out.append((f"{prefix}.{name}" if prefix else name, p, role(module, name, p)))
+                out.append((_clean(f"{prefix}.{name}" if prefix else name), p, role(module, name, p)))
     return out
+
+
+def _clean(name: str) -> str:
+    """A parameter's name without what wrappers add, so that a state fits the model wrapped or not."""
+    parts = name.split(".")
+    start = 1 if parts[0] == "module" and len(parts) > 1 else 0
+    return ".".join(p for p in parts[start:] if p not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def _members(group: dict[str, Any]) -> list[nn.Parameter]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..errors import PerturbedStateError
-from ..perturbed import HALF, Displacement, RandomState, Widened, buffer_registries, unchanged_buffers
+from ..perturbed import HALF, Buffers, Displacement, RandomState, Widened, buffer_registries, unchanged_buffers
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient, RandomFraction
@@ -138,9 +138,10 @@ class Sharpener:
         self._warned = False
         self._last_standing: _Standing | None = None
         self.refresh()
-        if scope == "rank" and not self._wrappers.ddp:
-            raise ValueError('scope="rank" needs a model that is or contains DistributedDataParallel (under FSDP2 one '
-                             'shard has one value for all ranks); use scope="micro_batch" with a list of micro-batches')
+        if scope == "rank" and not self._wrappers.has_ranks:
+            raise ValueError('scope="rank" needs a model that is or contains DistributedDataParallel, or a mesh that '
+                             'replicates (under FSDP2 one shard has one value for all ranks); use '
+                             'scope="micro_batch" with a list of micro-batches')
 
     @property
     def rho(self) -> Any:
@@ -185,14 +186,14 @@ class Sharpener:
         """What the direction and the cadence carry from step to step; loads with ``weights_only=True``."""
         if self._standing is not None:
             raise PerturbedStateError("the weights stand at w + ε: finish the step before saving")
-        return {"step": self._step, "memory": _copied(self._memory)}
+        return {"step": self._step, "memory": self._placed(self._memory, vectors.like)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, bit for bit together with the optimizer's own state."""
         if set(state) != {"step", "memory"}:
             raise ValueError(f"not a sharpener's state: expected the keys step and memory, got {sorted(state)}")
         self._step = int(state["step"])
-        self._memory = self._on_devices(_copied(state["memory"]))
+        self._memory = self._placed(state["memory"], lambda value, p: local(value).to(p.device))
 
     # one step, given something that can run passes
 
@@ -207,9 +208,8 @@ class Sharpener:
             return self._one_pass(passes, rhos)
         start = RandomState(self._devices) if self.replay else None
         passes.alone = self.scope == "rank"
-        with self._only_what_moves(rhos) as passes.lenient:
-            value = self._first_pass(passes)
-        passes.alone = passes.lenient = False
+        value = self._first_pass(passes, rhos, start)
+        passes.alone = False
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
         try:
@@ -220,9 +220,31 @@ class Sharpener:
                 after.set()
         return self.combined(value, perturbed)
 
-    def _first_pass(self, passes: Any) -> Tensor:
+    def _first_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor:
+        """The pass at w. Parameters that will not move need no gradient there, if nothing else needs it."""
         second = self.rule.second
-        return passes.recording() if second == "frozen" else passes.sampled() if second == "selected" else passes.loss()
+        run = passes.recording if second == "frozen" else passes.sampled if second == "selected" else passes.loss
+        some_stay = isinstance(self.direction, RandomFraction) or not all(rhos)
+        if not (some_stay and self._may_skip and self._had_gradients) or self._keeps_gradient:
+            return run()
+        moving, buffers = self._moving(rhos), Buffers(self._registries)
+        passes.inputs = [r.parameter for r in moving]
+        try:
+            value = run()
+            if all(r.parameter.grad is not None for r in moving if r.index in self._had_gradients):
+                return value
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+        finally:
+            passes.inputs = None
+        # reentrant checkpointing hides parameters from such a choice, or refuses it: all gradients then, from now on
+        self._may_skip = False
+        self.clear_gradients()
+        buffers.restore()
+        if start is not None:
+            start.set()
+        return run()
 
     def _moving(self, rhos: list[float]) -> list[Row]:
         """Rows that a step may move: trainable, ρ > 0, drawn if the direction draws."""
@@ -231,25 +253,6 @@ class Sharpener:
             return rows
         chosen = self.direction.chosen(len(rows), self._step)
         return [r for r, c in zip(rows, chosen, strict=True) if c]
-
-    @contextmanager
-    def _only_what_moves(self, rhos: list[float]) -> Iterator[bool]:
-        """Parameters that will not move take no gradient in the first pass, where nothing else needs it.
-
-        Yields whether there are such.
-        """
-        still: list[nn.Parameter] = []
-        draws = isinstance(self.direction, RandomFraction)
-        if self._may_skip and not self._keeps_gradient and (draws or not all(rhos)):
-            moving = {r.index for r in self._moving(rhos)}
-            still = [r.parameter for r in self._rows if r.parameter.requires_grad and r.index not in moving]
-        try:
-            for p in still:
-                p.requires_grad_(False)
-            yield bool(still)
-        finally:
-            for p in still:
-                p.requires_grad_(True)
 
     def _second_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor | None:
         try:
@@ -382,6 +385,8 @@ class Sharpener:
         standing, self._last_standing = self._last_standing, None
         assert standing is not None
         component = self._apply_rule(standing.gradients) if self._keeps_gradient else None
+        if self._may_skip:
+            self._had_gradients = {r.index for r in self._rows if r.parameter.grad is not None}
         cosine, radius = standing.taken()
         return {"passes": 2, "loss": value, "perturbed_loss": perturbed, "gradient_norm": standing.gradient_norm,
                 "radius": radius, "cosine": cosine, "component": component} | self._final(standing.gradient_norm)
@@ -499,6 +504,7 @@ class Sharpener:
         alone = not compiled and not self._wrappers.ddp and not self._wrappers.fsdp
         self._can_widen = self.model is not None and alone
         self._may_skip = self.model is not None and alone and self._custom_backward is None
+        self._had_gradients: set[int] = set()  # rows, after the last pass that computed all
 
     def _space(self, rows: list[Row]) -> Space:
         if len(rows) == len(self._rows):
@@ -578,22 +584,17 @@ class Sharpener:
                 f"{self.last.cosine:.2f} with the step asked for. Keep float32 weights and compute in half precision "
                 "(torch.autocast, or FSDP2's MixedPrecisionPolicy(param_dtype=...)).", stacklevel=4)
 
-    def _on_devices(self, memory: dict[str, Any]) -> dict[str, Any]:
-        """Saved tensors beside the parameters they belong to (their keys are parameter names)."""
+    def _placed(self, memory: dict[str, Any], place: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """A copy of tensors kept by parameter name, each put where its parameter belongs."""
         by_name = {r.name: r.parameter for r in self._rows}
-
-        def place(key: str, value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: place(k, v) for k, v in value.items()}
-            return value.to(by_name[key].device) if isinstance(value, Tensor) and key in by_name else value
-
-        return {k: place(k, v) for k, v in memory.items()}
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+        out: dict[str, Any] = {}
+        for kind, tensors in memory.items():
+            unknown = [n for n, t in tensors.items() if n not in by_name or local(t).shape != local(by_name[n]).shape]
+            if unknown:
+                raise ValueError(f"the saved state ({kind}) does not fit this model: it has a tensor for "
+                                 f"{unknown[0]!r}, which is not a parameter of this shape")
+            out[kind] = {n: place(t.clone(), by_name[n]) for n, t in tensors.items()}
+        return out
 
 
 def _merged(records: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:

@@ -24,14 +24,18 @@ class Wrappers:
         kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
         self.fsdp: list[Any] = [m for m in modules if kind is not None and isinstance(m, kind)]
         self.bucket_views = any(m.gradient_as_bucket_view for m in self.ddp)
+        self._sharded_groups = [g for m in self.fsdp for g in _parameter_groups(m)]
+        self._replicated = [g for g in self._sharded_groups if getattr(g, "_is_hsdp", False)]
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether ranks hold copies of the weights that could each have an ε of their own."""
+        return bool(self.ddp) or bool(self._replicated)
 
     def refuse_unsynchronised(self) -> None:
         """Raise if the caller has switched gradient synchronisation off around us."""
-        off = any(not m.require_backward_grad_sync for m in self.ddp)
-        for m in self.fsdp:
-            group = getattr(m._get_fsdp_state(), "_fsdp_param_group", None)
-            off = off or (group is not None and not group.reduce_grads)
-        if off:
+        if any(not m.require_backward_grad_sync for m in self.ddp) or any(
+                not g.reduce_grads for g in self._sharded_groups):
             raise RuntimeError(
                 "sharpener.backward was called with gradient synchronisation off (inside no_sync, or after "
                 "set_requires_gradient_sync(False)): every rank would choose its own ε in silence. Call it outside "
@@ -40,13 +44,23 @@ class Wrappers:
             )
 
     @contextmanager
-    def unsynchronised(self, active: bool) -> Iterator[None]:
-        """Inside, forward and backward leave gradients to this rank (both must be inside, or DDP reduces anyway)."""
+    def unsynchronised(self, last: bool, alone: bool) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch (both must be inside, or DDP reduces anyway).
+
+        DDP reduces at the last micro-batch, or with ``alone`` not at all; a mesh then reduces over its shards only.
+        """
+        meshes = [(g, g.mesh_info) for g in self._replicated] if alone else []
         with ExitStack() as stack:
-            if active:
+            if alone or not last:
                 for m in self.ddp:
                     stack.enter_context(m.no_sync())
-            yield
+            for group, mesh in meshes:
+                group.mesh_info = _shards_only(mesh)
+            try:
+                yield
+            finally:
+                for group, mesh in meshes:
+                    group.mesh_info = mesh
 
     def reshard(self) -> None:
         """Drop gathered copies of the weights, so that the next pass reads the sharded ones as they are now."""
@@ -72,4 +86,21 @@ class Wrappers:
                 t.div_(dist.get_world_size(group))
 
     def _groups(self) -> list[Any]:
-        return list({id(m.process_group): m.process_group for m in self.ddp}.values())
+        groups = [m.process_group for m in self.ddp] + [g.mesh_info.replicate_process_group for g in self._replicated]
+        return list({id(g): g for g in groups}.values())
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    """FSDP2's parameter groups of one wrapped module; torch has no public name for them."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+    return [g for g in groups if g is not None]
+
+
+def _shards_only(mesh: Any) -> Any:
+    """A replicate × shard mesh seen as a shard mesh: gradients are then not averaged over the replicas."""
+    kind = next(c for c in type(mesh).__mro__ if c.__name__ == "FSDPMeshInfo")
+    view = object.__new__(kind)
+    view.__dict__.update(mesh.__dict__)
+    return view
