@@ -1,0 +1,220 @@
+"""The loss on many points of a plane: resumable, and shared over ranks."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..errors import RunFolderError
+from ..objective import Objective
+from .plane import BatchNorm, Plane, Standing
+
+FORMAT = "flatmin.landscape 1"
+
+
+def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: BatchNorm = "frozen",
+             checkpoint: str | os.PathLike[str] | None = None, group: Any = None, seconds: float = 10.0) -> Tensor:
+    """L at w + Σ_k c_k d_k for every row c of ``points``; NaN and inf are kept.
+
+    Args:
+        objective: L.
+        plane: w and the d_k.
+        points: (n, k), float64.
+        batch_norm: what running statistics do.
+        checkpoint: a file written every few ``seconds`` and at the end, also when interrupted; where it is there
+            already, only missing points are computed. It is replaced in one step, never left half written.
+        group: a process group whose ranks all hold the model and the data and share the points.
+
+    Returns:
+        (n,) float64; bitwise the same whether interrupted or not, on one rank or many.
+
+    Raises:
+        RunFolderError: if the file belongs to other weights, directions, points or data.
+    """
+    ranks = _Ranks(group)
+    if ranks.size > 1 and vectors.Space(objective.parameters).sharded:
+        raise ValueError("sharded weights are evaluated by all ranks together: leave group= out")
+    points = points.to(torch.float64)
+    standing = Standing(objective, plane, batch_norm)
+    with standing.open():
+        origin = float("nan") if checkpoint is None else standing.at([0.0] * points.shape[1])
+        key = "" if checkpoint is None and ranks.size == 1 else \
+            fingerprint(plane, points, (batch_norm, objective.mode, objective.seed))
+        ranks.agree(key)
+        file = _File(checkpoint, key, origin, len(points), ranks, seconds)
+        mine = torch.tensor_split(file.missing(), ranks.size)[ranks.rank].tolist()
+        rows, error = points.tolist(), None
+        try:
+            for i in mine:
+                file.put(i, standing.at(rows[i]))
+        except Exception as e:
+            error = e
+            if ranks.size == 1:
+                raise
+        finally:
+            file.save()
+        return file.finish(error)
+
+
+class _Ranks:
+    """The ranks of a process group, or the one rank there is."""
+
+    def __init__(self, group: Any):
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        out = [None] * self.size
+        dist.all_gather_object(out, value, group=self.group)
+        return out
+
+    def agree(self, key: str) -> None:
+        if len(set(self.gather(key))) > 1:
+            raise ValueError("the ranks hold different weights, directions or points: seed them alike, or let "
+                             "group= be the ranks that are replicas of each other")
+
+
+class _File:
+    """Values by point, in memory and on disk. Each rank writes a file of its own; together they are one."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, key: str, origin: float, n: int, ranks: _Ranks,
+                 seconds: float):
+        self.key, self.origin, self.ranks, self.seconds = key, origin, ranks, seconds
+        self.values = torch.full((n,), float("nan"), dtype=torch.float64)
+        self.done = torch.zeros(n, dtype=torch.bool)
+        self.main = Path(path) if path is not None else None
+        self.own = self.main if ranks.size == 1 or self.main is None else \
+            self.main.with_name(f"{self.main.name}.rank{ranks.rank}")
+        self._saved, self._changed = time.monotonic(), False
+        error = None
+        try:
+            for file in self._files():
+                self._merge(*self._load(file))
+        except RunFolderError as e:
+            error = e
+        self._exchange(error)
+
+    def missing(self) -> Tensor:
+        return (~self.done).nonzero().flatten()
+
+    def put(self, i: int, value: float) -> None:
+        self.values[i], self.done[i], self._changed = value, True, True
+        if self.main is not None and time.monotonic() - self._saved > self.seconds:
+            self.save()
+
+    def save(self) -> None:
+        """The file is replaced as a whole: a crash leaves the old one."""
+        if self.own is None or not self._changed:
+            return
+        self._write(self.own)
+        self._saved, self._changed = time.monotonic(), False
+
+    def finish(self, error: Exception | None) -> Tensor:
+        """All values, from all ranks; one file is left."""
+        self._exchange(error)
+        if self.main is not None and self.ranks.size > 1:
+            if self.ranks.rank == 0:
+                self._write(self.main)
+            self.ranks.gather(None)
+            if self.own is not None and self.own != self.main:
+                self.own.unlink(missing_ok=True)
+        elif self.main is not None:
+            for part in self._files()[1:]:
+                part.unlink()
+        return self.values
+
+    def _exchange(self, error: Exception | None) -> None:
+        for rank, (other, values, done) in enumerate(self.ranks.gather((error and repr(error), self.values,
+                                                                        self.done))):
+            if other and error is None:
+                raise RuntimeError(f"rank {rank} failed: {other}")
+            self._merge(values, done)
+        if error is not None:
+            raise error
+
+    def _merge(self, values: Tensor, done: Tensor) -> None:
+        self.values = torch.where(done, values, self.values)
+        self.done = self.done | done
+
+    def _files(self) -> list[Path]:
+        if self.main is None or not self.main.parent.is_dir():
+            return []
+        parts = sorted(p for p in self.main.parent.iterdir() if p.name.startswith(f"{self.main.name}.rank"))
+        return [p for p in (self.main, *parts) if p.exists()]
+
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_written = path.with_name(f"{path.name}.{os.getpid()}.writing")
+        state = {"format": FORMAT, "key": self.key, "origin": self.origin, "values": self.values, "done": self.done}
+        try:
+            with open(half_written, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(half_written, path)
+        finally:
+            half_written.unlink(missing_ok=True)
+
+    def _load(self, path: Path) -> tuple[Tensor, Tensor]:
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            kind = state["format"]
+        except Exception as e:
+            raise RunFolderError(f"{path} is not a landscape checkpoint ({type(e).__name__}): delete it or choose "
+                                 "another file") from e
+        same_loss = abs(state["origin"] - self.origin) <= 1e-4 * abs(self.origin) \
+            or not (state["origin"] == state["origin"] or self.origin == self.origin)
+        if kind != FORMAT or state["key"] != self.key or not same_loss:
+            what = "data or another loss" if kind == FORMAT and state["key"] == self.key else \
+                "weights, directions, points or settings"
+            raise RunFolderError(f"{path} holds a landscape of other {what}: delete it or choose another file")
+        return state["values"], state["done"]
+
+
+def fingerprint(plane: Plane, points: Tensor, settings: Iterable[Any]) -> str:
+    """A digest of everything that says which points are meant."""
+    digest = hashlib.sha256(repr(tuple(settings)).encode())
+    for t in [points, *plane.origin, *(t for d in plane.directions for t in d)]:
+        _digest(digest, t)
+    for state in plane.states:
+        for name in sorted(state.statistics):
+            digest.update(name.encode())
+            _digest(digest, state.statistics[name])
+    return digest.hexdigest()
+
+
+def _digest(digest: Any, t: Tensor) -> None:
+    t = t.detach().to("cpu").contiguous()
+    digest.update(repr((tuple(t.shape), t.dtype)).encode())
+    if t.numel():
+        digest.update((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+
+
+def axis(low: float, high: float, steps: int) -> Tensor:
+    """Evenly spaced numbers that hold both ends exactly, and 0 in the middle of a symmetric odd axis.
+
+    >>> axis(-1.0, 1.0, 5).tolist()
+    [-1.0, -0.5, 0.0, 0.5, 1.0]
+    """
+    if steps == 1:
+        return torch.tensor([(low + high) / 2], dtype=torch.float64)
+    i = torch.arange(steps, dtype=torch.float64)
+    x = ((steps - 1 - i) * low + i * high) / (steps - 1)
+    x[0], x[-1] = low, high
+    return x

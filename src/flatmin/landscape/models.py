@@ -1,0 +1,89 @@
+"""Other models of the same architecture, read as points in weight space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import batches, vectors
+from ..objective import Objective
+from .directions import wide
+
+Model = nn.Module | Mapping[str, Any] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """The weights of one model, in the order of ``objective.parameters``, and its normalization statistics by name."""
+
+    weights: list[Tensor]
+    statistics: dict[str, Tensor]
+
+
+def read(objective: Objective, model: Model) -> State:
+    """A module, a state_dict (``{"model" | "state_dict": ...}`` is looked into) or a list of tensors, as a state.
+
+    Raises:
+        ValueError: for names or shapes that do not fit, or frozen weights that differ from the objective's model.
+    """
+    here = batches.unwrapped(objective.model)
+    names = [(name, p) for name, p in here.named_parameters()]
+    if isinstance(model, nn.Module):
+        model = batches.unwrapped(model).state_dict()
+    if isinstance(model, Mapping):
+        found = _unprefixed(_inner(model))
+        missing = [name for name, p in names if p.requires_grad and name not in found]
+        if missing:
+            raise ValueError(f"the state_dict has no {missing[0]!r}" + f" and {len(missing) - 1} more" *
+                             (len(missing) > 1) + f"; it has {', '.join(map(repr, list(found)[:4]))}, ...")
+    else:
+        tensors = list(model)
+        trainable = [(name, p) for name, p in names if p.requires_grad]
+        matching = names if len(tensors) == len(names) else trainable
+        if len(tensors) != len(matching):
+            raise ValueError(f"a list of parameters needs {len(trainable)} tensors (those that require a gradient) or "
+                             f"{len(names)} (all), got {len(tensors)}")
+        found = {name: t for (name, _), t in zip(matching, tensors, strict=True)}
+    _same_frozen(found, names)
+    return State([_fit(found[name], p, name) for name, p in names if p.requires_grad],
+                 {name: found[name].detach().clone() for name in statistics(here) if name in found})
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running means and variances of normalization layers, by their names in the state_dict."""
+    return {f"{name}.{kind}" if name else kind: b for name, m in model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            for kind, b in (("running_mean", m.running_mean), ("running_var", m.running_var)) if b is not None}
+
+
+def _inner(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state.get(key), Mapping):
+            return state[key]
+    return state
+
+
+def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the prefixes that data-parallel and compiled wrappers put before every name."""
+    out = dict(state)
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if out and all(key.startswith(prefix) for key in out):
+            out = {key.removeprefix(prefix): value for key, value in out.items()}
+    return out
+
+
+def _fit(t: Tensor, p: nn.Parameter, name: str) -> Tensor:
+    if t.shape != p.shape:
+        raise ValueError(f"{name!r} has shape {tuple(t.shape)} instead of {tuple(p.shape)}")
+    return wide(t).to(vectors.local(p).device, wide(p).dtype, copy=True)
+
+
+def _same_frozen(found: Mapping[str, Tensor], names: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for name, p in names:
+        if not p.requires_grad and name in found and not torch.equal(found[name].to(p.device, p.dtype), p.detach()):
+            raise ValueError(f"{name!r} is frozen in the objective's model and has another value in a model given: "
+                             "call requires_grad_() on what differs between the models")
