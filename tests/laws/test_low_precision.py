@@ -12,11 +12,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import oracles
 import problems
 from problems import batch, build, flat_grad, loss_fn, relative
-from rows import ROWS, case_id, presets
+from rows import ROWS, case_id, parts_for, presets, start
 
 SIDE = 1000  # a million weights
 
@@ -151,6 +152,106 @@ def test_parameters_of_several_dtypes_in_one_model():
     assert float(sharpener.last.radius) == pytest.approx(0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=case_id)
+def test_every_row_restores_half_precision_weights_bitwise(row, dtype):
+    model = build(dtype=dtype)
+    optimizer, sharpener = start(row, row.bases[-1], model)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in range(3):
+            before = [p.detach().clone() for p in model.parameters()]
+            row.backward(sharpener, model, parts_for(row, *batch(t, dtype=dtype)))
+            for p, q in zip(model.parameters(), before, strict=True):
+                problems.assert_same(p.detach(), q)
+                assert p.grad.dtype == dtype and p.grad.isfinite().all()
+            if dtype == torch.bfloat16:  # AdamW's 1e-8 is zero in fp16
+                optimizer.step()
+            optimizer.zero_grad()
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+class Multiply(torch.autograd.Function):
+    """Someone's own kernel: it takes one dtype, and checks."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        assert x.dtype == w.dtype
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        assert g.dtype == w.dtype
+        return g @ w, g.T @ x
+
+
+class OwnKernel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return Multiply.apply(x, self.w)
+
+
+class Recurrent(nn.Module):
+    """cuDNN-style recurrent layers keep references to their weights and compare dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.LSTM(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.cells(x[None])[0][0])
+
+
+class Recomputing(nn.Module):
+    """Activation checkpointing: the forward is run again during backward, on autograd's own terms."""
+
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+KINDS = {"own kernel": OwnKernel, "recurrent": Recurrent, "checkpoint": Recomputing,
+         "checkpoint-reentrant": lambda: Recomputing(True), "compiled": lambda: torch.compile(nn.Linear(8, 5),
+                                                                                             backend="eager")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_models_that_train_without_sam_train_with_it(kind, dtype):
+    """Whatever stands in for a wider w + eps, a network that works with ``loss.backward()`` must not fail: recomputed
+    activations, kernels and recurrent layers that compare dtypes, compiled modules. The gradient is that of the float32
+    network at its w + eps, to the precision of the dtype."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = KINDS[kind]().to(dtype)
+    wide = copy.deepcopy(model).float()
+    x = torch.randn(6, 8)
+    grads = []
+    for m, inputs in ((model, x.to(dtype)), (wide, x.to(dtype).float())):
+        def forward(m=m, inputs=inputs):
+            return m(inputs.clone()).float().square().mean()
+
+        before = [p.detach().clone() for p in m.parameters()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            presets.sam(m, rho=1.0).backward(forward)
+        for p, q in zip(m.parameters(), before, strict=True):
+            problems.assert_same(p.detach(), q)
+        grads.append(flat_grad(m).float())
+    assert relative(*grads) < 0.05
+
+
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 def expected_under_autocast(model, x, y, rho):
@@ -205,7 +306,6 @@ def test_autocast_around_the_call_is_autocast_inside_it(row):
     found = []
     for around in (True, False):
         model = build(dtype=torch.float32)
-        from rows import parts_for, start
         _, sharpener = start(row, row.bases[-1], model)
 
         class Inside(nn.Module):

@@ -299,6 +299,27 @@ def drop_in_class(kind, rank):
     return relative(train(wrap(kind, build()), lambda t: rank_parts(row, t, rank)), expected)
 
 
+def half_precision(kind, rank):
+    """bf16 weights: restored bit for bit, ranks agree, and the record tells the radius that was realised."""
+    row = next(r for r in ROWS if r.name == "sam")
+    model = wrap(kind, build().bfloat16())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sharpener = presets.sam(model, rho=0.5)
+    for t in range(3):
+        before = gathered(model)
+        row.backward(sharpener, model, [(x.bfloat16(), y, w) for x, y, w in rank_parts(row, t, rank)])
+        assert torch.equal(gathered(model), before)
+        assert abs(float(sharpener.last.radius) - 0.5) < 0.05
+        assert float(sharpener.last.sharpness) > 0.01
+        optimizer.step()
+        optimizer.zero_grad()
+    mine = gathered(model)
+    other = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(other, mine)
+    assert torch.equal(*other)
+    return 0.0
+
+
 def distributed_checkpoint(kind, rank):
     """Saved with ``torch.distributed.checkpoint`` and reloaded into fresh objects: bitwise the uninterrupted run."""
     import tempfile
@@ -347,9 +368,9 @@ def distributed_checkpoint(kind, rank):
 
 CHECKS = {
     "ddp": [rank_scope, rank_scope_with_accumulation, no_sync_is_refused, overflow_on_one_rank, overflow_with_a_scaler,
-            inside_another_module, buffers_and_dropout, drop_in_class, distributed_checkpoint],
+            inside_another_module, buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint],
     "fsdp": [rank_scope_is_refused, no_sync_is_refused, overflow_on_one_rank, inside_another_module,
-             buffers_and_dropout, drop_in_class, distributed_checkpoint],
+             buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint],
     "mesh": [rank_scope, inside_another_module],
 }
 ON_MESH = ("sam", "asam", "sam-micro", "functional_sam", "looksam")

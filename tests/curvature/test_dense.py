@@ -1,0 +1,167 @@
+"""Dense ``torch.func.hessian`` in float64: every product of every operator against the whole matrix.
+
+What the other families would miss: a parameter left out or out of order, a batch weighed wrongly, a transpose; closed
+forms exist for hardly any net, finite differences see six digits, and other libraries share conventions.
+"""
+
+import functools
+
+import pytest
+import torch
+from nets import Attention, classification, mlp, ragged, samples
+from torch import nn
+
+from flatmin import Objective
+from flatmin.curvature import Fisher, FunctionalPart, GaussNewton, Hessian, dense_hessian
+
+PRODUCTS = ("auto", "cached", "recomputed", "forward")
+
+
+@pytest.fixture(scope="module")
+def truth():
+    torch.set_default_dtype(torch.float64)
+    model, (x, y) = mlp(), samples()
+    names = list(dict(model.named_parameters()))
+
+    def loss(*values):
+        z = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+        return nn.functional.cross_entropy(z, y)
+
+    w = tuple(p.detach() for p in model.parameters())
+    rows = torch.func.hessian(loss, argnums=tuple(range(len(w))))(*w)
+    return torch.cat([torch.cat([b.reshape(p.numel(), -1) for b in row], 1) for row, p in zip(rows, w, strict=True)])
+
+
+@pytest.mark.parametrize("split", (False, True))
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_product(truth, product, split):
+    assert torch.allclose(Hessian(classification(split=split), product=product).dense(), truth, atol=1e-14)
+
+
+@pytest.mark.parametrize("product", ("cached", "forward"))
+def test_blocks_of_vectors(truth, product):
+    v = torch.randn(len(truth), 4)
+    assert torch.allclose(Hessian(classification(split=True), product=product, vmap=True) @ v, truth @ v, atol=1e-13)
+
+
+def test_every_form_of_a_vector(truth):
+    H = Hessian(classification())
+    v = torch.randn(H.size)
+    shapes = [p.shape for p in H.parameters]
+    parts = [t.view(s) for t, s in zip(v.split([s.numel() for s in shapes]), shapes, strict=True)]
+    rows = H.matvec(parts)
+    assert [t.shape for t in rows] == shapes
+    assert torch.allclose(torch.cat([t.reshape(-1) for t in rows]), truth @ v, atol=1e-14)
+    assert torch.allclose(H @ v, truth @ v, atol=1e-14)
+    assert torch.allclose(torch.from_numpy(H.to_scipy() @ v.numpy()), truth @ v, atol=1e-14)
+    assert torch.allclose(torch.from_numpy(H.to_numpy()), truth, atol=1e-14)
+    with pytest.raises(ValueError, match="expected 75 numbers"):
+        H.matvec(torch.zeros(99))
+    with pytest.raises(ValueError, match="number 0 has shape"):
+        H.matvec([t.flatten() for t in parts])
+
+
+def test_the_two_parts_and_their_sum(truth):
+    objective = classification(split=True)
+    G, F = GaussNewton(objective), FunctionalPart(objective)
+    assert torch.allclose((G + F).dense(), truth, atol=1e-14)
+    assert torch.linalg.eigvalsh(G.dense())[0] > -1e-14
+    assert torch.allclose((Hessian(objective) - G).dense(), F.dense(), atol=1e-14)
+    for product in ("recomputed", "forward"):
+        assert torch.allclose(GaussNewton(objective, product=product).dense(), G.dense(), atol=1e-14)
+    assert torch.allclose(Fisher(objective).dense(), G.dense(), atol=1e-14)
+
+
+def test_sums_scalings_blocks_and_preconditioning(truth):
+    H = Hessian(classification())
+    d = torch.rand(H.size)
+    assert torch.allclose((H + 2 * H - H / 2).dense(), 2.5 * truth, atol=1e-13)
+    assert torch.allclose((-H).dense(), -truth, atol=1e-14)
+    assert torch.allclose(H.preconditioned(d).dense(), d.sqrt()[:, None] * truth * d.sqrt(), atol=1e-14)
+    assert torch.allclose(H.restrict("0").dense(), truth[:48, :48], atol=1e-14)
+    assert torch.allclose((2 * H + H).restrict(["0.bias", "2.bias"]).dense(),
+                          3 * truth[[*range(40, 48), *range(72, 75)]][:, [*range(40, 48), *range(72, 75)]], atol=1e-14)
+    assert torch.allclose(H.restrict(H.objective.model[2]).dense(), truth[48:, 48:], atol=1e-14)
+    assert torch.allclose(H.preconditioned(d).restrict("2").dense(),
+                          (d.sqrt()[:, None] * truth * d.sqrt())[48:, 48:], atol=1e-14)
+    with pytest.raises(ValueError, match="no parameter"):
+        H.restrict("layer7")
+
+
+def test_the_fishers(truth):
+    model, (x, y) = mlp(), samples()
+    objective = Objective(model, nn.CrossEntropyLoss(), ragged(x, y))
+    rows = []
+    for xi, yi in zip(x, y, strict=True):
+        if yi != -100:
+            g = torch.autograd.grad(nn.functional.cross_entropy(model(xi[None]), yi[None]), list(model.parameters()))
+            rows.append(torch.cat([t.reshape(-1) for t in g]))
+    rows = torch.stack(rows)
+    assert torch.allclose(Fisher(objective, kind="empirical").dense(), rows.T @ rows / len(rows), atol=1e-14)
+    exact = Fisher(objective).dense()
+    mean = sum(Fisher(objective, kind="monte_carlo", seed=s).dense() for s in range(200)) / 200
+    one = Fisher(objective, kind="monte_carlo").dense()
+    assert (mean - exact).norm() < 0.25 * (one - exact).norm()
+    with pytest.raises(ValueError, match="likelihood="):
+        Fisher(Objective(model, lambda z, t: z.mean(), (x, y)))
+
+
+@pytest.mark.parametrize("loss", (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.MSELoss(reduction="sum")), ids=str)
+def test_fishers_of_other_likelihoods(loss):
+    x, t = torch.randn(9, 5), torch.rand(9, 3).round()
+    objective = Objective(mlp(), loss, [(x[:4], t[:4]), (x[4:], t[4:])])
+    whole = GaussNewton(Objective(objective.model, loss, (x, t))).dense()
+    assert torch.allclose(Fisher(objective).dense(), whole, atol=1e-13)
+    mean = sum(Fisher(objective, kind="monte_carlo", seed=s).dense() for s in range(200)) / 200
+    assert (mean - whole).norm() < 0.15 * whole.norm()
+
+
+def test_attention_goes_through_the_kernel_that_can():
+    model = Attention()
+    x, y = torch.randn(6, 5, 4), torch.randint(0, 3, (6,))
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+    H = Hessian(objective).dense()
+    assert torch.allclose(H, dense_hessian(objective), atol=1e-14)
+    assert torch.allclose((GaussNewton(objective) + FunctionalPart(objective)).dense(), H, atol=1e-14)
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)     # outside the product the default kernel is what it was
+    g, = torch.autograd.grad(nn.functional.scaled_dot_product_attention(q, q, q).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.sum(), q)
+
+
+def test_unused_frozen_and_tied_parameters():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unused, self.frozen = nn.Linear(5, 5), nn.Linear(2, 2), nn.Linear(5, 5)
+            self.frozen.requires_grad_(False)
+            self.head = nn.Linear(5, 3)
+            self.tied = self.a
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.tied(self.frozen(self.a(x)))))
+
+    objective = Objective(Odd(), nn.CrossEntropyLoss(), samples())
+    H = Hessian(objective)
+    assert H.names == ["a.weight", "a.bias", "unused.weight", "unused.bias", "head.weight", "head.bias"]
+    dense = H.dense()
+    assert torch.allclose(dense, dense_hessian(objective), atol=1e-14)
+    assert dense[30:36].abs().max() == 0
+    gradient = objective.gradient()
+    assert [g.shape for g in gradient] == [p.shape for p in objective.model.parameters()]
+
+
+@pytest.mark.parametrize("loss", (functools.partial(nn.functional.cross_entropy, ignore_index=1),
+                                  nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5])).double(),
+                                  nn.CrossEntropyLoss(reduction="sum"),
+                                  nn.CrossEntropyLoss(label_smoothing=0.1)), ids=str)
+def test_averages_are_those_of_the_merged_batch(loss):
+    x, y = samples()
+    model = mlp()
+    whole, parts = Objective(model, loss, (x, y)), Objective(model, loss, ragged(x, y))
+    assert float(whole.value()) == pytest.approx(float(parts.value()), rel=1e-14)
+    for a, b in zip(whole.gradient(), parts.gradient(), strict=True):
+        assert torch.allclose(a, b, atol=1e-13)
+    v = torch.randn(Hessian(whole).size)
+    for kind in (Hessian, GaussNewton, FunctionalPart):
+        assert torch.allclose(kind(whole) @ v, kind(parts) @ v, atol=1e-12)
