@@ -1,11 +1,21 @@
 """The report: sentences, tables and the page, from made-up records."""
 
+import html
+import json
 import math
 import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 
 import pytest
 
 from flatmin import report
+from flatmin.errors import RunFolderError
+from flatmin.report.figures import _style, color
+from flatmin.report.findings import headline, worse
+from flatmin.report.reading import Gap
 
 BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31, 0.25, 0.052, 0.008, 12.0, 1.93),
           "asam": (0.785, 1.42, 0.23, 0.071, 0.011, 9.5, 2.11)}
@@ -13,8 +23,10 @@ BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31
 
 def run(method, seed, level, rng, epochs):
     accuracy, nll, ece, sharp, second, top, _ = level
+
     def near(v):
         return v * (1 + 0.03 * rng.gauss(0, 1))
+
     accuracy, epoch = near(accuracy), list(range(1, epochs + 1))
     history = {"epoch": epoch, "train_loss": [0.3 * nll + 2.0 * math.exp(-3 * e / epochs) + 0.02 * rng.random()
                                               for e in epoch],
@@ -74,3 +86,200 @@ def test_table_is_aligned():
 def test_findings_are_sentences(seeds):
     for line in report.findings(fake(seeds=seeds)):
         assert line[0].isupper() and line[-1] in ".)" and "nan" not in line
+
+
+def levels(**changes):
+    """SAM beside SGD, better in everything but for the changes (and time)."""
+    names = ["accuracy", "nll", "ece", "sharpness", "second_order", "eigenvalue", "ratio"]
+    good = dict(zip(names, (0.8, 1.0, 0.10, 0.05, 0.01, 10.0, 1.0), strict=True)) | changes
+    return {"sgd": (0.6, 2.0, 0.20, 0.11, 0.02, 30.0, 1.0), "sam": tuple(good[n] for n in names)}
+
+
+WORSE = {"accuracy": (0.4, "Clean-test accuracy is lower"), "nll": (3.0, "Negative log-likelihood is higher"),
+         "ece": (0.4, "Calibration got worse"), "sharpness": (0.3, "One-step sharpness is higher"),
+         "eigenvalue": (90.0, "The largest Hessian eigenvalue is higher"), "ratio": (2.0, "A step costs more time")}
+
+
+@pytest.mark.parametrize("metric", WORSE)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_got_worse_is_said_and_only_that(metric, seeds):
+    value, sentence = WORSE[metric]
+    record = fake(levels(**{metric: value}), seeds=seeds)
+    said = [other for other, (_, text) in WORSE.items() if any(text in line for line in report.findings(record))]
+    assert said == [metric]
+    assert html.escape(sentence) in report.page(record)
+
+
+def test_nothing_worse_is_said_too():
+    record = fake(levels())
+    assert not worse(record) and "Nothing measured here got worse than with SGD" in report.page(record)
+
+
+def test_the_spread_decides():
+    clear, close, single = fake(levels()), fake(levels(accuracy=0.601)), fake(levels(), seeds=1)
+    assert "more than the spread" in report.findings(clear)[0] and "ndecided" not in report.findings(clear)[0]
+    assert "undecided" in report.findings(close)[0] and headline(close).startswith("No winner")
+    assert "undecided" in report.findings(single)[0] and "undecided" in headline(single)
+    assert headline(fake(levels(accuracy=0.4))) == "Nothing beats SGD here"
+    assert Gap(0.1, 0.05).decided and not Gap(0.1, 0.1).decided and not Gap(0.1, math.nan).decided
+
+
+def test_flatness_measures_that_disagree_are_named():
+    assert "disagree: SAM is flatter than SGD by the first" in "".join(report.findings(fake(levels(eigenvalue=90.0))))
+    assert "disagree" not in "".join(report.findings(fake(levels())))
+
+
+def test_an_unconverged_eigenvalue_is_said():
+    record = fake()
+    record["runs"][0]["hessian"]["converged"] = False
+    assert "1 of 9 Hessian eigenvalues did not converge" in "".join(report.findings(record))
+
+
+def test_the_time_ratio_is_to_the_baseline_whatever_the_record_took():
+    record = fake({"sam": (*BEFORE["sam"][:-1], 1.0), "sgd": (*BEFORE["sgd"][:-1], 0.5)})
+    assert any("SAM 2.00 times" in line for line in worse(record))
+
+
+EVIL = '<script>alert("x")</script>\'&$x_1$'
+
+
+def test_everything_from_the_record_is_escaped():
+    record = fake({"sgd": BEFORE["sgd"], EVIL: BEFORE["sam"]})
+    record["settings"][EVIL] = {"deep": [EVIL, {EVIL: EVIL}]}
+    for part in ("versions", "data"):
+        record[part]["name"] = record[part][EVIL] = EVIL
+    record |= {"created": EVIL, "kind": EVIL, "status": EVIL, "left_out": {EVIL: EVIL}}
+    record["selection"][EVIL]["criterion"] = EVIL
+    for r in record["runs"]:
+        r["seed"] = EVIL
+    parser = Tags()
+    parser.feed(report.page(record))
+    assert "script" not in parser.tags and parser.tags.count("html") == 1
+    assert not [a for a in parser.attributes if a[0].startswith("on")]
+    assert "alert" in html.unescape(report.page(record))
+
+
+@pytest.mark.parametrize("record", [fake(), fake(seeds=1, epochs=1)], ids=["three seeds", "one epoch"])
+def test_the_page_is_whole_and_asks_for_nothing(record):
+    text = report.page(record)
+    parser = Tags()
+    parser.feed(text)
+    assert not parser.open, f"unclosed: {parser.open}"
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(parser.tags)
+    targets = [v for k, v in parser.attributes if k in ("src", "href", "xlink:href", "action", "srcset", "data")]
+    targets += re.findall(r"url\(([^)]*)\)", text)
+    assert targets and all(t.startswith("#") for t in targets)
+    assert "@import" not in text and "http://" not in text and "https://" not in text
+    ids = [v for k, v in parser.attributes if k == "id"]
+    assert {t[1:] for t in targets} <= set(ids)
+    assert text.count("<figure") == 7 and "default-src 'none'" in text
+    assert report.page(record) == text, "the same record gives the same page"
+
+
+def test_an_interrupted_run_shows_what_it_has():
+    record = fake(seeds=1)
+    record |= {"status": "interrupted", "runs": record["runs"][:2]}
+    del record["timing"], record["summary"]
+    record["selection"]["asam"] |= {"scores": [0.3], "chosen": None}
+    text = report.page(record)
+    assert "This run is not complete" in text and "2 trainings finished" in text and "not yet" in text
+    assert "1 seed" in report.table(record)
+    assert "This run is not complete" not in report.page(fake())
+    record["runs"] = []
+    assert "No result yet" in report.page(record) and "How the radius was chosen" in report.page(record)
+
+
+@pytest.mark.parametrize("cut", ["runs", "summary", "timing", "selection", "settings", "versions", "data", "created"])
+def test_any_section_may_be_missing(cut):
+    record = fake()
+    del record[cut]
+    assert "<h1>" in report.page(record) and report.table(record)
+    for r in (record, {**fake(), cut: None}):
+        assert all("nan" not in line for line in report.findings(r))
+    for part in ("history", "test", "sharpness", "hessian", "line", "rho"):
+        record = fake()
+        del record["runs"][0][part]
+        record.pop("summary")
+        assert "<h1>" in report.page(record)
+
+
+def test_an_empty_record_says_so():
+    assert "No result yet" in report.page({"kind": "compare", "status": "interrupted", "runs": []})
+    assert report.findings({}) == ["No run has finished with a test accuracy, so there is nothing to compare yet."]
+
+
+def test_numbers_that_are_not_finite():
+    def spoil(value):
+        if isinstance(value, dict):
+            return {k: v if k in ("method", "seed", "epoch") else spoil(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return ["nan", "inf", *value[2:]]
+        return random.choice(["nan", "inf", "-inf"]) if isinstance(value, float) else value
+
+    record = fake()
+    record["runs"][3:6] = [spoil(r) for r in record["runs"][3:6]]
+    del record["summary"]
+    assert any("SAM diverged: " in line for line in worse(record))
+    assert report.findings(record)[0].startswith("ASAM has the best")
+    assert "nan" in report.table(record) and "<h1>" in report.page(record)
+    record["runs"] = [spoil(r) for r in record["runs"]]
+    assert "No result yet" in report.page(record)
+
+
+def test_many_methods():
+    record = fake({"sgd": BEFORE["sgd"], **{f"m{i}": BEFORE["sam"] for i in range(17)}}, seeds=2)
+    text = report.page(record)
+    assert all(f"<span>m{i}</span>" in text for i in range(17))
+    looks = [(color(i), *map(str, _style(i))) for i in range(18)]
+    assert len(set(looks)) == 18 and [c for c, *_ in looks].count(looks[0][0]) == 1
+
+
+def test_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "record.json").write_text(json.dumps(fake()))
+    target = report.write(tmp_path)
+    before = target.read_text()
+    assert target == tmp_path / "report.html" and before == report.page(fake())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RunFolderError, match="No space left"):
+        report.write(tmp_path)
+    assert target.read_text() == before and sorted(p.name for p in tmp_path.iterdir()) == ["record.json", "report.html"]
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"])
+def test_a_folder_without_a_record(tmp_path, text):
+    if text is not None:
+        (tmp_path / "record.json").write_text(text)
+    with pytest.raises(RunFolderError, match="record"):
+        report.write(tmp_path)
+
+
+def test_the_report_is_imported_without_matplotlib():
+    code = "import sys, flatmin.report; assert not {'matplotlib', 'numpy.random'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", "import torch; " + code.replace(", 'numpy.random'", "")], check=True)
+
+
+class Tags(HTMLParser):
+    """The tags and attributes of a page, and whatever was opened and not closed."""
+
+    VOID = {"meta", "br", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(k, v or "") for k, v in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag

@@ -14,17 +14,32 @@ from .reading import METRICS, Reading, number, numbers, section, significant
 
 INK, SOFT, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"  # placeholders for the colours of the page
 COLORS = 8                                                           # then dashes and markers change
+FEW = 6                                                              # with more methods than that, figures get finer
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)))
 MARKERS = ("o", "s", "^")
 
 
+def hue(index: int) -> int:
+    """Which of the page's colours a method has; the first, a grey, is the baseline's alone."""
+    return 0 if index == 0 else 1 + (index - 1) % (COLORS - 1)
+
+
 def color(index: int) -> str:
     """The placeholder for the colour of a method; :mod:`style` names the real ones, for light and for dark."""
-    return f"#0102{index % COLORS:02x}"
+    return f"#0102{hue(index):02x}"
+
+
+def _turn(index: int) -> int:
+    """How often the colours were used up before."""
+    return max(0, index - 1) // (COLORS - 1)
 
 
 def _style(index: int) -> tuple[Any, str]:
-    return DASHES[index // COLORS % len(DASHES)], MARKERS[index // COLORS % len(MARKERS)]
+    return DASHES[_turn(index) % len(DASHES)], MARKERS[_turn(index) % len(MARKERS)]
+
+
+def _weight(r: Reading) -> float:
+    return 2.1 if len(r.methods) <= FEW else 1.4
 
 
 def draw(paint: Callable[[Any], None], title: str, *, size: tuple[float, float] = (5.6, 3.7)) -> str:
@@ -39,7 +54,8 @@ def draw(paint: Callable[[Any], None], title: str, *, size: tuple[float, float] 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11.5, "axes.edgecolor": RULE,
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11.5,
+                "axes.edgecolor": RULE,
                 "axes.labelcolor": SOFT, "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": SOFT,
                 "ytick.labelcolor": SOFT, "text.color": INK, "axes.spines.top": False, "axes.spines.right": False,
                 "axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -93,8 +109,8 @@ def curves(r: Reading, key: str, title: str, percent: bool = False) -> str:
             dash, marker = _style(i)
             if any(len(v) > 1 for v in values):
                 axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color(i),
-                                  alpha=0.16, linewidth=0, gid=f"s{i}")
-            axes.plot(epochs, means, color=color(i), linestyle=dash, linewidth=2, gid=f"s{i}|{r.label(m)}",
+                                  alpha=0.16 if len(r.methods) <= FEW else 0.05, linewidth=0, gid=f"s{i}")
+            axes.plot(epochs, means, color=color(i), linestyle=dash, linewidth=_weight(r), gid=f"s{i}|{r.label(m)}",
                       marker=marker if len(epochs) == 1 else None, solid_capstyle="round")
         axes.set_xlabel("epoch")
         axes.margins(x=0.01)
@@ -106,9 +122,12 @@ def curves(r: Reading, key: str, title: str, percent: bool = False) -> str:
 def scatter(r: Reading, metric: str, xlabel: str) -> str:
     """Accuracy against a sharpness: a point a seed, a ring at the mean of a method."""
     part, name = METRICS[metric]
-    pairs = {m: [(number(section(x, part).get(name)), 100 * number(section(x, "test").get("accuracy")),
-                  x.get("seed")) for x in r.runs(m)] for m in r.methods}
-    pairs = {m: [p for p in v if math.isfinite(p[0]) and math.isfinite(p[1])] for m, v in pairs.items()}
+    pairs: dict[str, list[tuple[float, float, str]]] = {m: [] for m in r.methods}
+    for m in r.methods:
+        for run in r.runs(m):
+            x, y = number(section(run, part).get(name)), 100 * number(section(run, "test").get("accuracy"))
+            if math.isfinite(x) and math.isfinite(y):
+                pairs[m].append((x, y, str(run.get("seed", "?"))))
     every = [p[0] for v in pairs.values() for p in v]
 
     def paint(axes: Any) -> None:
@@ -118,10 +137,10 @@ def scatter(r: Reading, metric: str, xlabel: str) -> str:
         for i, m in enumerate(r.methods):
             for x, y, seed in pairs[m]:
                 hint = f"{r.label(m)}, seed {seed}: {y:.1f} %, {significant(x)}"
-                axes.plot([x], [y], _style(i)[1], color=color(i), markersize=9, alpha=0.85, markeredgecolor=PAPER,
-                          markeredgewidth=1.2, gid=f"s{i}|{hint}")
-            if len(pairs[m]) > 1:
-                x, y = (sum(p[k] for p in pairs[m]) / len(pairs[m]) for k in (0, 1))
+                axes.plot([x], [y], _style(i)[1], color=color(i), markersize=9 if len(r.methods) <= FEW else 6.5,
+                          alpha=0.85, markeredgecolor=PAPER, markeredgewidth=1.2, gid=f"s{i}|{hint}")
+            if len(pairs[m]) > 1 and len(r.methods) <= FEW:
+                x, y = sum(p[0] for p in pairs[m]) / len(pairs[m]), sum(p[1] for p in pairs[m]) / len(pairs[m])
                 axes.plot([x], [y], "o", color="none", markersize=19, markeredgecolor=color(i), markeredgewidth=1.2,
                           gid=f"s{i}|{r.label(m)}, mean")
         axes.set_xlabel(xlabel)
@@ -144,16 +163,16 @@ def lines(r: Reading, rise: bool) -> str:
                     zero = values[min(range(len(at)), key=lambda k: abs(at[k]))] if rise else 0.0  # noqa: B023
                     found.append((at, [v - zero if math.isfinite(v) else math.nan for v in values]))
             same = [f for f in found if f[0] == found[0][0]]
-            for at, values in found if len(found) > 1 else []:
+            for at, values in found if len(found) > 1 and len(r.methods) <= FEW else []:
                 axes.plot(at, values, color=color(i), linewidth=0.8, alpha=0.45, gid=f"s{i}")
             if same:
                 mean = [sum(column) / len(column) for column in zip(*(f[1] for f in same), strict=True)]
-                axes.plot(same[0][0], mean, color=color(i), linewidth=2.2, linestyle=_style(i)[0],
+                axes.plot(same[0][0], mean, color=color(i), linewidth=_weight(r), linestyle=_style(i)[0],
                           gid=f"s{i}|{r.label(m)}")
                 tops.append(max((v for v in mean if math.isfinite(v)), default=0.0))
         if len(tops) > 2 and max(tops) > 6 * sorted(tops)[len(tops) // 2] > 0:  # one steep method hides the others
             axes.set_ylim(top=3 * sorted(tops)[len(tops) // 2])
-        axes.axvline(0, color=RULE, linewidth=1)
+        axes.axvline(0, color=RULE, linewidth=1, zorder=0.5)
         axes.set_xlabel("distance from the solution, ‖w′ − w‖")
         axes.margins(x=0.01)
 
@@ -212,9 +231,10 @@ def key(r: Reading, methods: Sequence[str]) -> str:
     items = []
     for m in methods:
         i = r.methods.index(m)
-        dash = ("", "7 3", "2 2.4")[i // COLORS % len(DASHES)]
+        dash = ("", "7 3", "2 2.4")[_turn(i) % len(DASHES)]
         shape = ('<circle cx="14" cy="6" r="4"/>', '<rect x="10.3" y="2.3" width="7.4" height="7.4"/>',
-                 '<path d="M14 1.5L18.6 9.6H9.4Z"/>')[i // COLORS % len(MARKERS)]
+                 '<path d="M14 1.5L18.6 9.6H9.4Z"/>')[_turn(i) % len(MARKERS)]
         items.append(f'<li class="k{i} s{i}" tabindex="0"><svg viewBox="0 0 28 12" aria-hidden="true"><path '
                      f'd="M1 6H27" stroke-dasharray="{dash}"/>{shape}</svg><span>{escape(r.label(m))}</span></li>')
-    return f'<ul class="key">{"".join(items)}</ul>'
+    hint = "<li class=quiet>Point at a name to single it out.</li>" if len(methods) > 3 else ""
+    return f'<ul class="key">{"".join(items)}{hint}</ul>'

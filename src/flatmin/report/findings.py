@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -39,13 +39,14 @@ def headline(record: Mapping[str, Any]) -> str:
     if not math.isfinite(r.stat(best, "accuracy").sd):
         return f"{r.label(best)} is ahead on {r.test_name}, in a single seed: undecided"
     if len(tied) == len(ranked) or base in tied and best != base:
-        return f"No winner: the seeds do not tell {_names(r, tied)} apart"
+        return f"No winner: the seeds do not tell {_few(r, tied, 'methods')} apart"
     if best == base:
         return f"Nothing beats {r.label(base)} here"
     points = _points(gap(r.stat(best, "accuracy"), r.stat(base, "accuracy")))
-    also = f"; {_names(r, tied[1:])} {'is' if len(tied) == 2 else 'are'} as good within the spread" if tied[1:] else ""
-    over = f"over {r.label(base)}" if base in ranked else ""
-    return f"{r.label(best)} gains {points} of {r.test_name} {over}{also}".replace("  ", " ")
+    verb = "is" if len(tied) == 2 else "are"
+    also = "" if len(tied) == 1 else f"; {_few(r, tied[1:], 'others')} {verb} as good within the spread"
+    over = f" over {r.label(base)}" if base in ranked else ""
+    return f"{r.label(best)} gains {points} of {r.test_name}{over}{also}"
 
 
 def verdict(record: Mapping[str, Any]) -> str:
@@ -80,10 +81,10 @@ def worse(record: Mapping[str, Any]) -> list[str]:
         rose = [m for m in others if r.stat(m, metric).mean > r.stat(base, metric).mean]
         if rose:
             out.append(_listing(r, f"{name} is higher", metric, rose))
-    slow = [(r.timing(m)[1], m) for m in others if r.timing(m)[1] > 1.005]
+    slow = [m for m in others if r.timing(m)[1] > 1.005]
     if slow:
-        costs = [f"{ratio:.2f} times with {r.label(m)}" for ratio, m in slow]
-        out.append(f"Every step costs more time than one of {r.label(base)}: {joined(costs)}.")
+        costs = _range(r, slow, lambda m: r.timing(m)[1], lambda m: f"{r.timing(m)[1]:.2f} times")
+        out.append(f"A step costs more time than one of {r.label(base)}: {costs}.")
     for m in r.methods:
         broken = sum(not math.isfinite(v) for v in [*r.seeds(m, "nll"), *r.seeds(m, "accuracy")])
         if broken:
@@ -107,8 +108,7 @@ def _flatter(r: Reading) -> list[str]:
         base = r.stat(r.baseline, metric)
         lower = [m for m in r.methods if r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
         if lower:
-            values = [f"{r.label(m)} {plus_minus(r.stat(m, metric))}" for m in lower]
-            out.append(f"Flatter than {r.label(r.baseline)} by {name} ({plus_minus(base)}): {joined(values)}.")
+            out.append(_listing(r, f"Flatter: {name} is lower", metric, lower))
     return out
 
 
@@ -186,7 +186,8 @@ def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str
     show = percent if metric == "accuracy" else plus_minus
     clear = [m for m in methods if gap(base, r.stat(m, metric)).decided]
     vague = [m for m in methods if m not in clear]
-    parts = [joined([f"{r.label(m)} {show(r.stat(m, metric))}" for m in group]) for group in (clear, vague) if group]
+    parts = [_range(r, group, lambda m: r.stat(m, metric).mean, lambda m: show(r.stat(m, metric)))
+             for group in (clear, vague) if group]
     if vague:
         parts[-1] += " (undecided, within the spread)" if math.isfinite(base.sd) else " (undecided, one seed)"
     return f"{start} than {r.label(r.baseline)}’s {show(base)}: {'; '.join(parts)}."
@@ -194,6 +195,19 @@ def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str
 
 def _names(r: Reading, methods: Sequence[str]) -> str:
     return joined([r.label(m) for m in methods])
+
+
+def _few(r: Reading, methods: Sequence[str], noun: str) -> str:
+    return _names(r, methods) if len(methods) <= 3 else f"{len(methods)} {noun}"
+
+
+def _range(r: Reading, methods: Sequence[str], value: Callable[[str], float], show: Callable[[str], str]) -> str:
+    """Each method and its value; of many, all names but only the ends of their range."""
+    if len(methods) <= 4:
+        return joined([f"{r.label(m)} {show(m)}" for m in methods])
+    low, high = min(methods, key=value), max(methods, key=value)
+    who = f"all {len(methods)} others" if len(methods) == len(r.methods) - 1 else _names(r, methods)
+    return f"{who}, from {show(low)} ({r.label(low)}) to {show(high)} ({r.label(high)})"
 
 
 def joined(items: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,7 +16,7 @@ from . import figures
 from .findings import headline, joined, seen, verdict, worse
 from .reading import METRICS, Reading, number, numbers, plus_minus, section
 from .style import sheet
-from .table import COLUMNS, html_table, strip
+from .table import COLUMNS, html_table, scale, strip
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -36,18 +35,14 @@ def write(folder: str | Path) -> Path:
                              f"compare wrote") from error
     if not isinstance(record, dict):
         raise RunFolderError(f"{folder / 'record.json'} is not the record of a run")
-    text, target = page(record), folder / "report.html"
-    temporary = None
+    text, target = page(record).encode("utf-8", "replace"), folder / "report.html"
+    temporary = folder / f".report-{os.getpid()}.html"
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=folder)
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
+        temporary.write_bytes(text)
         os.replace(temporary, target)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunFolderError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
@@ -77,15 +72,18 @@ def _hero(r: Reading) -> str:
     for m in ranked:
         value, _, spread = plus_minus(r.stat(m, "accuracy"), 100, 1).partition(" ± ")
         rows.append(f'<li class="s{r.methods.index(m)}"><span class="name">{escape(r.label(m))}</span>'
-                    f"{strip(r, m, COLUMNS[0])}<div><b>{escape(value)}</b> <span>"
+                    f"{strip(r, m, COLUMNS[0], 220 if len(ranked) > 5 else 130)}<div><b>{escape(value)}</b> <span>"
                     f"{'± ' + escape(spread) + ' ' if spread else ''}%</span></div></li>")
+    low, high = scale(r, COLUMNS[0])
+    span = f"; the scale runs from {100 * low:.1f} to {100 * high:.1f} %" if low < high else ""
     kind = "ranks many" if len(rows) > 5 else "ranks"
-    ranks = (f'<div><h3>{escape(r.test_name.capitalize())}</h3><small>a tick for each seed, a dot for their mean'
+    ranks = (f'<div><h3>{escape(r.test_name.capitalize())}</h3><small>a tick for each seed, a dot for their mean{span}'
              f'</small><ul class="{kind}">{"".join(rows)}</ul></div>') if rows else ""
     kind, name = str(r.record.get("kind", "compare")), str(r.data.get("name", ""))
+    head = _text(headline(r.record)).replace("clean-test", '<span class="nb">clean-test</span>')
     return (f'<header>{banner}<p class="over">flatmin {escape(kind)}{" · " + escape(name) if name else ""}</p>'
-            f"<h1>{escape(headline(r.record))}</h1><div class=\"hero\"><div><p class=\"lede\">"
-            f'{escape(verdict(r.record))}</p><p class="quiet">{escape(_setting(r))}</p></div>{ranks}</div></header>')
+            f"<h1>{head}</h1><div class=\"hero\"><div><p class=\"lede\">"
+            f'{_text(verdict(r.record))}</p><p class="quiet">{_text(_setting(r))}</p></div>{ranks}</div></header>')
 
 
 def _setting(r: Reading) -> str:
@@ -114,9 +112,9 @@ def _results(r: Reading) -> str:
     if not any(r.stat(m, x).n for m in r.methods for x in METRICS):
         return ""
     spread = "Mean ± standard deviation over seeds" if _seeds(r) > 1 else "One seed, so no spread"
+    bold = " Bold: the best, and what cannot be told from it." if _seeds(r) > 1 else ""
     return (f"<section><h2>Results</h2><p>{spread}. Under each number, every seed as a tick and the mean as a dot, "
-            f"on one scale for the column. Bold: the best, and what cannot be told from it.</p>{html_table(r.record)}"
-            f"</section>")
+            f"on one scale for the column.{bold}</p>{html_table(r.record)}</section>")
 
 
 def _learning(r: Reading) -> str:
@@ -138,8 +136,9 @@ def _sharpness(r: Reading) -> str:
     if any(map(math.isfinite, (v for m in r.methods for v in r.seeds(m, "eigenvalue")))):
         panels.append((figures.scatter(r, "eigenvalue", "largest Hessian eigenvalue"), f"{r.test_name.capitalize()}, %",
                        "against the curvature of the training loss in its steepest direction"))
-    return _section(r, "Does flat go with accurate?", "A point for each seed, a ring at the mean of a method. Up is "
-                    "more accurate, left is flatter; a trend between methods is no proof of a cause.", panels)
+    ring = ", a ring at the mean of a method" if len(r.methods) <= figures.FEW and _seeds(r) > 1 else ""
+    return _section(r, "Does flat go with accurate?", f"A point for each seed{ring}. Up is more accurate, "
+                    "left is flatter; a trend between methods is no proof of a cause.", panels)
 
 
 def _lines(r: Reading) -> str:
@@ -147,8 +146,10 @@ def _lines(r: Reading) -> str:
         return ""
     panels = [(figures.lines(r, False), "Training loss", "along one straight line through each solution"),
               (figures.lines(r, True), "The same, as the rise above the solution", "flat bottoms stay low")]
-    return _section(r, "The valley each method found", "Thick: the mean over seeds; thin: every seed. Distances are "
-                    "true lengths in weight space, and a line is one direction among very many.", panels)
+    thin = "Thick: the mean over seeds; thin: every seed. " if len(r.methods) <= figures.FEW else "Means over seeds. "
+    thin = thin if _seeds(r) > 1 else ""
+    return _section(r, "The valley each method found", f"{thin}Distances are true lengths in "
+                    "weight space, and a line is one direction among very many.", panels)
 
 
 def _radii(r: Reading) -> str:
@@ -218,7 +219,12 @@ def _flat(value: Any, name: str = "") -> list[str]:
 
 
 def _list(items: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+    return f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>"
+
+
+def _text(sentence: str) -> str:
+    """Escaped, and never broken inside a number with its spread or its unit."""
+    return escape(sentence).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _count(n: int, noun: str) -> str:

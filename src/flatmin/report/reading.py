@@ -109,7 +109,7 @@ class Reading:
         runs = record.get("runs")
         self.all_runs = [r for r in runs if isinstance(r, Mapping)] if isinstance(runs, Sequence) else []
         named = [str(r.get("method")) for r in self.all_runs]
-        found = dict.fromkeys([*named, *map(str, section(record, "summary"))])
+        found = dict.fromkeys([*named, *map(str, section(record, "summary")), *map(str, section(record, "selection"))])
         self.baseline = "sgd" if "sgd" in found else next(iter(found), "")
         self.methods = sorted(found, key=lambda m: m != self.baseline)  # stable: the baseline first, then as they ran
         self.data = section(record, "data")
@@ -145,7 +145,7 @@ class Reading:
             return Stat()
         finite = all(map(math.isfinite, values))
         spread = statistics.stdev(values) if finite and len(values) > 1 else math.nan
-        return Stat(statistics.fmean(values), spread, len(values))
+        return Stat(sum(values) / len(values), spread, len(values))
 
     def timing(self, method: str) -> tuple[float, float]:
         """Seconds a step, and its ratio to the baseline's (the record's may be relative to another method)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .figures import COLORS
+from .figures import hue
 
 # Okabe and Ito's colour-blind safe hues, darkened for paper and lightened for night; the baseline is grey
 LIGHT = ("#6d7178", "#0a66b0", "#cc5208", "#00876c", "#aa4f90", "#a87700", "#3d9ad3", "#74331f")
@@ -31,17 +31,18 @@ section>p{color:var(--soft);margin-bottom:1.3em}
 .hero{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px 56px;align-items:start}
 .lede{font-size:clamp(18px,1.75vw,21px);line-height:1.45;text-wrap:pretty;margin-top:0}
 .ranks{list-style:none;margin:4px 0 0;padding:0}
-.ranks li{display:grid;grid-template-columns:minmax(4.5em,max-content) 1fr auto;gap:2px 16px;align-items:center;
+.ranks li{display:grid;grid-template-columns:5.5em 1fr 7.4em;gap:2px 16px;align-items:center;
 padding:11px 0;border-top:1px solid var(--rule)}
 .ranks li:first-child{border-top:0}
 .ranks b{font:500 26px/1 var(--serif)}
 .ranks span{color:var(--soft);font-size:13.5px}
-.ranks svg{width:100%;height:26px}
-.ranks.many li{padding:4px 0}.ranks.many b{font-size:17px}.ranks.many svg{height:18px}
+.ranks svg{width:100%;height:auto;display:block}.ranks div{white-space:nowrap;text-align:right}
+.ranks.many li{padding:4px 0;grid-template-columns:10em 1fr 6.4em}.ranks.many b{font-size:17px}
+.nb{white-space:nowrap}
 .name{font-weight:600;color:currentColor}.ranks li .name{font-size:15px;color:inherit}
 .ranks div{color:var(--ink)}
 .banner{background:var(--warn-card);color:var(--warn);border-left:4px solid;padding:12px 18px;border-radius:4px;
-margin:0 0 28px}
+margin:0 0 28px;max-width:none}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:28px 40px}
 .two>*{min-width:0}
 .found ul{margin:0;padding:0;list-style:none}
@@ -59,12 +60,13 @@ svg text{font-family:var(--sans);font-variant-numeric:tabular-nums}
 .key circle,.key rect,.key path+path{fill:currentColor;stroke:none}
 .key li span{color:var(--ink)}
 .scroll{overflow-x:auto;margin:0 calc(-1*clamp(18px,4vw,44px));padding:0 clamp(18px,4vw,44px)}
-table{border-collapse:collapse;width:100%;min-width:900px;font-size:15px}
+table{border-collapse:collapse;width:100%;min-width:940px;font-size:15px}
 th,td{text-align:left;vertical-align:top;padding:12px 18px 12px 0;border-bottom:1px solid var(--rule)}
 thead th{font-size:13.5px;font-weight:600;line-height:1.3;border-bottom:1.5px solid var(--ink)}
 thead small{display:block;font-weight:400;font-size:12px}
 tbody th{font-weight:600;border-left:4px solid currentColor;padding-left:12px}
-tbody th,.name{overflow-wrap:anywhere;max-width:12em}
+tbody th,.name{overflow-wrap:break-word;max-width:12em;min-width:4.6em}
+th:last-child,td:last-child{white-space:nowrap;padding-right:0}
 td b{font-weight:400;font-size:17px;color:var(--ink)}td.strong b{font-weight:700}
 td span{color:var(--soft);font-size:13px;white-space:nowrap}td small{display:block;font-size:12px;white-space:nowrap}
 .strip{display:block;width:112px;height:13.5px;margin-top:2px}
@@ -81,9 +83,8 @@ dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;min-wid
 .caveats{columns:2 360px;column-gap:48px;padding-left:1.1em;margin:8px 0;font-size:14.5px;color:var(--soft)}
 .caveats li{break-inside:avoid;margin-bottom:9px}
 footer{margin-top:56px;color:var(--soft);font-size:13px}
-@media(max-width:560px){.ranks li{grid-template-columns:1fr auto}.ranks svg{grid-column:1/-1;order:3}
-.worse{margin:0 -8px;padding:18px 18px}tbody th{position:sticky;left:0;background:var(--paper);z-index:1}
-.ranks.many svg{height:14px}}
+@media(max-width:560px){.ranks li,.ranks.many li{grid-template-columns:1fr auto}.ranks svg{grid-column:1/-1;order:3}
+.worse{margin:0 -8px;padding:18px 18px}tbody th{position:sticky;left:0;background:var(--paper);z-index:1}}
 @media print{body{background:none}main{max-width:none;padding:0}section,figure,.worse{break-inside:avoid}}
 @media(prefers-reduced-motion:reduce){.s{transition:none}}
 """
@@ -92,7 +93,7 @@ footer{margin-top:56px;color:var(--soft);font-size:13px}
 def sheet(methods: int) -> str:
     """The style sheet for so many methods: their colours, and the rules that dim the others under the pointer."""
     text = SHEET.strip().replace("LIGHT", _variables(LIGHT)).replace("DARK", _variables(DARK))
-    rules = [f".s{i}{{color:var(--c{i % COLORS})}}section:has(.k{i}:is(:hover,:focus-visible)) .s:not(.s{i})"
+    rules = [f".s{i}{{color:var(--c{hue(i)})}}section:has(.k{i}:is(:hover,:focus-visible)) .s:not(.s{i})"
              f"{{opacity:.1}}" for i in range(methods)]
     return "\n".join([text, *rules])
 

@@ -79,7 +79,7 @@ def html_table(record: Mapping[str, Any]) -> str:
 def _cell(r: Reading, method: str, column: Column) -> str:
     text = plus_minus(r.stat(method, column.metric), column.scale, column.digits)
     residual = r.stat(method, "residual") if column.metric == "eigenvalue" else None
-    return f"{text} ({residual.mean:.0e})" if residual is not None and residual.known else text
+    return f"{text} ({_power(residual.mean)})" if residual is not None and residual.known else text
 
 
 def _parts(r: Reading, method: str) -> str:
@@ -92,6 +92,12 @@ def _parts(r: Reading, method: str) -> str:
     return " + ".join(f"{p.mean:.{decimals}f}" if decimals else f"{p.mean:.1e}" for p in parts)
 
 
+def _power(value: float) -> str:
+    """2e-3, not 2e-03."""
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def _time(r: Reading, method: str) -> tuple[str, str]:
     seconds, ratio = r.timing(method)
     return (significant(1e3 * seconds) if math.isfinite(seconds) else "–",
@@ -99,7 +105,7 @@ def _time(r: Reading, method: str) -> tuple[str, str]:
 
 
 def _note(r: Reading) -> list[str]:
-    counts = {r.stat(m, "accuracy").n for m in r.methods}
+    counts = {r.stat(m, "accuracy").n for m in r.methods} - {0}
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts) if counts else "no"
     spread = "mean ± sd over" if counts and max(counts) > 1 else "no spread:"
     probe = f", one-step sharpness at ρ = {r.probe():g}" if math.isfinite(r.probe()) else ""
@@ -143,24 +149,29 @@ def _html_cell(r: Reading, method: str, column: Column, strong: bool) -> str:
         below += _bar(r, method)
     residual = r.stat(method, "residual")
     if column.metric == "eigenvalue" and residual.known:
-        below += f"<small>residual {residual.mean:.0e}</small>"
+        below += f"<small>residual {_power(residual.mean)}</small>"
     return f"<td{' class=strong' if strong else ''}>{value}{below}</td>"
 
 
-def strip(r: Reading, method: str, column: Column) -> str:
-    """The seeds of a method on the scale that all methods of a column share."""
+def scale(r: Reading, column: Column) -> tuple[float, float]:
+    """From the lowest seed of any method to the highest; nan where there is none."""
     every = [v for m in r.methods for v in [*r.seeds(m, column.metric), r.stat(m, column.metric).mean]]
     every = [v for v in every if math.isfinite(v)]
+    return min(every, default=math.nan), max(every, default=math.nan)
+
+
+def strip(r: Reading, method: str, column: Column, width: int = 100) -> str:
+    """The seeds of a method on the scale that all methods of a column share."""
+    low, high = scale(r, column)
     stat = r.stat(method, column.metric)
-    if not every or not stat.known or min(every) == max(every):
+    if not stat.known or not low < high:
         return ""
-    low, high = min(every), max(every)
 
     def place(v: float) -> str:
-        return f"{4 + 92 * (v - low) / (high - low):.1f}"
+        return f"{4 + (width - 8) * (v - low) / (high - low):.1f}"
 
     ticks = "".join(f"M{place(v)} 1.5V10.5" for v in r.seeds(method, column.metric) if math.isfinite(v))
-    return (f'<svg class="strip" viewBox="0 0 100 12" aria-hidden="true"><path class="rail" d="M0 6H100"/>'
+    return (f'<svg class="strip" viewBox="0 0 {width} 12" aria-hidden="true"><path class="rail" d="M0 6H{width}"/>'
             f'<path class="ticks" d="{ticks}"/><circle cx="{place(stat.mean)}" cy="6" r="3.2"/></svg>')
 
 
