@@ -4,7 +4,7 @@ direction   where is uphill?            Gradient, Adaptive, Layerwise, Fisher, P
                                         Random, RandomFraction, WithWeightDecay
 rule        which gradient is kept?     Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
 cadence     when is it paid for?        EveryStep, Every (with Reuse), WarmStart
-rho         how far?                    a number, LinearRho, RhoFollowsLearningRate
+rho         how far?                    a number, LinearRho, RhoFollowsLearningRate; by_depth for groups
 façade      torch.optim.Optimizer       SAM, ASAM, LookSAM, EfficientSAM, MomentumSAM, MemoryEfficientSAM
 """
 
@@ -23,6 +23,7 @@ from .directions import (
     WithWeightDecay,
 )
 from .optimizer import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
+from .rows import by_depth
 from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
 from .sharpener import Sharpener
 
@@ -30,5 +31,5 @@ __all__ = [
     "ASAM", "SAM", "Adaptive", "EfficientSAM", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient",
     "Layerwise", "LinearRho", "LogitOnly", "LookSAM", "MemoryEfficientSAM", "Momentum", "MomentumSAM", "Plain",
     "Preconditioned", "Random", "RandomFraction", "Reuse", "RhoFollowsLearningRate", "Selected", "Sharpener",
-    "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "presets",
+    "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "by_depth", "presets",
 ]

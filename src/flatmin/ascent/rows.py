@@ -96,6 +96,25 @@ def _members(group: dict[str, Any]) -> list[nn.Parameter]:
     return list({id(p): p for m in modules for p in m.parameters()}.values())
 
 
+def by_depth(model: nn.Module, first: float, last: float) -> list[dict[str, Any]]:
+    """Groups whose ρ goes linearly from ``first``, for the earliest module with parameters, to ``last``.
+
+    Depth is the order of ``model.modules()``; tied parameters count where they come first.
+
+    >>> [g["rho"] for g in by_depth(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 0.01, 0.05)]
+    [0.01, 0.05]
+    """
+    seen: set[int] = set()
+    levels = []
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if own:
+            levels.append(own)
+    share = [i / max(1, len(levels) - 1) for i in range(len(levels))]
+    return [{"params": own, "rho": first + (last - first) * s} for own, s in zip(levels, share, strict=True)]
+
+
 def check_rho(rho: Any) -> Any:
     """ρ as a finite number that is not negative, or a schedule."""
     if callable(rho):
