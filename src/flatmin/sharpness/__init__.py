@@ -1,5 +1,22 @@
 """Scalars that say how sharp a minimum is."""
 
+from .average_case import AverageCase, LargestRandom, average_case, largest_random
+from .cautions import SharpnessWarning, batch_sizes
+from .critical import (
+    CriticalSharpness,
+    EdgeOfStability,
+    critical_sharpness,
+    edge_of_stability,
+    update_of,
+)
+from .flatness import NormalizedFlatness, normalized_flatness
 from .one_step import FirstOrder, OneStep, first_order, one_step, scaled_radius
+from .trust_region import TrustRegion, trust_region
+from .variants import MSharpness, m_sharpness, normalized_logits
+from .worst_case import WorstCase, worst_case
 
-__all__ = ["FirstOrder", "OneStep", "first_order", "one_step", "scaled_radius"]
+__all__ = ["AverageCase", "CriticalSharpness", "EdgeOfStability", "FirstOrder", "LargestRandom", "MSharpness",
+           "NormalizedFlatness", "OneStep", "SharpnessWarning", "TrustRegion", "WorstCase", "average_case",
+           "batch_sizes", "critical_sharpness", "edge_of_stability", "first_order", "largest_random", "m_sharpness",
+           "normalized_flatness", "normalized_logits", "one_step", "scaled_radius", "trust_region", "update_of",
+           "worst_case"]

@@ -1,0 +1,144 @@
+"""The mean, and the largest, rise of the loss over random perturbations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import perturbed, vectors
+from ..objective import Objective
+from ..results import Scalar
+from .cautions import samples_in, warn_of
+from .scaling import Adaptive, check_p, scaled, scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageCase(Scalar):
+    """``value`` = the mean of L(w + δ) − L(w), ``stderr`` its standard error over independent draws (or pairs)."""
+
+    loss: float
+    draws: tuple[float, ...]        # the rise of each draw, or the mean rise of each pair δ, −δ
+    evaluations: int
+    warnings: tuple[str, ...] = ()
+
+
+def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptive: Adaptive | bool = "none",
+                 samples: int = 100, antithetic: bool = True, seed: int | torch.Generator = 0) -> AverageCase:
+    """Average-case sharpness, E L(w + δ) − L(w) with δ = c ∘ u, u ~ N(0, ρ²) in every coordinate (p = 2).
+
+    For small ρ it is ½ρ² Σᵢ cᵢ² Hᵢᵢ. Note that ‖u‖ is about ρ√d. With p = ∞ u is uniform on [−ρ, ρ]^d, a third of
+    the variance.
+
+    Args:
+        objective: L.
+        rho: the standard deviation (p = 2) or the half-width (p = ∞).
+        adaptive: c, as for ``worst_case``.
+        samples: evaluations of the loss.
+        antithetic: take δ and −δ together, which cancels the first-order term exactly: far less variance where the
+            gradient is not zero.
+        seed: of the draws.
+
+    Returns:
+        ``.value .stderr .draws .loss .evaluations``. Weights and everything else are bitwise what they were.
+
+    Raises:
+        ValueError: rho not positive, or fewer than two independent draws.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> s = average_case(Objective(model, torch.nn.MSELoss(), (torch.eye(2).repeat(4, 1), torch.ones(8, 1))), 0.1)
+    >>> abs(s.value - 0.01) < 4 * s.stderr             # ½ρ² tr H, with tr H = 2
+    True
+
+    M. Andriushchenko et al., arXiv 2302.07011.
+    """
+    p = check_p(p)
+    count = samples // 2 if antithetic else samples
+    if not rho > 0 or count < 2:
+        raise ValueError(f"rho must be positive and samples at least {4 if antithetic else 2}, got rho={rho}, "
+                         f"samples={samples}")
+    w, generator = objective.parameters, vectors.seeded(seed)
+    space = vectors.Space(w)
+    with objective.session():
+        loss, seen = _value(objective)
+        c = scales(w, adaptive)
+        draws = []
+        for _ in range(count):
+            u = space.random(generator, "normal" if p == 2 else "uniform")
+            if p == math.inf:
+                for t in u:
+                    t.mul_(2).sub_(1)
+            direction = scaled(c, u)
+            rises = []
+            for sign in (1, -1) if antithetic else (1,):
+                with perturbed.displaced(w, direction, sign * rho):
+                    rises.append(float(objective.value()) - loss)
+            draws.append(math.fsum(rises) / len(rises))
+    mean, stderr = mean_and_error(draws)
+    found = warn_of(objective, loss=loss, samples=seen)
+    return AverageCase(value=mean, stderr=stderr, loss=loss, draws=tuple(draws), warnings=tuple(found),
+                       evaluations=1 + count * (2 if antithetic else 1),
+                       settings={"rho": rho, "p": p, "adaptive": adaptive, "samples": samples,
+                                 "antithetic": antithetic, "mode": objective.mode, "data": seen})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestRandom(Scalar):
+    """``value`` = the largest rise over random directions of length ρ; ``mean`` and ``stderr`` are of all of them."""
+
+    loss: float
+    mean: float
+    draws: tuple[float, ...]
+
+
+def largest_random(objective: Objective, rho: float = 0.05, *, adaptive: Adaptive | bool = "none", draws: int = 20,
+                   seed: int | torch.Generator = 0) -> LargestRandom:
+    """max over ``draws`` random directions of L(w + ρ c∘û) − L(w), û uniform on the unit sphere.
+
+    A weak lower bound of ``worst_case``: in high dimension random directions see ½ρ² tr H / d, not λ₁. It can be
+    negative where the loss falls in all of them.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> data = torch.ones(8, 1), model.weight.detach().clone().expand(8, 1)
+    >>> round(largest_random(Objective(model, torch.nn.MSELoss(), data), 0.5).value, 4)
+    0.25
+    """
+    if not rho > 0 or draws < 1:
+        raise ValueError(f"rho and draws must be positive, got rho={rho}, draws={draws}")
+    w, generator = objective.parameters, vectors.seeded(seed)
+    space = vectors.Space(w)
+    with objective.session():
+        loss, seen = _value(objective)
+        c = scales(w, adaptive)
+        rises = []
+        for _ in range(draws):
+            u = space.random(generator)
+            vectors.scale(1 / space.norm(u), u)
+            with perturbed.displaced(w, scaled(c, u), rho):
+                rises.append(float(objective.value()) - loss)
+    warn_of(objective, loss=loss, samples=seen)
+    mean, stderr = mean_and_error(rises)
+    return LargestRandom(value=max(rises), stderr=stderr, loss=loss, mean=mean, draws=tuple(rises),
+                         settings={"rho": rho, "adaptive": adaptive, "draws": draws, "mode": objective.mode})
+
+
+def _value(objective: Objective) -> tuple[float, int]:
+    """L(w) and how many samples it is a mean over."""
+    losses, seen = [], 0
+    with torch.no_grad():
+        for term in objective.terms():
+            losses.append((term.loss(term.outputs()), term.weight))
+            seen += samples_in(term.batch)
+    return float(objective._total(losses)), seen
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error (nan of a single value)."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)

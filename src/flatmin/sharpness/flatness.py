@@ -1,0 +1,132 @@
+"""Curvature measured in units of the weights: it does not change when a ReLU network is rescaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..curvature import Hessian
+from ..objective import Objective
+from ..results import Scalar
+from .average_case import _value, mean_and_error
+from .cautions import warn_of
+
+Kind = Literal["element", "row", "column", "row_column"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedFlatness(Scalar):
+    """``value`` = Σᵢ wᵢ² Hᵢᵢ or a relative of it; ``layers`` its parts by parameter name."""
+
+    layers: dict[str, float]
+    exact: bool         # the diagonal of H by one product a parameter, rather than from random vectors
+    products: int
+    clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
+
+
+def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples: int = 100,
+                        seed: int | torch.Generator = 0) -> NormalizedFlatness:
+    """Σᵢ wᵢ² Hᵢᵢ and its row- and column-wise relatives: large is sharp.
+
+    With h the diagonal of H, per tensor W with rows i (its first dimension) and columns j (its second):
+
+    * "element": Σ_ij h_ij W_ij², of either sign: 2/ρ² times element-adaptive average-case sharpness for small ρ.
+    * "row": 2 Σᵢ ‖W_i·‖ √(Σⱼ h_ij), the least value of Σ_ij [h_ij σᵢ² + W_ij²/σᵢ²] over σ: a noise level a row.
+    * "column": the same with a noise level a column.
+    * "row_column": the least value of Σ_ij [h_ij (σᵢσ'ⱼ)² + W_ij²/(σᵢσ'ⱼ)²], convex in the logarithms.
+
+    Multiplying the weights into a ReLU unit by a and those out of it by 1/a changes neither "element" nor
+    "row_column". "row" is invariant to factors on rows only, "column" on columns only. Biases and other tensors of one
+    dimension have a noise level an element. The idea of a noise that factors over rows and columns is that of
+    Y. Tsuzuku et al., arXiv 1901.04653; these formulas are this library's and are not claimed to be that paper's.
+
+    Args:
+        objective: L.
+        samples: products with H at most. Where there are no more parameters than that, the diagonal is exact.
+        seed: of the random signs z in h ≈ mean z ∘ Hz. "element" uses Σ (w∘z)ᵀH(w∘z), which is unbiased and has a
+            standard error; the relatives set negative entries of the estimate of h to 0 (``clipped``), and have none.
+
+    Raises:
+        ValueError: an unknown kind, fewer than two samples, or sharded parameters.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> with torch.no_grad(): _ = model.weight.fill_(3.0)
+    >>> normalized_flatness(Objective(model, torch.nn.MSELoss(), (torch.ones(8, 1), torch.zeros(8, 1)))).value
+    18.0
+    """
+    if kind not in ("element", "row", "column", "row_column"):
+        raise ValueError(f'kind must be "element", "row", "column" or "row_column", got {kind!r}')
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+    w = [p.detach() for p in objective.parameters]
+    if any(map(vectors.is_sharded, w)):
+        raise ValueError("normalized flatness needs whole parameters; gather them first")
+    names = [name for name, p in objective.model.named_parameters() if p.requires_grad]
+    with objective.session():
+        loss, seen = _value(objective)
+        H = Hessian(objective)
+        exact = H.size <= samples
+        stderr, clipped, products = math.nan, 0.0, H.size if exact else samples
+        if exact:
+            h = H.split(H.dense().diagonal())
+        else:
+            h, stderr = _estimate(H, w, samples, vectors.seeded(seed), weighted=kind == "element")
+        if kind == "element":
+            parts = [float((d.double() * (t.double().square() if exact else 1)).sum()) for d, t in
+                     zip(h, w, strict=True)]
+        else:
+            size = math.fsum(float(d.abs().sum()) for d in h)
+            clipped = math.fsum(float(d.clamp(max=0).abs().sum()) for d in h) / size if size else 0.0
+            parts = [_least(d.double().clamp(min=0), t.double(), kind) for d, t in zip(h, w, strict=True)]
+    warn_of(objective, loss=loss, samples=seen)
+    return NormalizedFlatness(value=math.fsum(parts), stderr=stderr if kind == "element" else math.nan,
+                              layers=dict(zip(names, parts, strict=True)), exact=exact, products=products,
+                              clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
+
+
+def _estimate(H: Hessian, w: Sequence[Tensor], samples: int, generator: torch.Generator,
+              weighted: bool) -> tuple[list[Tensor], float]:
+    """The diagonal of H (of WHW where weighted) from random signs, and the standard error of its sum."""
+    space = vectors.Space(w)
+    total = [torch.zeros_like(t) for t in w]
+    sums = []
+    with H.session():
+        for _ in range(samples):
+            z = space.random(generator, "rademacher")
+            v = [a * b for a, b in zip(z, w, strict=True)] if weighted else z
+            row = [a * b for a, b in zip(v, H.matvec(v), strict=True)]
+            torch._foreach_add_(total, row, alpha=1 / samples)
+            sums.append(math.fsum(float(t.sum(dtype=torch.float64)) for t in row))
+    return total, mean_and_error(sums)[1]
+
+
+def _least(h: Tensor, w: Tensor, kind: str) -> float:
+    """The least value of Σ h s + w²/s over noise levels s > 0 of the given form."""
+    if w.dim() < 2:
+        return 2 * float((w.abs() * h.sqrt()).sum())
+    h, q = (t.reshape(*t.shape[:2], -1).sum(-1) for t in (h, w.square()))
+    if kind != "row_column":
+        along = 1 if kind == "row" else 0
+        return 2 * float((h.sum(along) * q.sum(along)).sqrt().sum())
+    return _row_column(h, q)
+
+
+def _row_column(h: Tensor, q: Tensor, steps: int = 2000, tol: float = 1e-12) -> float:
+    """min over s, t > 0 of Σ_ij h_ij sᵢtⱼ + q_ij/(sᵢtⱼ), by turns in s and t, each in closed form."""
+    tiny = torch.finfo(h.dtype).tiny
+    t, value = torch.ones_like(h[0]), math.inf
+    for _ in range(steps):
+        s = ((q / t).sum(1).clamp(min=tiny) / (h * t).sum(1).clamp(min=tiny)).sqrt()
+        a, b = (h * s[:, None]).sum(0).clamp(min=tiny), (q / s[:, None]).sum(0).clamp(min=tiny)
+        t = (b / a).sqrt()
+        before, value = value, 2 * float((a * b).sqrt().sum())
+        if before - value <= tol * value:
+            break
+    return value

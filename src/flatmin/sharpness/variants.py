@@ -1,0 +1,179 @@
+"""The same measures of a part of the data at a time, and of normalised logits."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import batches
+from ..objective import Objective
+from ..results import Scalar
+from .average_case import average_case
+from .cautions import SmallBatchWarning, samples_in
+from .one_step import one_step
+from .worst_case import worst_case
+
+Measure = Callable[..., Scalar]
+MEASURES: dict[str, Measure] = {"one_step": one_step, "worst_case": worst_case, "average_case": average_case}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSharpness(Scalar):
+    """``value`` = the mean over chunks of m samples, ``stderr`` its standard error over chunks."""
+
+    chunks: tuple[float, ...]
+    weights: tuple[float, ...]      # terms of the loss in each chunk
+
+
+def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str | Measure = "worst_case",
+                **options: Any) -> MSharpness:
+    """m-sharpness: each chunk of m samples has its own perturbation, and the rises are averaged.
+
+    Σ_S n_S max_{‖δ‖ ≤ ρ} [L_S(w + δ) − L_S(w)] / Σ_S n_S over disjoint chunks S of m samples, n_S the terms that the
+    loss of a chunk is a mean of. With m the number of all samples it is the measure itself; it never falls, for an
+    exact maximum, when m does (the maximum of a mean is at most the mean of the maxima).
+
+    Args:
+        objective: L; batches are tensors (or pairs, or mappings of them) whose first dimension counts samples.
+        m: samples in a chunk, any number; chunks run across batches, and the last may be smaller.
+        rho: the radius.
+        measure: "worst_case", "one_step", "average_case", or a function ``(objective, rho, **options) -> Scalar``.
+        options: of the measure. ``one_step`` is taken without its second-order part unless told otherwise.
+
+    Raises:
+        ValueError: m < 1, an unknown measure, or batches that cannot be cut.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> data = torch.tensor([[1.0], [2.0]]).repeat(4, 1), torch.zeros(8, 1)
+    >>> s = m_sharpness(Objective(model, torch.nn.MSELoss(), data), 2, 0.1, measure="one_step")
+    >>> len(s.chunks)
+    4
+
+    P. Foret et al., arXiv 2010.01412, section 4.1.
+    """
+    if m < 1:
+        raise ValueError(f"m must be at least 1, got {m}")
+    if isinstance(measure, str) and measure not in MEASURES:
+        raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(MEASURES)}, or pass a function")
+    function = MEASURES[measure] if isinstance(measure, str) else measure
+    if function is one_step:
+        options = {"second_order": False} | options
+    values, weights = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SmallBatchWarning)      # m is asked for
+        for chunk in chunks(objective, m):
+            part = on_data(objective, chunk)
+            values.append(float(function(part, rho, **options)))
+            weights.append(math.fsum(objective.weight(b) for b in chunk))
+    total = math.fsum(weights)
+    mean = math.fsum(v * n for v, n in zip(values, weights, strict=True)) / total
+    k = len(values)
+    spread = math.fsum((n / total) ** 2 * (v - mean) ** 2 for v, n in zip(values, weights, strict=True))
+    name = measure if isinstance(measure, str) else getattr(measure, "__name__", str(measure))
+    return MSharpness(value=mean, stderr=math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan, chunks=tuple(values),
+                      weights=tuple(weights), settings={"m": m, "rho": rho, "measure": name, **options})
+
+
+def on_data(objective: Objective, data: list[Any]) -> Objective:
+    """The same objective on other batches."""
+    part = copy.copy(objective)
+    part.data = data
+    return part
+
+
+def chunks(objective: Objective, m: int) -> Iterator[list[Any]]:
+    """Lists of pieces of batches that hold m samples together; the last may hold fewer."""
+    held: list[Any] = []
+    count = 0
+    for batch in objective.data:
+        n, start = samples_in(batch), 0
+        while start < n:
+            take = min(m - count, n - start)
+            held.append(_piece(batch, start, start + take, n))
+            count, start = count + take, start + take
+            if count == m:
+                yield held
+                held, count = [], 0
+    if held:
+        yield held
+
+
+def _piece(batch: Any, start: int, stop: int, n: int) -> Any:
+    """Samples start to stop − 1 of a batch of n."""
+    if isinstance(batch, Tensor):
+        if batch.dim() and batch.shape[0] == n:
+            return batch[start:stop]
+        raise ValueError(f"cannot cut a batch into samples: a tensor of shape {tuple(batch.shape)} beside one of {n} "
+                         "samples; pass data with one sample a batch")
+    if isinstance(batch, Mapping):
+        return {key: _piece(value, start, stop, n) if isinstance(value, Tensor) and value.dim() else value
+                for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_piece(part, start, stop, n) for part in batch)
+    raise ValueError(f"cannot cut a batch of type {type(batch).__name__} into samples")
+
+
+def normalized_logits(objective: Objective, *, floor: float = 1e-10) -> Objective:
+    """The objective with logits z ← (z − mean z) / ‖z − mean z‖₂ per sample before its loss; for any measure.
+
+    Scaling the last layer leaves the classification as it is but changes the sharpness of a cross-entropy; after this
+    it does not. Works where the loss is a function of logits, and for models that return their own loss it is the
+    cross-entropy of the normalised logits with ``labels`` (shifted for causal language models).
+
+    Args:
+        objective: L.
+        floor: the least norm that is divided by.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 3, bias=False)
+    >>> plain = Objective(model, torch.nn.CrossEntropyLoss(), (torch.eye(2), torch.tensor([0, 1])))
+    >>> before = float(normalized_logits(plain).value())
+    >>> with torch.no_grad(): _ = model.weight.mul_(10)
+    >>> abs(float(normalized_logits(plain).value()) - before) < 1e-6
+    True
+
+    M. Andriushchenko et al., arXiv 2302.07011 (their code; the paper's formula may carry a factor 1/√K).
+    """
+    def normalize(z: Tensor) -> Tensor:
+        z = z - z.mean(-1, keepdim=True)
+        return z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=floor)
+
+    def forward(model: Any, batch: Any) -> Any:
+        if objective._forward is not None:
+            return objective._forward(model, batch)
+        return model(**batch) if isinstance(batch, Mapping) else model(batch[0])
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        z = normalize(batches.logits(outputs))
+        if objective.loss_fn is None:
+            return _own_cross_entropy(z, batch, objective._shift)
+        if not isinstance(outputs, Tensor):
+            outputs = copy.copy(outputs)
+            if isinstance(outputs, Mapping):
+                outputs["logits"] = z  # type: ignore[index]
+            else:
+                outputs.logits = z
+        return objective._loss(z if isinstance(outputs, Tensor) else outputs, batch)
+
+    out = Objective(objective.model, loss, objective.data, forward=forward, weight=objective.weight,
+                    seed=objective.seed, check=objective._check)
+    out.mode, out.sums = objective.mode, objective.sums
+    return out
+
+
+def _own_cross_entropy(z: Tensor, batch: Any, shift: bool) -> Tensor:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise ValueError("normalised logits of a model with its own loss need integer labels in the batch")
+    if shift:
+        z, labels = z[..., :-1, :], labels[..., 1:]
+    return F.cross_entropy(z.reshape(-1, z.shape[-1]), labels.reshape(-1))
