@@ -133,7 +133,7 @@ def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--methods", "sgd,adam"], "unknown method adam: choose from all, sgd"),
+    (["--methods", "sgd,adam"], "unknown method 'adam': choose from all, sgd"),
     (["--rho", "-0.1"], "--rho must not be negative, got -0.1"),
     (["--rho", "nan"], "--rho must not be negative, got nan"),
     (["--rho", "large"], "--rho takes a number or method=number, got 'large'"),
@@ -238,7 +238,7 @@ def test_the_users_own_recipe(tmp_path):
 
 def test_radii_given_by_hand():
     assert fixed_radii("0.1") == {"": 0.1} and fixed_radii("sam=0.1, asam=1") == {"sam": 0.1, "asam": 1.0}
-    with pytest.raises(ValueError, match="unknown method nosam"):
+    with pytest.raises(ValueError, match="unknown method 'nosam'"):
         fixed_radii("nosam=1")
 
 

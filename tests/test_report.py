@@ -15,7 +15,7 @@ from flatmin import report
 from flatmin.errors import RunFolderError
 from flatmin.report.figures import _style, color
 from flatmin.report.findings import headline, worse
-from flatmin.report.reading import Gap
+from flatmin.report.reading import Gap, Stat, plus_minus
 
 BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31, 0.25, 0.052, 0.008, 12.0, 1.93),
           "asam": (0.785, 1.42, 0.23, 0.071, 0.011, 9.5, 2.11)}
@@ -220,10 +220,18 @@ def test_numbers_that_are_not_finite():
     record["runs"][3:6] = [spoil(r) for r in record["runs"][3:6]]
     del record["summary"]
     assert any("SAM diverged: " in line for line in worse(record))
-    assert report.findings(record)[0].startswith("ASAM has the best")
+    assert report.findings(record)[0].startswith("ASAM has the highest")
     assert "nan" in report.table(record) and "<h1>" in report.page(record)
     record["runs"] = [spoil(r) for r in record["runs"]]
     assert "No result yet" in report.page(record)
+
+
+def test_small_numbers_keep_their_digits():
+    record = fake(levels(sharpness=0.0064, second_order=0.0004))
+    record["runs"] = [r for r in record["runs"] if r["method"] == "sam"]
+    assert re.search(r"<text[^>]*>0\.006\d*</text>", report.page(record))
+    assert plus_minus(Stat(0.9134, 0.0018, 3), 100, 1) == "91.3 ± 0.2"
+    assert plus_minus(Stat(0.83123, 0.0012, 3)) == "0.8312 ± 0.0012" and plus_minus(Stat(12.0, n=1)) == "12.0"
 
 
 def test_many_methods():

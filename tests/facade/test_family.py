@@ -1,7 +1,7 @@
-"""The other drop-in classes are the presets behind the same façade: each equals its slow twin through ``step(closure)``.
+"""The other drop-in classes are the presets behind the same façade: each equals its slow twin by ``step(closure)``.
 
-``laws/`` tests the presets and ``test_drop_in.py`` the façade; a wrong wiring between the two (LookSAM paying two passes,
-Momentum-SAM along plus the momentum) is seen only here.
+``laws/`` tests the presets and ``test_drop_in.py`` the façade; a wrong wiring between the two (LookSAM paying two
+passes, Momentum-SAM along plus the momentum) is seen only here.
 """
 
 import pytest

@@ -1,0 +1,167 @@
+"""Objective: every form of data and batch, exact averages, determinism, and that nothing is changed."""
+
+import copy
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flatmin import Objective
+from flatmin.curvature import Hessian
+
+
+@pytest.fixture
+def case():
+    return nn.Linear(4, 3), torch.randn(10, 4), torch.randint(0, 3, (10,))
+
+
+def test_forms_of_data(case):
+    model, x, y = case
+    loss = nn.CrossEntropyLoss()
+    expected = float(loss(model(x), y).detach())
+    parts = [(x[:7], y[:7]), [x[7:], y[7:]]]
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    shuffled = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+    for data in ((x, y), [x, y], parts, tuple(parts[0:1]) and [(x, y)], loader, shuffled):
+        objective = Objective(model, loss, data)
+        for _ in range(2):
+            value = objective.value()
+            assert value.dim() == 0 and value.dtype == torch.float64
+            assert float(value) == pytest.approx(expected, rel=1e-14)
+
+
+def test_mappings(case):
+    _, x, y = case
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x, labels=None):
+            z = self.linear(x)
+            return {"logits": z, "loss": nn.functional.cross_entropy(z, labels)}
+
+    model = Model()
+    expected = float(nn.functional.cross_entropy(model.linear(x), y))
+    parts = [{"x": x[:7], "labels": y[:7]}, UserDict({"x": x[7:], "labels": y[7:]})]
+    for data in ({"x": x, "labels": y}, UserDict({"x": x, "labels": y}), parts):
+        assert float(Objective(model, None, data).value()) == pytest.approx(expected, rel=1e-14)
+    own = Objective(model, lambda out, batch: 2 * out["loss"], parts)
+    assert float(own.value()) == pytest.approx(2 * expected, rel=1e-14)
+    with pytest.raises(ValueError, match="loss_fn=None is for batches that are mappings"):
+        Objective(model.linear, None, (x, y)).value()
+
+
+def test_any_other_batch_through_forward(case):
+    model, x, y = case
+    data = [{"a": x[:3], "t": y[:3]}, {"a": x[3:], "t": y[3:]}]
+    objective = Objective(model, lambda z, batch: nn.functional.cross_entropy(z, batch["t"]), data,
+                          forward=lambda model, batch: model(batch["a"]), weight=lambda batch: len(batch["t"]))
+    assert float(objective.value()) == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-14)
+    pinn = Objective(model, lambda z, batch: z.square().mean(), torch.randn(5, 4), forward=lambda m, b: m(b))
+    assert Hessian(pinn).dense().shape == (15, 15)
+
+
+@pytest.mark.parametrize(("data", "message"), (
+    (iter([1]), r"only once.*list\(data\)"),
+    ((b for b in [1]), r"only once.*list\(data\)"),
+    ([], "empty list"),
+    (3, "a batch, a list of batches or a loader"),
+    (TensorDataset(torch.zeros(2, 2), torch.zeros(2)), "DataLoader"),
+    ((1, 2, 3), "forward="),
+))
+def test_data_that_cannot_be_used(case, data, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(case[0], nn.CrossEntropyLoss(), data)
+
+
+def test_a_loader_that_is_exhausted_after_one_pass(case):
+    model, x, y = case
+
+    class Once:
+        def __init__(self):
+            self.left = iter([(x, y)])
+
+        def __iter__(self):
+            return self.left
+
+    objective = Objective(model, nn.CrossEntropyLoss(), Once())
+    objective.value()
+    with pytest.raises(ValueError, match="iterated only once"):
+        objective.value()
+
+
+def test_a_loss_that_is_not_one_number(case):
+    model, x, y = case
+    with pytest.raises(ValueError, match=r"must be one number.*\(10,\)"):
+        Objective(model, nn.CrossEntropyLoss(reduction="none"), (x, y)).value()
+    with pytest.raises(ValueError, match="weight of a batch"):
+        Objective(model, nn.CrossEntropyLoss(), (x, y), weight=lambda batch: -1).value()
+
+
+def test_batches_where_everything_is_ignored(case):
+    model, x, y = case
+    objective = Objective(model, nn.CrossEntropyLoss(), [(x, y), (x, torch.full_like(y, -100))])
+    assert float(objective.value()) == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), rel=1e-14)
+    assert torch.isfinite(torch.cat([g.flatten() for g in objective.gradient()])).all()
+
+
+@pytest.mark.parametrize("loss", (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.L1Loss(), nn.MSELoss(reduction="sum"),
+                                  lambda z, t: 0.5 * (z - t).square().sum(1).mean()))
+def test_float_targets(case, loss):
+    model, x, _ = case
+    t = torch.rand(10, 3)
+    parts = Objective(model, loss, [(x[:7], t[:7]), (x[7:], t[7:])])
+    assert float(parts.value()) == pytest.approx(float(loss(model(x), t)), rel=1e-13)
+
+
+def test_gradient_in_parameter_order_with_zeros(case):
+    _, x, y = case
+    model = nn.ModuleDict({"unused": nn.Linear(2, 2), "frozen": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
+    model["frozen"].requires_grad_(False)
+    objective = Objective(model, lambda z, batch: nn.functional.cross_entropy(z, batch[1]), (x, y),
+                          forward=lambda m, batch: m["head"](m["frozen"](batch[0])))
+    gradient = objective.gradient()
+    assert [g.shape for g in gradient] == [p.shape for p in model.parameters()]
+    assert all(float(g.abs().max()) == 0 for g in gradient[:4]) and gradient[4].abs().max() > 0
+    assert [id(p) for p in objective.parameters] == [id(p) for p in model.parameters() if p.requires_grad]
+
+
+def test_modes_and_that_nothing_is_changed(case):
+    _, x, y = case
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    model[1].eval()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    grads = [p.grad for p in model.parameters()]
+    state, rng, flags = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [m.training for m in model.modules()]
+    values = {mode: float(Objective(model, nn.CrossEntropyLoss(), (x, y), mode=mode).value())
+              for mode in ("eval", "train", "batch_statistics", "as_is")}
+    Objective(model, nn.CrossEntropyLoss(), [(x, y)] * 2, mode="train").gradient()
+    assert len(set(values.values())) == 4
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state()) and flags == [m.training for m in model.modules()]
+    assert all(p.grad is g and float(g.min()) == float(g.max()) == 1 for p, g in
+               zip(model.parameters(), grads, strict=True))
+    again = Objective(model, nn.CrossEntropyLoss(), (x, y), mode="train")
+    assert float(again.value()) == float(again.value()) == values["train"]
+    assert float(Objective(model, nn.CrossEntropyLoss(), (x, y), mode="train", seed=1).value()) != values["train"]
+    with pytest.raises(ValueError, match="mode must be"):
+        Objective(model, nn.CrossEntropyLoss(), (x, y), mode="test")
+
+
+def test_a_shuffled_loader_is_deterministic_enough(case):
+    model, x, y = case
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    Objective(model, nn.CrossEntropyLoss(), loader).check()
+
+
+def test_compiled_models_are_run_uncompiled(case):
+    _, x, y = case
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y))).dense()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(Hessian(Objective(compiled, nn.CrossEntropyLoss(), (x, y))).dense(), plain, atol=1e-14)
