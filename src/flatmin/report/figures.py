@@ -88,7 +88,7 @@ def _dress(svg: str, title: str) -> str:
     for name, value in (("ink", INK), ("soft", SOFT), ("rule", RULE), ("paper", PAPER)):
         svg = svg.replace(value, f"var(--{name})")
     svg = re.sub(r"#0102([0-9a-f]{2})", lambda m: f"var(--c{int(m[1], 16)})", svg)
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # coordinates, never text
     box = re.search(r'viewBox="([^"]*)"', svg)
     head = f'<svg viewBox="{box[1] if box else "0 0 400 260"}" role="img" aria-label="{escape(title)}">'
     return head + re.sub(r"\s*\n\s*", " ", svg[svg.index(">") + 1:]).replace("> <", "><").strip()

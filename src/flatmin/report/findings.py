@@ -57,7 +57,7 @@ def verdict(record: Mapping[str, Any]) -> str:
         return "No run has finished with a test accuracy, so there is nothing to compare yet."
     best = ranked[0]
     stat = r.stat(best, "accuracy")
-    first = f"{r.label(best)} has the best {r.test_name}: {percent(stat)}"
+    first = f"{r.label(best)} has the highest {r.test_name}: {percent(stat)}"
     if len(ranked) == 1:
         return f"{first}. It is the only method with a result, so nothing is compared."
     other = r.baseline if r.baseline in ranked and best != r.baseline else ranked[1]

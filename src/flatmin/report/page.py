@@ -75,9 +75,9 @@ def _hero(r: Reading) -> str:
                     f"{strip(r, m, COLUMNS[0], 220 if len(ranked) > 5 else 130)}<div><b>{escape(value)}</b> <span>"
                     f"{'± ' + escape(spread) + ' ' if spread else ''}%</span></div></li>")
     low, high = scale(r, COLUMNS[0])
-    span = f"; the scale runs from {100 * low:.1f} to {100 * high:.1f} %" if low < high else ""
+    span = f"; {100 * low:.1f} to {100 * high:.1f} %" if low < high else ""
     kind = "ranks many" if len(rows) > 5 else "ranks"
-    ranks = (f'<div><h3>{escape(r.test_name.capitalize())}</h3><small>a tick for each seed, a dot for their mean{span}'
+    ranks = (f'<div><h3>{escape(r.test_name.capitalize())}</h3><small>a tick for each seed, a dot for the mean{span}'
              f'</small><ul class="{kind}">{"".join(rows)}</ul></div>') if rows else ""
     kind, name = str(r.record.get("kind", "compare")), str(r.data.get("name", ""))
     head = _text(headline(r.record)).replace("clean-test", '<span class="nb">clean-test</span>')

@@ -97,7 +97,7 @@ def plus_minus(stat: Stat, scale: float = 1.0, digits: int = 0) -> str:
     if not math.isfinite(sd) or sd == 0 or not 1e-5 <= sd < 1e5:
         return f"{mean:.{digits}f}" if digits else significant(mean)
     exponent = math.floor(math.log10(sd))
-    digits = max(digits, -exponent + (sd / 10**exponent < 2))
+    digits = max(digits, -exponent) if digits else max(0, -exponent + (sd / 10**exponent < 2))
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 

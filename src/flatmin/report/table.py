@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .reading import Reading, gap, plus_minus, significant
+from .reading import Reading, gap, number, numbers, plus_minus, section, significant
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def html_table(record: Mapping[str, Any]) -> str:
     timed = any(math.isfinite(x) for m in r.methods for x in r.timing(m))
     head = "".join(f'<th scope="col">{escape(c.heading)}<small>{_note_on(r, c)}</small></th>' for c in shown)
     if timed:
-        head += f'<th scope="col">Time a step<small>ms; times {escape(r.label(r.baseline))}’s</small></th>'
+        head += f'<th scope="col">Time a step<small>ms; × {escape(r.label(r.baseline))} (middle half)</small></th>'
     body = []
     for i, m in enumerate(r.methods):
         cells = "".join(_html_cell(r, m, c, m in strong[c.metric]) for c in shown)
         if timed:
             ms, ratio = _time(r, m)
-            cells += f"<td><b>{escape(ms)}</b><small>{escape(ratio)} ×</small></td>"
+            cells += f"<td><b>{escape(ms)}</b><small>{escape(ratio)} ×{_quartiles(r, m)}</small></td>"
         body.append(f'<tr class="s{i}"><th scope="row">{escape(r.label(m))}</th>{cells}</tr>')
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="Results"><table><thead><tr><th scope="col">'
             f'Method</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
@@ -102,6 +102,13 @@ def _time(r: Reading, method: str) -> tuple[str, str]:
     seconds, ratio = r.timing(method)
     return (significant(1e3 * seconds) if math.isfinite(seconds) else "–",
             f"{ratio:.2f}" if math.isfinite(ratio) else "–")
+
+
+def _quartiles(r: Reading, method: str) -> str:
+    """The middle half of the ratios step by step, where it was measured against the baseline."""
+    low, high = [*numbers(section(r.record, "timing", method).get("quartiles")), math.nan, math.nan][:2]
+    unit = number(section(r.record, "timing", r.baseline).get("ratio"))
+    return f" ({low:.2f} to {high:.2f})" if unit == 1 and low < high else ""
 
 
 def _note(r: Reading) -> list[str]:
