@@ -231,7 +231,7 @@ class Objective:
 
 
 def _seed(seed: int, devices: Iterable[torch.device]) -> None:
-    """``torch.manual_seed`` for these devices only (which also asks every absent backend, at a tenth of a millisecond)."""
+    """``torch.manual_seed`` for these devices only; it also asks every absent backend, which takes 0.1 ms."""
     torch.default_generator.manual_seed(seed)
     for device in devices:
         if device.type == "cuda":
@@ -243,6 +243,7 @@ def _seed(seed: int, devices: Iterable[torch.device]) -> None:
 
 def accumulate(total: list[Tensor] | None, g: Iterable[Tensor], weight: float) -> list[Tensor]:
     """total + weight · g, as new tensors; half precisions are summed in float32."""
+    g = [t.to_dense() if t.is_sparse else t for t in g]
     rows = [t.detach().float() if t.dtype in perturbed.HALF else t.detach() for t in g]
     return rows if total is None else list(torch._foreach_add(total, rows, alpha=weight))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, Term
-from .hessian import derivative_of_gradient
+from .hessian import derivative_of_gradient, differentiable_again
 from .products import Apply, ObjectiveOperator, Product, on_module
 
 Middle = Callable[[Tensor], Tensor]
@@ -85,6 +85,7 @@ def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
     transposed = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
     used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
     roots: list[Any] = [transposed[i] for i in used]
+    differentiable_again(roots)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         assert not batched

@@ -102,6 +102,7 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     g = torch.autograd.grad(loss, w, create_graph=True, allow_unused=True) if loss.requires_grad else [None] * len(w)
     used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]
     roots: list[Any] = [g[i] for i in used]
+    differentiable_again(roots)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         if not roots:
@@ -110,6 +111,24 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
                                    is_grads_batched=batched)
 
     return apply
+
+
+def differentiable_again(roots: list[Tensor]) -> None:
+    """Raise if a graph holds the node that stands for "not differentiable again".
+
+    The node has no way back to the parameters, so autograd does not visit it and leaves its part out in silence.
+    """
+    seen: set[Any] = set()
+    stack = [t.grad_fn for t in roots]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
+            raise RuntimeError("a function of this model is marked once_differentiable, so it does not support double "
+                               "backward")
+        stack.extend(following for following, _ in node.next_functions)
 
 
 def _forward(term: Term, w: list[nn.Parameter]) -> Apply:

@@ -73,11 +73,13 @@ def adaptive(sample: Callable[[], float], cost: int, *, rtol: float, confidence:
             samples.append(sample())
             report(spent + cost * len(samples), f"of about {spent + cost * goal}")
         mean, stderr = moments(samples)
-        if enough(offset + mean, stderr, rtol, confidence, len(samples)) or spent + cost * (len(samples) + 1) > most:
+        if enough(offset + mean, stderr, rtol, confidence, len(samples)):
             return samples, foretold or spent + cost * len(samples)
         target = rtol * abs(offset + mean) / max(quantile(confidence, len(samples) - 1), 1e-300)
         needed = len(samples) * (stderr / target) ** 2 if target > 0 else math.inf
         foretold = foretold or int(min(spent + cost * needed, 2**62))
+        if spent + cost * (len(samples) + 1) > most:
+            return samples, foretold
         goal = int(min(max(1.1 * needed, len(samples) + 2), 4 * len(samples)))
 
 

@@ -136,9 +136,11 @@ def _xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generat
         lengths = torch.tensor([norm(z) ** 2 for z in probes], dtype=torch.float64)
         samples = _leave_one_out(R, H, W, square.diagonal(), lengths, operator.size)
         mean, stderr = moments(samples)
-        if enough(mean, stderr, rtol, confidence, done) or done >= limit:
+        if enough(mean, stderr, rtol, confidence, done):
             break
         foretold = foretold or int(min(2 * done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2, 2**62))
+        if done >= limit:
+            break
         goal = min(2 * goal, limit)
     return estimate(mean, stderr, done, matvecs=2 * done, foretold=foretold or 2 * done, rtol=rtol,
                     confidence=confidence, settings=settings, name="the trace")
