@@ -1,7 +1,9 @@
 """Scalars that say how sharp a minimum is."""
 
+from .agreement import Agreement, Correlation, agreement, correlation
 from .average_case import AverageCase, LargestRandom, average_case, largest_random
 from .cautions import SharpnessWarning, batch_sizes
+from .compare import Comparison, compare
 from .critical import (
     CriticalSharpness,
     EdgeOfStability,
@@ -15,8 +17,9 @@ from .trust_region import TrustRegion, trust_region
 from .variants import MSharpness, m_sharpness, normalized_logits
 from .worst_case import WorstCase, worst_case
 
-__all__ = ["AverageCase", "CriticalSharpness", "EdgeOfStability", "FirstOrder", "LargestRandom", "MSharpness",
-           "NormalizedFlatness", "OneStep", "SharpnessWarning", "TrustRegion", "WorstCase", "average_case",
-           "batch_sizes", "critical_sharpness", "edge_of_stability", "first_order", "largest_random", "m_sharpness",
+__all__ = ["Agreement", "AverageCase", "Comparison", "Correlation", "CriticalSharpness", "EdgeOfStability",
+           "FirstOrder", "LargestRandom", "MSharpness", "NormalizedFlatness", "OneStep", "SharpnessWarning",
+           "TrustRegion", "WorstCase", "agreement", "average_case", "batch_sizes", "compare", "correlation",
+           "critical_sharpness", "edge_of_stability", "first_order", "largest_random", "m_sharpness",
            "normalized_flatness", "normalized_logits", "one_step", "scaled_radius", "trust_region", "update_of",
            "worst_case"]
