@@ -105,12 +105,13 @@ def _compare(args: argparse.Namespace) -> int:
         folder = RunFolder(path)
         job = Comparison(settings, folder, quiet=args.quiet)  # before anything is written: wrong settings cost nothing
         RunFolder.create(path)
+    from .report import table, write
+
     try:
         job.run()
     except KeyboardInterrupt:
+        write(folder.path)
         return _fail(f"interrupted; go on with: flatmin compare --resume {folder.path}", 130)
-    from .report import table, write
-
     write(folder.path)
     print(table(job.record))
     print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")

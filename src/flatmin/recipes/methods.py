@@ -13,7 +13,7 @@ from ..ascent import Sharpener
 from ..ascent.presets import PRESETS
 from .recipe import Recipe
 
-_ONE, _SMALL = (0.05, 0.1, 0.2, 0.4), (0.02, 0.05, 0.1, 0.2)
+_ONE, _SMALL = (0.05, 0.1, 0.2, 0.4, 0.8), (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,6 @@ def find_recipe(name: str) -> Recipe:
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {error}") from error
     value: Any = getattr(module, attribute, None)
-    if callable(value) and not isinstance(value, Recipe):
-        value = value()
     if not isinstance(value, Recipe):
         raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe (found {type(value).__name__})")
     return value
