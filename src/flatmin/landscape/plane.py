@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import vectors
 from ..batches import unwrapped
 from ..objective import Objective
+from .fast import faster, values
 from .models import State, statistics
 
 BatchNorm = Literal["frozen", "interpolated", "reestimated"]
@@ -56,11 +57,13 @@ class Standing:
         self._reestimate = batch_norm == "reestimated" and bool(self._norms)
         self._statistics = _Interpolated(objective, plane) if batch_norm == "interpolated" else None
         self._row: tuple[float, list[Tensor]] | None = None
+        self._value = objective.value
 
     @contextmanager
     def open(self) -> Iterator[Standing]:
-        with torch.no_grad(), unmoved(self.objective):
+        with torch.no_grad(), unmoved(self.objective), faster(self.objective.model):
             try:
+                self._value = values(self.objective)
                 yield self
             finally:
                 self._row = None
@@ -68,7 +71,7 @@ class Standing:
     def at(self, coordinates: Sequence[float]) -> float:
         """L at w + Σ_k c_k d_k, in the arithmetic of the directions, rounded once to that of the weights."""
         self.put(coordinates)
-        return float(self.objective.value())
+        return float(self._value())
 
     def put(self, coordinates: Sequence[float]) -> None:
         """Weights, and normalization statistics by their policy, to a point."""
