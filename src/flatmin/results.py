@@ -57,8 +57,8 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else repr(value)
     if isinstance(value, (str, int, bool)) or value is None:
         return value
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        return plain(value.tolist())  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, Sequence) or isinstance(value, (set, frozenset)):
         return [plain(v) for v in value]
     return str(value)
