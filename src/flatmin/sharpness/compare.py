@@ -98,7 +98,7 @@ def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence
     scale = scale_between(a, b)
     plain = [name for name in rows if name not in INVARIANT]
     if scale > SAME_SCALE and plain:
-        what = "models of different shapes" if math.isinf(scale) else f"weights of norms up to {scale:.3g} times as large"
+        what = "models of different shapes" if math.isinf(scale) else f"weights of norms up to {scale:.3g} times apart"
         warnings.warn(f"{', '.join(plain)} compare {what}: they change with the scale of the weights even where the "
                       f"function is the same. Compare {' or '.join(INVARIANT)} instead", DifferentScaleWarning,
                       stacklevel=2)
