@@ -204,6 +204,11 @@ def test_one_graph_a_session_and_one_pass_over_the_data():
                           forward=forward)
     found = eigenpairs(Hessian(objective), 3, certify=False)
     assert found.matvecs > 5 and len(calls) == 3
+    H = Hessian(objective)
+    H @ torch.randn(H.size)     # a product of its own before changes nothing
+    calls.clear()
+    eigenpairs(H, 3, certify=False)
+    assert len(calls) == 3
     calls.clear()
     eigenpairs(Hessian(objective, product="recomputed"), 3, certify=False)
     assert len(calls) == 3 * found.matvecs

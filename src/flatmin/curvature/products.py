@@ -85,6 +85,7 @@ class ObjectiveOperator(CurvatureOperator):
             stack.enter_context(second_derivatives(self.objective))
             if check:
                 self.objective.check()
+            self._forget()
             self._depth = 1
             try:
                 yield
