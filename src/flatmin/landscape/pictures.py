@@ -43,8 +43,9 @@ def contour(surface: Surface, ax: Any = None, *, relative: bool = False, levels:
             bar.ax.yaxis.set_major_formatter("{x:.3g}")
             bar.ax.minorticks_off()
     _marks(surface, ax, relative)
-    ax.set_xlim(float(x[0]), float(x[-1]))
-    ax.set_ylim(float(y[0]), float(y[-1]))
+    if len(x) > 1:
+        ax.set_xlim(float(x[0]), float(x[-1]))
+        ax.set_ylim(float(y[0]), float(y[-1]))
     for k, label in enumerate(labels(surface, relative)):
         (ax.set_xlabel, ax.set_ylabel)[k](label)
     return ax
@@ -69,6 +70,7 @@ def labels(surface: Surface, relative: bool) -> list[str]:
     out = []
     for k, name in enumerate(surface.plane.names):
         kind = {"filter": "random, filter-normalised", "layer": "random, layer-normalised"}.get(name, name)
+        kind += " (orthogonal part)" if name.startswith("model 3") else ""
         share = "" if surface.trajectory is None else f", {float(surface.trajectory.explained[k]):.0%} of variance"
         out.append(f"displacement{' (relative)' * relative}: {kind}{share}")
     return out

@@ -31,7 +31,7 @@
     const s = Math.sin(turn), k = Math.cos(turn), u = a * k - b * s, v = a * s + b * k;
     const q = Math.sin(tilt), r = Math.cos(tilt), depth = v * r - c * q, up = v * q + c * r;
     const f = 175 * zoom * 6 / (6 + depth);
-    return [W / 2 + u * f, H / 2 - 5 - up * f, depth];
+    return [W / 2 + u * f, H / 2 + 15 - up * f, depth];
   }
   function at(p, q) {                         // the surface's own height at a point, between its grid values
     const find = (v, axis) => {
@@ -61,16 +61,21 @@
   }
   const short = v => Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(1) : String(+v.toPrecision(3));
 
+  function round(axis) {                      // about five round numbers within an axis
+    const a = axis[0], b = axis[axis.length - 1], found = [];
+    if (!(b > a)) return [a];
+    const ten = Math.pow(10, Math.floor(Math.log10((b - a) / 4)));
+    const step = ten * [1, 2, 5, 10].find(k => (b - a) / (k * ten) <= 5);
+    for (let k = Math.ceil(a / step); k * step <= b * (1 + 1e-9); k++) found.push(+(k * step).toPrecision(12));
+    return found;
+  }
   function frame() {
     const floor = -0.65, near = (a, b) => project(a, b, floor)[2];
     const by = near(0, -1) < near(0, 1) ? -1 : 1, bx = near(-1, 0) < near(1, 0) ? -1 : 1;
     const corners = [[-1, -1], [1, -1], [1, 1], [-1, 1]];
     corners.forEach((c, k) => line(project(...c, floor), project(...corners[(k + 1) % 4], floor), "#bbb", 1));
-    for (let k = 0; k <= 4; k++) {
-      const t = k / 2 - 1, last = a => a[a.length - 1];
-      text(short(data.x[0] + k / 4 * (last(data.x) - data.x[0])), project(t, by * 1.12, floor - 0.04));
-      text(short(data.y[0] + k / 4 * (last(data.y) - data.y[0])), project(bx * 1.12, t, floor - 0.04));
-    }
+    for (const v of round(data.x)) text(short(v), project(unit(v, data.x), by * 1.12, floor - 0.04));
+    for (const v of round(data.y)) text(short(v), project(bx * 1.12, unit(v, data.y), floor - 0.04));
     const side = (a, b) => { const p = project(a, b, floor - 0.12); p[1] += 16; return p; };
     text("x", side(0, by * 1.22)); text("y", side(bx * 1.22, 0));
     const post = [-bx, by].map((v, k) => k ? by : -bx);
@@ -80,9 +85,9 @@
       const right = p[0] > W / 2;
       text(short(log ? Math.pow(10, h) : h), [p[0] + (right ? 8 : -8), p[1] + 4], right ? "left" : "right");
     }
-    text("x  " + data.labels[0], [12, H - 26], "left");
-    text("y  " + data.labels[1], [12, H - 9], "left");
-    text("loss" + (log ? " (log)" : ""), [12, 20], "left");
+    text("height: loss" + (log ? " (logarithmic)" : ""), [12, 20], "left");
+    text("x: " + data.labels[0], [12, 37], "left");
+    text("y: " + data.labels[1], [12, 54], "left");
   }
   function faces() {
     const p = data.v.map((row, i) => row.map((v, j) => {
