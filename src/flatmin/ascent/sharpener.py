@@ -33,6 +33,7 @@ class _Standing:
 
     displacement: Displacement = field(default_factory=Displacement)
     widened: Widened | None = None
+    narrow: list[tuple[list[Tensor], list[Tensor], Tensor]] = field(default_factory=list)  # the same step, not widened
     gradients: dict[int, Tensor] = field(default_factory=dict)  # kept g, by row
     gradient_norm: Tensor | None = None
     radius: Tensor | float = 0.0
@@ -255,31 +256,59 @@ class Sharpener:
         return [r for r, c in zip(rows, chosen, strict=True) if c]
 
     def _second_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor | None:
-        try:
-            mode = self.climb(rhos)
-            if start is not None:
-                start.set()
-            with mode:
-                if self.rule.second == "frozen":
-                    return passes.frozen()
-                if self.rule.second == "loss":
-                    return passes.loss()
-                if isinstance(self.rule, Selected):
-                    return passes.selected(self.rule.gamma)
-                perturbed = passes.outputs_only()
-        finally:
-            self.come_back()
+        second = self.rule.second
+        if second == "frozen":
+            return self._at_perturbed(passes.frozen, rhos, start)
+        if isinstance(self.rule, Selected):
+            gamma = self.rule.gamma
+            return self._at_perturbed(lambda: passes.selected(gamma), rhos, start)
+        if second == "loss":
+            return self._at_perturbed(passes.loss, rhos, start)
+        perturbed = self._at_perturbed(passes.outputs_only, rhos, start)
         if start is not None:
             start.set()
         passes.frozen()
         return perturbed
 
-    def _one_pass(self, passes: Any, rhos: list[float]) -> dict[str, Any]:
+    def _at_perturbed(self, run: Callable[[], Tensor], rhos: list[float], start: RandomState | None) -> Tensor:
+        """Run a pass with the weights at w + ε, and come back whatever happens."""
         try:
-            with self.climb(rhos):
-                value = passes.loss()
+            mode = self.climb(rhos)
+            if start is not None:
+                start.set()
+            try:
+                with mode:
+                    value = run()
+                self._widening_works = True
+                return value
+            except Exception:
+                if not self._take_step_in_place():
+                    raise
+            if start is not None:
+                start.set()
+            return run()
         finally:
             self.come_back()
+
+    def _take_step_in_place(self) -> bool:
+        """After a failed pass with widened weights: step in half precision instead, from now on.
+
+        Some models do not run with float32 weights (recomputed activations and extensions that look at dtypes).
+        """
+        standing = self._standing
+        if standing is None or standing.widened is None or self._widening_works:
+            return False
+        standing.widened.restore()
+        standing.widened = None
+        self._can_widen = False
+        self.clear_gradients()
+        with torch.no_grad():
+            for w, d, scale in standing.narrow:
+                standing.displacement.move(w, d, scale, finite=True)
+        return True
+
+    def _one_pass(self, passes: Any, rhos: list[float]) -> dict[str, Any]:
+        value = self._at_perturbed(passes.loss, rhos, RandomState(self._devices) if self._can_widen else None)
         return self.combined(None, value) | {"passes": 1}
 
     def plain_record(self, value: Tensor | None) -> dict[str, Any]:
@@ -369,6 +398,8 @@ class Sharpener:
             if dtype in HALF and self._can_widen and standing.widened is None:
                 standing.widened = Widened([r.parameter for r in rows])
                 standing.widened.move(d, steps, finite=finite)
+                if not self._widening_works:
+                    standing.narrow = [(w, d, steps)]
             else:
                 standing.displacement.move(w, d, steps, finite=finite)
 
@@ -503,6 +534,7 @@ class Sharpener:
                        for m in (self.model.modules() if self.model is not None else ()))
         alone = not compiled and not self._wrappers.ddp and not self._wrappers.fsdp
         self._can_widen = self.model is not None and alone
+        self._widening_works = False
         self._may_skip = self.model is not None and alone and self._custom_backward is None
         self._had_gradients: set[int] = set()  # rows, after the last pass that computed all
 
