@@ -46,6 +46,9 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
+_PARTS = {"settings": dict, "data": dict, "selection": dict, "runs": list}  # of a record that can be continued
+
+
 class _Parser(argparse.ArgumentParser):
     """Wrong calls in one line."""
 
@@ -96,6 +99,9 @@ def _compare(args: argparse.Namespace) -> int:
         folder, record = RunFolder.open(args.resume)
         if record["kind"] != "compare":
             raise RunFolderError(f"{args.resume} holds a run of flatmin {record['kind']}, not of compare")
+        if not all(isinstance(record.get(k), kind) for k, kind in _PARTS.items()):
+            raise RunFolderError(f"{folder.path / 'record.json'} lacks what a run needs to go on ("
+                                 f"{', '.join(_PARTS)}); start a new run with another --out")
         kept = {f.name: record["settings"][f.name] for f in dataclasses.fields(CompareSettings)
                 if f.name in record["settings"]}
         job = Comparison(CompareSettings(**kept), folder, record, args.quiet)

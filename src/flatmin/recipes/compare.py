@@ -21,18 +21,25 @@ from torch import Tensor, nn
 from .. import __version__
 from ..ascent.rows import is_normalization
 from ..curvature import Hessian, eigenpairs
+from ..errors import RunFolderError
 from ..landscape import line
 from ..objective import Objective
 from ..sharpness import one_step
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, batches, train
 from .methods import Method, find_methods, gradient, optimizer_for
-from .metrics import classification, logits_of
+from .metrics import classification, logits_of, standard_errors
 from .progress import Progress
 from .recipe import Data, Recipe, find_recipe
 
 MEASURED_RHO = 0.05
 """The radius at which one-step sharpness is measured, the same for every method."""
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("recipe", "methods", "rho", "data"), (str, "text")),
+    **dict.fromkeys(("seeds", "epochs", "threads"), (int, "a whole number")), "noise": ((int, float), "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,10 @@ class CompareSettings:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        for name, (kind, what) in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be {what}, got {value!r}")
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
         if self.epochs is not None and self.epochs < 1:
@@ -94,10 +105,11 @@ class Comparison:
         self.noise = self.recipe.noise if settings.noise is None else settings.noise
         self.epochs = self.recipe.epochs if settings.epochs is None else settings.epochs
         torch.set_num_threads(settings.threads)
-        self.data: Data = self.recipe.data(settings.data).with_noise(self.noise)
+        self.data: Data = self.recipe.load(settings.data).with_noise(self.noise)
+        self.recipe.probe(self.data)
         self.methods = self._usable(find_methods(settings.methods))
         self.radii = fixed_radii(settings.rho)
-        self.record = record if record is not None else self._new_record()
+        self.record = self._new_record() if record is None else self._taken_up(record)
 
     def run(self) -> dict[str, Any]:
         """Do what is left; the record is saved after every piece of work, also when interrupted."""
@@ -134,6 +146,13 @@ class Comparison:
             raise ValueError("; ".join(f"{k}: {v}" for k, v in self.left_out.items()))
         return kept
 
+    def _taken_up(self, record: dict[str, Any]) -> dict[str, Any]:
+        known = record["data"].get("fingerprint")
+        if known not in (None, self.data.fingerprint()):
+            raise RunFolderError(f"the data of recipe {self.settings.recipe} are not those that {self.folder.path} "
+                                 "began with: bring them back, or start a new run with --out")
+        return record
+
     def _new_record(self) -> dict[str, Any]:
         held = self._folds()[0][1]
         return {
@@ -148,7 +167,7 @@ class Comparison:
                          "platform": platform.platform(), "threads": self.settings.threads},
             "data": {"name": self.recipe.name, "train": len(self.data.train_targets),
                      "test": len(self.data.test_targets), "classes": self.data.classes, "noise": self.noise,
-                     "held_out": len(held)},
+                     "held_out": len(held), "fingerprint": self.data.fingerprint()},
             "left_out": self.left_out, "selection": {}, "runs": [],
         }
 
@@ -205,21 +224,29 @@ class Comparison:
                     (self.data.test_inputs, self.data.test_targets))
         state = self.folder.load_state()
         state = state if state is not None and state["key"] == key else None
-        model, history = train(plan, self.progress.tick, self.folder, state)
-        run = {"method": method.name, "seed": seed, "rho": rho, "history": history} | self._measure(model)
-        self.folder.save_weights(key, model)
+        run: dict[str, Any] = {"method": method.name, "seed": seed, "rho": rho}
+        try:
+            model, run["history"] = train(plan, self.progress.tick, self.folder, state)
+            run |= self._measure(model)
+            self.folder.save_weights(key, model)
+        except Diverged as error:  # a result like any other: the comparison goes on
+            run |= {"diverged": str(error), "test": dict.fromkeys(("accuracy", "nll", "ece"), math.nan)}
         self.record["runs"].append(run)
         self.folder.save_record(self.record)
-        self.folder.save_state(None)
+        self.folder.keep_state(key)
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
-        n = self.recipe.curvature_samples
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise Diverged("the weights are not finite after the last epoch")
+        n = min(self.recipe.curvature_samples, len(self.data.train_targets))
         objective = Objective(model, self.recipe.loss, [(self.data.train_inputs[:n], self.data.train_targets[:n])])
         step = one_step(objective, rho=MEASURED_RHO)
         spectrum = eigenpairs(Hessian(objective), k=1, tol=1e-3)
+        logits = logits_of(model, self.data.test_inputs)
         across = line(objective, steps=41, radius=5.0, seed=0)
         return {
-            "test": classification(logits_of(model, self.data.test_inputs), self.data.test_targets),
+            "test": classification(logits, self.data.test_targets)
+            | {"stderr": standard_errors(logits, self.data.test_targets)},
             "sharpness": {"rho": MEASURED_RHO, "value": step.value, "first_order": step.first_order,
                           "second_order": step.second_order, "remainder": step.remainder, "samples": n},
             "hessian": {"eigenvalue": spectrum.largest, "residual": float(spectrum.residuals[-1]),
@@ -270,14 +297,23 @@ class Comparison:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, standard deviation over seeds and their number, by method and quantity."""
+    """Mean, standard deviation and number over the seeds where a quantity is finite, by method and quantity."""
     out: dict[str, Any] = {}
     for name in dict.fromkeys(r["method"] for r in runs):
         mine = [r for r in runs if r["method"] == name]
-        columns = {k: [r["test"][k] for r in mine] for k in ("accuracy", "nll", "ece")}
-        columns["sharpness"] = [r["sharpness"]["value"] for r in mine]
-        columns |= {k: [r["sharpness"][k] for r in mine] for k in ("first_order", "second_order")}
-        columns |= {k: [r["hessian"][k] for r in mine] for k in ("eigenvalue", "residual")}
-        out[name] = {k: {"mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else math.nan,
-                         "n": len(v)} for k, v in columns.items()}
+        out[name] = {key: _mean_and_sd([float(r.get(part, {}).get(field, "nan")) for r in mine])
+                     for key, (part, field) in _SUMMARISED.items()}
     return out
+
+
+_SUMMARISED = {
+    **{k: ("test", k) for k in ("accuracy", "nll", "ece")}, "sharpness": ("sharpness", "value"),
+    **{k: ("sharpness", k) for k in ("first_order", "second_order")},
+    **{k: ("hessian", k) for k in ("eigenvalue", "residual")},
+}
+
+
+def _mean_and_sd(values: list[float]) -> dict[str, Any]:
+    v = [x for x in values if math.isfinite(x)]
+    return {"mean": statistics.fmean(v) if v else math.nan, "sd": statistics.stdev(v) if len(v) > 1 else math.nan,
+            "n": len(v)}

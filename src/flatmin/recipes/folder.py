@@ -67,6 +67,15 @@ class RunFolder:
         else:
             self._replace("checkpoints/training.pt", lambda tmp: torch.save(state, tmp))
 
+    def keep_state(self, name: str) -> None:
+        """The state of a finished run, optimizer and all, as ``checkpoints/<name>.state.pt``."""
+        state = self.path / "checkpoints" / "training.pt"
+        if state.exists():
+            try:
+                os.replace(state, state.with_name(f"{name}.state.pt"))
+            except OSError as error:
+                raise RunFolderError(f"cannot write {state.with_name(name)}.state.pt: {error}") from error
+
     def load_state(self) -> dict[str, Any] | None:
         """The state that was saved last, read without unpickling anything but tensors and plain values."""
         file = self.path / "checkpoints" / "training.pt"

@@ -1,6 +1,8 @@
-"""What is said of a classifier on test data."""
+"""What is said of a classifier on test data, and how far the sample of test data leaves it open."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -25,3 +27,17 @@ def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str,
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
     nll = -logs.gather(-1, targets[:, None]).mean()
     return {"accuracy": correct.mean().item(), "nll": nll.item(), "ece": (gap.abs().sum() / count.sum()).item()}
+
+
+def standard_errors(logits: Tensor, targets: Tensor, resamples: int = 200) -> dict[str, float]:
+    """Of accuracy, NLL and ECE over the draw of test examples; that of the ECE by a bootstrap with a fixed seed."""
+    n = len(targets)
+    if n < 2:
+        return dict.fromkeys(("accuracy", "nll", "ece"), math.nan)
+    logs = logits.double().log_softmax(-1)
+    share = (logs.argmax(-1) == targets).double().mean().item()
+    spread = logs.gather(-1, targets[:, None]).std().item()
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
+    again = torch.tensor([classification(logits[i], targets[i])["ece"] for i in draws], dtype=torch.float64)
+    return {"accuracy": math.sqrt(share * (1 - share) / n), "nll": spread / math.sqrt(n), "ece": again.std().item()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import sys
@@ -30,6 +31,14 @@ class Data:
                 raise ValueError(f"the {name} data has {len(x)} inputs and {len(y)} targets")
             if y.is_floating_point() or y.dim() != 1 or y.min() < 0 or y.max() >= self.classes:
                 raise ValueError(f"the {name} targets must be class numbers from 0 to {self.classes - 1}")
+
+    def fingerprint(self) -> str:
+        """Differs where any value, shape or dtype does: a resumed run must go on with what it began with."""
+        digest = hashlib.sha256()
+        for t in (self.train_inputs, self.train_targets, self.test_inputs, self.test_targets):
+            digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
+            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def with_noise(self, share: float, seed: int = 0) -> Data:
         """A share of the training labels re-drawn uniformly from all classes; test labels stay clean."""
@@ -81,6 +90,43 @@ class Recipe:
     curvature_samples: int = 1000
 
 
+    def load(self, folder: str | None) -> Data:
+        """The data, or a ``ValueError`` that says what is wrong with what :attr:`data` does."""
+        try:
+            data = self.data(folder)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:
+            raise ValueError(f"the data of recipe {self.name} raised {_said(error)}") from error
+        if not isinstance(data, Data):
+            raise ValueError(f"the data of recipe {self.name} must be a flatmin.recipes.Data, "
+                             f"got {type(data).__name__}")
+        return data
+
+    def probe(self, data: Data) -> None:
+        """Pass one batch through the model and the loss, so that what does not fit is said before any work is done."""
+        x, y = data.train_inputs[:self.batch_size], data.train_targets[:self.batch_size]
+        torch.manual_seed(0)
+        try:
+            with torch.no_grad():
+                outputs = self.model()(x)
+                shape = tuple(outputs.shape)
+                loss = self.loss(outputs, y) if len(shape) == 2 and shape[1] >= data.classes else None
+        except Exception as error:
+            raise ValueError(f"recipe {self.name}: a batch of training data does not go through its model and loss: "
+                             f"{_said(error)}") from error
+        if loss is None:
+            raise ValueError(f"recipe {self.name}: the model must return one row of {data.classes} class scores for "
+                             f"each of {len(y)} inputs, it returned the shape {shape}")
+        if loss.numel() != 1:
+            raise ValueError(f"recipe {self.name}: the loss must be one number, the mean over the batch, it has the "
+                             f"shape {tuple(loss.shape)}")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def find_recipe(name: str) -> Recipe:
     """A recipe of the library by name, or ``module:attribute`` from the user's own code.
 
@@ -98,8 +144,8 @@ def find_recipe(name: str) -> Recipe:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {error}") from error
+    except Exception as error:  # the user's own code may raise anything
+        raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {_said(error)}") from error
     value: Any = getattr(module, attribute, None)
     if not isinstance(value, Recipe):
         raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe (found {type(value).__name__})")

@@ -1,0 +1,185 @@
+"""The user's own recipe, and what a comparison does when something in it or around it is not as it should be."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin.recipes.compare as module
+from flatmin import cli
+from flatmin.recipes import CompareSettings, Comparison, Data, Recipe
+from flatmin.recipes.compare import summary
+from flatmin.recipes.folder import RunFolder
+from flatmin.recipes.loop import Diverged
+from flatmin.recipes.metrics import classification, standard_errors
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    kept, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(kept)
+    torch.set_num_threads(threads)
+
+
+def data(folder=None):
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    return Data(x[:64], y[:64], x[64:], y[64:], classes=2)
+
+
+MINE = Recipe("mine", lambda: nn.Linear(4, 2), data, epochs=1)
+
+
+def module_with(monkeypatch, **attributes):
+    """A module of the user's, importable as ``users_module``."""
+    import sys
+    import types
+
+    module = types.ModuleType("users_module")
+    vars(module).update(attributes)
+    monkeypatch.setitem(sys.modules, "users_module", module)
+
+
+def compare(*arguments, recipe="users_module:recipe"):
+    return cli.main(["compare", recipe, "--methods", "sgd,sam", "--seeds", "2", "--rho", "0.1", "--quiet", *arguments])
+
+
+def raises(*_):
+    raise KeyError("gone")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"model": lambda: nn.Linear(5, 2)}, "a batch of training data does not go through its model and loss: Runtime"),
+    ({"model": lambda: nn.Linear(4, 1)}, "must return one row of 2 class scores for each of 32 inputs, it returned the "
+                                         "shape (32, 1)"),
+    ({"model": lambda: nn.LSTM(4, 2)}, "AttributeError"),
+    ({"model": raises}, "KeyError"),
+    ({"loss": nn.CrossEntropyLoss(reduction="none")}, "the loss must be one number, the mean over the batch"),
+    ({"data": raises}, "the data of recipe mine raised KeyError"),
+    ({"data": lambda folder: (1, 2)}, "must be a flatmin.recipes.Data, got tuple"),
+])
+def test_what_does_not_fit_is_said_before_anything_is_written(change, says, monkeypatch, tmp_path, capsys):
+    module_with(monkeypatch, recipe=dataclasses.replace(MINE, **change))
+    assert compare("--out", str(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("flatmin: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("source", "says"), [
+    ("def broken(:\n", "cannot import 'unloadable' for the recipe 'unloadable:recipe': SyntaxError"),
+    ("1 / 0\n", "ZeroDivisionError"),
+    ("recipe = 3\n", "is not a flatmin.recipes.Recipe (found int)"),
+])
+def test_code_of_the_users_that_fails_is_one_line(source, says, monkeypatch, tmp_path, capsys):
+    import sys
+
+    (tmp_path / "unloadable.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    sys.modules.pop("unloadable", None)
+    assert compare(recipe="unloadable:recipe") == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    sys.modules.pop("unloadable", None)
+
+
+def test_a_method_that_diverges_is_a_result_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    module_with(monkeypatch, recipe=MINE)
+    real = module.train
+
+    def train(plan, *rest):
+        if plan.method.name == "sam":
+            raise Diverged("the loss is not finite")
+        return real(plan, *rest)
+
+    monkeypatch.setattr(module, "train", train)
+    assert compare("--out", str(tmp_path / "run")) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    lost = [r for r in record["runs"] if "diverged" in r]
+    assert record["status"] == "complete" and [r["method"] for r in lost] == ["sam", "sam"]
+    assert record["summary"]["sgd"]["accuracy"]["n"] == 2 and record["summary"]["sam"]["accuracy"]["n"] == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_where_everything_diverges_the_report_says_so(monkeypatch, tmp_path, capsys):
+    module_with(monkeypatch, recipe=dataclasses.replace(MINE, lr=1e30, epochs=3))
+    assert compare("--methods", "sgd", "--out", str(tmp_path / "run")) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "complete" and all("not finite" in r["diverged"] for r in record["runs"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_summary_is_over_the_seeds_that_have_a_number():
+    good = {"method": "sam", "test": {"accuracy": 0.5, "nll": 1.0, "ece": 0.1}}
+    found = summary([good, {**good, "test": {**good["test"], "nll": "nan"}}])["sam"]
+    assert found["accuracy"]["n"] == 2 and found["nll"]["n"] == 1 and math.isnan(found["nll"]["sd"])
+    assert found["eigenvalue"]["n"] == 0 and math.isnan(found["eigenvalue"]["mean"])
+
+
+def test_every_test_number_has_its_error_and_every_run_its_optimizer(monkeypatch, tmp_path):
+    module_with(monkeypatch, recipe=MINE)
+    assert compare("--out", str(tmp_path / "run")) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    for run in record["runs"]:
+        assert {"accuracy", "nll", "ece"} <= set(run["test"]["stderr"])
+        assert run["sharpness"]["samples"] == 64, "no more examples than there are"
+        state = torch.load(tmp_path / "run" / "checkpoints" / f"{run['method']}-seed{run['seed']}.state.pt",
+                           weights_only=True)
+        assert state["optimizer"]["state"][0]["momentum_buffer"].shape == (2, 4) and state["epoch"] == 1
+
+
+def test_standard_errors_are_those_of_many_draws():
+    """Against the spread of the numbers themselves over 400 test sets drawn anew."""
+    n, generator = 500, torch.Generator().manual_seed(1)
+
+    def draw():
+        logits = 1.5 * torch.randn(n, 3, generator=generator)
+        return logits, torch.multinomial((0.5 * logits).softmax(1), 1, generator=generator).flatten()
+
+    found = [classification(*draw()) for _ in range(400)]
+    errors = standard_errors(*draw())
+    for key in ("accuracy", "nll", "ece"):
+        spread = torch.tensor([f[key] for f in found]).std().item()
+        assert errors[key] == pytest.approx(spread, rel=0.3), key
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(monkeypatch, tmp_path, capsys):
+    module_with(monkeypatch, recipe=MINE)
+    settings = CompareSettings(recipe="users_module:recipe", methods="sgd", seeds=1)
+    folder = RunFolder.create(tmp_path / "run")
+    folder.save_record(Comparison(settings, folder, quiet=True).record)
+    other = dataclasses.replace(data(), train_inputs=data().train_inputs + 1)
+    module_with(monkeypatch, recipe=dataclasses.replace(MINE, data=lambda folder: other))
+    assert cli.main(["compare", "--resume", str(folder.path), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "are not those that" in error and error.count("\n") == 1
+    module_with(monkeypatch, recipe=MINE)
+    assert cli.main(["compare", "--resume", str(folder.path), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("content", ['{"kind": "compare"}', '{"kind": "compare", "settings": 3}', "[]", "{", ""])
+def test_a_damaged_record_is_one_line_and_stays_as_it_is(content, tmp_path, capsys):
+    (tmp_path / "record.json").write_text(content)
+    assert cli.main(["compare", "--resume", str(tmp_path), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flatmin: ") and error.count("\n") == 1
+    assert (tmp_path / "record.json").read_text() == content
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ('epochs = "many"', "epochs must be a whole number, got 'many'"),
+    ("seeds = 1.5", "seeds must be a whole number, got 1.5"),
+    ("noise = true", "noise must be a number, got True"),
+    ("methods = 3", "methods must be text, got 3"),
+])
+def test_a_setting_of_the_wrong_type_is_named(line, says, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(line)
+    assert cli.main(["compare", "--config", str(tmp_path / "c.toml"), "--quiet"]) == 2
+    assert says in capsys.readouterr().err
