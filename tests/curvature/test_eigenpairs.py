@@ -180,3 +180,15 @@ def test_progress_and_wrong_arguments(capsys):
     for wrong in ({"k": 0}, {"which": "top"}, {"tol": 0}, {"basis": 2, "k": 2}):
         with pytest.raises(ValueError):
             eigenpairs(a, **wrong)
+
+
+def test_certificates_of_composed_operators_are_fresh_too():
+    calls = []
+    objective = classification()
+    objective._outputs, inner = lambda *a: (calls.append(1), inner(*a))[1], objective._outputs
+    eigenpairs(2 * (Hessian(objective) + Hessian(objective)), 1, certify=False)
+    assert len(calls) == 2
+    calls.clear()
+    objective._check = False
+    eigenpairs(2 * (Hessian(objective) + Hessian(objective)), 1)
+    assert len(calls) == 4

@@ -4,6 +4,8 @@ What the other families would miss: a convention of ours that nobody else has (w
 which order of parameters), since they are all written by the same hands as the code.
 """
 
+import curvlinops
+import hessian_eigenthings as eigenthings
 import pytest
 import torch
 from nets import mlp, samples
@@ -11,9 +13,6 @@ from torch import nn
 
 from flatmin import Objective
 from flatmin.curvature import Fisher, GaussNewton, Hessian, eigenpairs, trace
-
-curvlinops = pytest.importorskip("curvlinops")
-eigenthings = pytest.importorskip("hessian_eigenthings")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ DOUBT = 0.01
 def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> Tensor:
     """‖Av − λv‖ / ‖v‖ for each row v of x, by products that share nothing with earlier ones."""
     out = []
-    with getattr(operator, "fresh", nullcontext)():
+    with operator.fresh():
         for value, row in zip(values.tolist(), x, strict=True):
             v = row.to(operator.device)
             w = operator._product(v)

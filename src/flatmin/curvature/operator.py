@@ -54,6 +54,12 @@ class CurvatureOperator(ABC):
         """
         yield
 
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Products inside share nothing with those before: what was kept is forgotten."""
+        with self.session():
+            yield
+
     def describe(self) -> dict[str, Any]:
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
@@ -200,6 +206,13 @@ class _Over(CurvatureOperator):
         with ExitStack() as stack:
             for operator in self.operators:
                 stack.enter_context(operator.session(check=check))
+            yield
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for operator in self.operators:
+                stack.enter_context(operator.fresh())
             yield
 
     def _product(self, v: Tensor) -> Tensor:

@@ -95,7 +95,6 @@ class ObjectiveOperator(CurvatureOperator):
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """Products inside share nothing with those before: their graphs are forgotten and made anew."""
         self._forget()
         with self.session():
             yield

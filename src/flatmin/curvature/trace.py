@@ -32,7 +32,8 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     * "xtrace": every probe serves both ends, leaving each out in turn; two products a probe.
 
     All are unbiased for indefinite matrices too. The intervals are by Student's t; measured over seeds, 95 % ones hold
-    the truth in 95 % ("hutchinson"), 89 to 94 % ("hutch++") and 85 to 95 % ("xtrace", least for flat spectra). The default confidence asks for a standard error of ``rtol``.
+    the truth in 95 % ("hutchinson"), 89 to 94 % ("hutch++") and 85 to 95 % ("xtrace", least for flat spectra). The
+    default confidence asks for a standard error of ``rtol``.
 
     Args:
         operator: any ``CurvatureOperator``.
