@@ -1,0 +1,260 @@
+"""What is wrong with a sharpness-aware run: symptom, cause, solution and the evidence, read from its record.
+
+The table is that of the guide in seed 003, put right in one place: good training and poor validation accuracy is
+overfitting, not underfitting, and underfitting asks for a smaller radius, not a larger one. Thresholds are this
+library's conventions; each finding shows the numbers it rests on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..results import plain
+
+Step = Mapping[str, Any]
+USEFUL = (0.01, 1.0)
+"""The useful range of the realised sharpness over the loss, (L(w + ε) − L(w)) / L(w)."""
+
+TABLE = {  # name: symptom, cause, solution
+    "diverging": ("training loss diverges", "rho is too large, or the learning rate",
+                  "halve rho (0.01 to 0.02 is the floor), or lower the learning rate"),
+    "unstable": ("training loss has spikes", "rho is too large, or the learning rate",
+                 "halve rho (0.01 to 0.02 is the floor), warm it up, or lower the learning rate"),
+    "no improvement": ("no better than the base optimizer", "rho is too small to matter",
+                       "double rho (0.1 to 0.2), as long as training stays stable"),
+    "no improvement at this radius": ("no better than the base optimizer", "rho acts, but flatness is not what limits "
+                                      "this run", "choose rho on validation data, or try another direction or rule"),
+    "underfitting": ("training accuracy is low", "rho is too large, the model too small or the run too short",
+                     "lower rho, train longer, or add capacity"),
+    "overfitting": ("training is perfect and validation is poor", "the model memorises in spite of the flat minimum",
+                    "check the augmentation, add weight decay, or raise rho"),
+    "spurious flattening": ("sharpness falls because predictions become one-hot", "the logit path lowers the sharpness "
+                            "without flattening the function", "use a functional rule (functional_sam, "
+                            "preconditioned_functional_sam), or label smoothing"),
+    "rho too small": ("the loss hardly rises over the step", "rho is below its useful range",
+                      "raise rho"),
+    "rho too large": ("the loss more than doubles over the step", "rho is above its useful range", "lower rho"),
+    "hallucinated minimizer": ("the perturbed gradient vanishes where the gradient does not",
+                               "w + ε is a critical point and w is not, so that the steps stop early",
+                               "lower rho, let it decay, or take plain steps at the end"),
+    "bf16 rounding": ("the step taken is not the one asked for", "half-precision weights round ε away",
+                      "keep float32 weights under autocast, or raise rho"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One fault: ``name`` and its row of the table, the numbers it rests on, and the first step that shows it."""
+
+    name: str
+    symptom: str
+    cause: str
+    solution: str
+    evidence: dict[str, float] = field(default_factory=dict)
+    step: int | None = None
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{key} {value:.3g}" for key, value in self.evidence.items())
+        return f"{self.symptom[0].upper()}{self.symptom[1:]} ({shown}): {self.cause}. {self.solution[0].upper()}" \
+               f"{self.solution[1:]}."
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain(self)
+
+
+def diagnose(steps: Sequence[Step], *, base: Sequence[Step] | None = None, rho: float | None = None,
+             spread: float = 0.005) -> list[Finding]:
+    """Every fault that a run record shows, each with its evidence; an empty list where none does.
+
+    Args:
+        steps: one mapping a step. Read where present: ``loss``, ``perturbed_loss``, ``gradient_norm``,
+            ``perturbed_gradient_norm``, ``radius``, ``cosine`` (as in ``Sharpener.last.to_dict()``), and on the steps
+            where they were evaluated ``train_accuracy``, ``accuracy`` (validation), ``confidence``, ``ece``,
+            ``tau_func``. What is missing is not diagnosed.
+        base: the record of the base optimizer's run, for "no improvement" and underfitting.
+        rho: the radius asked for, for rounding.
+        spread: a difference of accuracy that means nothing.
+
+    >>> steps = [{"loss": 2.0 / (1 + t), "perturbed_loss": 2.0004 / (1 + t)} for t in range(100)]
+    >>> [finding.name for finding in diagnose(steps)]
+    ['rho too small']
+    """
+    run = _Run(list(steps), list(base or []), rho, spread)
+    found = [finding for check in CHECKS if (finding := check(run)) is not None]
+    return found
+
+
+def next_radius(findings: Sequence[Finding], rho: float) -> tuple[float, str]:
+    """The radius to try next, by the guide's recipe, and why: half where a finding says too large, twice where one says
+    too small, between 0.01 and 1; the same radius otherwise. Instability goes before the rest.
+
+    >>> next_radius([], 0.05)
+    (0.05, 'no finding asks for another radius')
+    """
+    names = [finding.name for finding in findings]
+    for name in ("diverging", "unstable", "rho too large", "hallucinated minimizer", "underfitting"):
+        if name in names:
+            return max(min(rho, 0.01), rho / 2), f"{name}: half"
+    for name in ("bf16 rounding", "rho too small", "no improvement"):
+        if name in names:
+            return min(max(rho, 1.0), 2 * rho), f"{name}: twice"
+    return rho, "no finding asks for another radius"
+
+
+class _Run:
+    """Columns of a record, without what is missing or not finite."""
+
+    def __init__(self, steps: list[Step], base: list[Step], rho: float | None, spread: float):
+        self.steps, self.base, self.rho, self.spread = steps, base, rho, spread
+
+    def column(self, *names: str, of: list[Step] | None = None) -> list[tuple[int, list[float]]]:
+        """(position, values) of the steps that have all the names, finite."""
+        rows = []
+        for i, step in enumerate(self.steps if of is None else of):
+            values = [float(step[n]) if step.get(n) is not None else math.nan for n in names]
+            if all(map(math.isfinite, values)):
+                rows.append((i, values))
+        return rows
+
+    def values(self, name: str, of: list[Step] | None = None) -> list[float]:
+        return [v[0] for _, v in self.column(name, of=of)]
+
+    def final(self, name: str, of: list[Step] | None = None) -> float:
+        """The mean of the last three values; nan where there is none."""
+        last = self.values(name, of)[-3:]
+        return math.fsum(last) / len(last) if last else math.nan
+
+    def relative_sharpness(self) -> list[float]:
+        """(L(w + ε) − L(w)) / L(w) where L(w) is not near zero."""
+        return [(b - a) / a for _, (a, b) in self.column("loss", "perturbed_loss") if a > 1e-4]
+
+
+def median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    n = len(ordered)
+    return math.nan if not n else (ordered[n // 2] + ordered[(n - 1) // 2]) / 2
+
+
+def windows(values: Sequence[float], parts: int = 10) -> list[float]:
+    """Medians of consecutive tenths."""
+    n = len(values)
+    return [median(values[i * n // parts:(i + 1) * n // parts]) for i in range(parts)] if n >= 2 * parts else []
+
+
+def _finding(name: str, evidence: dict[str, float], step: int | None = None) -> Finding:
+    symptom, cause, solution = TABLE[name]
+    return Finding(name=name, symptom=symptom, cause=cause, solution=solution, evidence=evidence, step=step)
+
+
+def unstable(run: _Run) -> Finding | None:
+    """A loss that is not finite, or ends well above its best; or at least 1 % of steps above thrice the last twenty."""
+    for i, step in enumerate(run.steps):
+        if step.get("loss") is not None and not math.isfinite(float(step["loss"])):
+            return _finding("diverging", {"loss": float(step["loss"])}, i)
+    losses = run.values("loss")
+    parts = windows(losses)
+    if not parts:
+        return None
+    best, last, first = min(parts), parts[-1], parts[0]
+    if last > 1.5 * best and last - best > 0.1 * max(first - best, 0.1 * first):
+        return _finding("diverging", {"last": last, "best": best}, parts.index(best) * len(losses) // 10)
+    spikes = [i for i in range(20, len(losses)) if losses[i] > 3 * median(losses[i - 20:i])
+              and losses[i] - median(losses[i - 20:i]) > 0.1 * first]
+    if len(spikes) >= max(3, 0.01 * len(losses)):
+        return _finding("unstable", {"spikes": len(spikes), "highest": max(losses[i] for i in spikes)}, spikes[0])
+    return None
+
+
+def no_improvement(run: _Run) -> Finding | None:
+    """Validation accuracy not above the base run's by more than the spread."""
+    ours, theirs = run.final("accuracy"), run.final("accuracy", run.base)
+    if not ours - theirs <= run.spread:
+        return None
+    relative = median(run.relative_sharpness())
+    name = "no improvement at this radius" if relative >= 5 * USEFUL[0] else "no improvement"
+    evidence = {"accuracy": ours, "base": theirs}
+    return _finding(name, evidence if math.isnan(relative) else evidence | {"sharpness over loss": relative})
+
+
+def underfitting(run: _Run) -> Finding | None:
+    """Training accuracy below the base run's by 2 points; without one, below 0.8 and no better than validation."""
+    train, validation = run.final("train_accuracy"), run.final("accuracy")
+    theirs = run.final("train_accuracy", run.base)
+    if math.isfinite(theirs):
+        worse = run.final("accuracy", run.base) - validation > run.spread
+        return _finding("underfitting", {"train": train, "base train": theirs, "validation": validation}) \
+            if theirs - train > 0.02 and worse else None
+    if train < 0.8 and train - validation < 0.02:
+        return _finding("underfitting", {"train": train, "validation": validation})
+    return None
+
+
+def overfitting(run: _Run) -> Finding | None:
+    """Training accuracy of 0.98 or more, and validation 0.1 below it."""
+    train, validation = run.final("train_accuracy"), run.final("accuracy")
+    if train >= 0.98 and train - validation >= 0.1:
+        return _finding("overfitting", {"train": train, "validation": validation})
+    return None
+
+
+def spurious_flattening(run: _Run) -> Finding | None:
+    """Sharpness falls by 30 % while confidence rises, and the functional part (else accuracy) does not explain it."""
+    sharpness = windows([b - a for _, (a, b) in run.column("loss", "perturbed_loss")])
+    confidence, functional, ece = run.values("confidence"), run.values("tau_func"), run.values("ece")
+    if not sharpness or len(confidence) < 2 or not sharpness[-1] < 0.7 * sharpness[0]:
+        return None
+    rise = confidence[-1] - confidence[0]
+    evidence = {"sharpness first": sharpness[0], "sharpness last": sharpness[-1], "confidence rise": rise}
+    if rise < 0.05:
+        return None
+    if len(functional) > 1:
+        if abs(functional[-1]) < 0.9 * abs(functional[0]):
+            return None
+        return _finding("spurious flattening", evidence | {"functional first": functional[0],
+                                                           "functional last": functional[-1]})
+    if len(ece) > 1 and ece[-1] - ece[0] > 0.02:
+        return _finding("spurious flattening", evidence | {"ece first": ece[0], "ece last": ece[-1]})
+    return None
+
+
+def radius_out_of_range(run: _Run) -> Finding | None:
+    """The realised sharpness over the loss, in its median, outside 0.01 to 1."""
+    relative = run.relative_sharpness()
+    if len(relative) < 10:
+        return None
+    middle = median(relative)
+    if USEFUL[0] <= middle <= USEFUL[1]:
+        return None
+    return _finding("rho too small" if middle < USEFUL[0] else "rho too large", {"sharpness over loss": middle})
+
+
+def hallucinated_minimizer(run: _Run) -> Finding | None:
+    """In the last tenth ‖∇L(w + ε)‖ is below a tenth of ‖∇L(w)‖, which is not below a tenth of what it was at first."""
+    rows = run.column("gradient_norm", "perturbed_gradient_norm")
+    if len(rows) < 20:
+        return None
+    tenth = max(1, len(rows) // 10)
+    at, there = ([v[k] for _, v in rows[-tenth:]] for k in (0, 1))
+    first = median([v[0] for _, v in rows[:tenth]])
+    if median(there) < 0.1 * median(at) and median(at) > 0.1 * first:
+        return _finding("hallucinated minimizer", {"gradient": median(at), "perturbed gradient": median(there),
+                                                   "gradient at first": first}, rows[-tenth][0])
+    return None
+
+
+def rounding(run: _Run) -> Finding | None:
+    """The step taken has a cosine below 0.95 to the one asked for, or a radius off by a tenth, in the median."""
+    cosine = median(run.values("cosine"))
+    radius = median(run.values("radius")) / run.rho if run.rho else math.nan
+    evidence = {key: value for key, value in (("cosine", cosine), ("radius over rho", radius)) if math.isfinite(value)}
+    if cosine < 0.95 or abs(radius - 1) > 0.1:
+        return _finding("bf16 rounding", evidence)
+    return None
+
+
+CHECKS: tuple[Callable[[_Run], Finding | None], ...] = (
+    unstable, hallucinated_minimizer, rounding, radius_out_of_range, spurious_flattening, no_improvement, underfitting,
+    overfitting)

@@ -1,0 +1,159 @@
+"""Sharpness while a model trains, every n steps, through whatever logger is there."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..curvature import Hessian, eigenpairs
+from ..objective import Objective
+from .average_case import average_case
+from .critical import critical_sharpness, edge_of_stability, update_of
+from .flatness import normalized_flatness
+from .one_step import first_order, one_step
+from .worst_case import worst_case
+
+Measure = Callable[[Objective], Any]
+COSTS = {  # what a measurement takes, in forward (F), backward (B) and Hessian-vector (H) passes over the data
+    "first_order": "F + B",
+    "one_step": "2F + B",
+    "critical_sharpness": "6 to 12 F, and F + B where no update is at hand",
+    "average_case": "21 F",
+    "worst_case": "11 (F + B)",
+    "adaptive_worst_case": "11 (F + B)",
+    "largest_eigenvalue": "20 to 60 H",
+    "edge_of_stability": "20 to 60 H",
+    "normalized_flatness": "up to 30 H",
+}
+
+
+class SharpnessMonitor:
+    """Measures every ``every`` steps of a training loop and logs the numbers.
+
+    The objective should be over a fixed batch or two, apart from the training data's order. A measurement leaves
+    weights, gradients, buffers, modes and random state bit for bit, so a monitored run is the same run. ``overhead``,
+    the share of wall time that measuring has taken since the first step, is logged with the numbers; ``COSTS`` says
+    beforehand what a measure takes.
+
+    Args:
+        objective: what is measured, over the model that is being trained.
+        measures: names from ``COSTS``, or a mapping of names to functions of the objective that give a number.
+        every: steps between measurements; the first is at the first step.
+        logger: anything with ``log_dict(values)``, ``add_scalar(name, value, step)`` or ``log(values, step=...)``:
+            a LightningModule, a TensorBoard writer, a W&B run, an Accelerator. None keeps ``history`` alone.
+        optimizer: its learning rate goes into "edge_of_stability" and "critical_sharpness", and its own next update
+            is the direction of the latter while ``.grad`` is there.
+        rho: the radius.
+        prefix: before every name.
+
+    Raises:
+        ValueError: an unknown measure, a logger without any of these methods, "edge_of_stability" without an optimizer.
+
+    >>> model = torch.nn.Linear(2, 3)
+    >>> objective = Objective(model, torch.nn.CrossEntropyLoss(), (torch.randn(8, 2), torch.zeros(8, dtype=torch.long)))
+    >>> monitor = SharpnessMonitor(objective, ["one_step"], every=10)
+    >>> seen = [monitor.step() for _ in range(20)]          # in the loop, after optimizer.step()
+    >>> [sorted(values) for values in seen if values]
+    [['sharpness/one_step', 'sharpness/overhead'], ['sharpness/one_step', 'sharpness/overhead']]
+    """
+
+    def __init__(self, objective: Objective, measures: Sequence[str] | Mapping[str, Measure] = ("one_step",), *,
+                 every: int = 100, logger: Any = None, optimizer: torch.optim.Optimizer | None = None,
+                 rho: float = 0.05, prefix: str = "sharpness/"):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.objective, self.every, self.optimizer, self.rho, self.prefix = objective, every, optimizer, rho, prefix
+        self.measures = dict(measures) if isinstance(measures, Mapping) else {m: self._named(m) for m in measures}
+        self.history: list[dict[str, float]] = []
+        self._send = _sender(logger)
+        self._count, self._spent, self._begun = 0, 0.0, math.nan
+
+    @property
+    def overhead(self) -> float:
+        """The share of wall time since the first step that went into measuring."""
+        total = time.perf_counter() - self._begun
+        return self._spent / total if total > 0 else 0.0
+
+    def step(self, step: int | None = None) -> dict[str, float] | None:
+        """Count one training step; measure and log where it is its turn. ``step`` is the number it is logged under."""
+        count, self._count = self._count, self._count + 1
+        if count == 0:
+            self._begun = time.perf_counter()
+        return self.measure(count if step is None else step) if count % self.every == 0 else None
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Measure and log now, whatever the step."""
+        start = time.perf_counter()
+        if math.isnan(self._begun):
+            self._begun = start
+        values = {self.prefix + name: float(measure(self.objective)) for name, measure in self.measures.items()}
+        self._spent += time.perf_counter() - start
+        values[self.prefix + "overhead"] = self.overhead
+        self.history.append({"step": step, **values})
+        self._send(values, step)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where a saved monitor stood; wall time is counted from here."""
+        self._count, self.history = int(state["count"]), [dict(row) for row in state["history"]]
+        self._spent, self._begun = 0.0, time.perf_counter()
+
+    def _named(self, name: str) -> Measure:
+        measures: dict[str, Measure] = {
+            "first_order": lambda o: first_order(o, self.rho),
+            "one_step": lambda o: one_step(o, self.rho, second_order=False),
+            "critical_sharpness": self._critical,
+            "average_case": lambda o: average_case(o, self.rho, samples=20),
+            "worst_case": lambda o: worst_case(o, self.rho, iterations=10, restarts=0),
+            "adaptive_worst_case": lambda o: worst_case(o, self.rho, adaptive="element", iterations=10, restarts=0),
+            "largest_eigenvalue": lambda o: eigenpairs(Hessian(o), 1, tol=1e-2, certify=False).largest,
+            "edge_of_stability": lambda o: edge_of_stability(o, self._lr()),
+            "normalized_flatness": lambda o: normalized_flatness(o, samples=30),
+        }
+        if name not in measures:
+            raise ValueError(f"unknown measure {name!r}: choose from {', '.join(measures)}, or pass a mapping of names "
+                             "to functions of the objective")
+        if name == "edge_of_stability" and self.optimizer is None:
+            raise ValueError("edge_of_stability needs the learning rate: pass optimizer=")
+        return measures[name]
+
+    def _lr(self) -> float:
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _critical(self, objective: Objective) -> Any:
+        if self.optimizer is None:
+            return critical_sharpness(objective)
+        w = objective.parameters
+        update = update_of(self.optimizer, w) if any(p.grad is not None for p in w) else None
+        return critical_sharpness(objective, update, lr=self._lr())
+
+
+def _sender(logger: Any) -> Callable[[dict[str, float], int], None]:
+    """How to hand numbers to a logger."""
+    if logger is None:
+        return lambda values, step: None
+    if hasattr(logger, "log_dict"):
+        return lambda values, step: logger.log_dict(values)
+    if hasattr(logger, "add_scalar"):
+        def add(values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                logger.add_scalar(name, value, step)
+        return add
+    if hasattr(logger, "log"):
+        try:
+            accepted = inspect.signature(logger.log).parameters.values()
+            takes_step = any(p.name == "step" or p.kind is p.VAR_KEYWORD for p in accepted)
+        except (TypeError, ValueError):
+            takes_step = True
+        return lambda values, step: logger.log(values, step=step) if takes_step else logger.log(values)
+    raise ValueError(f"the logger, a {type(logger).__name__}, has none of log_dict(values), add_scalar(name, value, "
+                     "step) and log(values, step=...)")
