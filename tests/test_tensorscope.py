@@ -26,7 +26,7 @@ EPSILON = 0.01
 
 
 def gpt2(seed=0):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     torch.manual_seed(seed)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=17, n_positions=12)
     return transformers.GPT2LMHeadModel(config)
@@ -114,7 +114,7 @@ def test_the_block_recommended_alternative(kind, capsys):
 
 @pytest.mark.parametrize("kind", CASES)
 def test_the_block_integration(kind):
-    np = pytest.importorskip("numpy")
+    import numpy as np
     make, data = CASES[kind]
     model, dataloader, epsilon = make(), [data(), data()], EPSILON
     # --- seed 000, "Integration with TensorScope Pipeline"

@@ -626,7 +626,7 @@ def test_any_base_optimizer(base):
 
 @pytest.mark.slow
 def test_lightning_automatic_optimization_gives_the_weights_of_a_loop_by_hand(tmp_path):
-    lightning = pytest.importorskip("lightning")
+    import lightning
     from torch.utils.data import DataLoader, TensorDataset
 
     x, y = batch(0, 24)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import matplotlib
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ from flatmin import Objective
 from flatmin.landscape import line, surface
 from problems import RolesNet, batch, build, loss_fn
 
-matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
 

@@ -43,15 +43,17 @@ def setup(row, base=None):
 PASSES = [(row, which) for row in ROWS for which in range(1, row.passes(3) + 1)]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+# the last loss of a functional rule is telemetry: no gradient comes from it
+BAD_PASSES = [(row, which, where) for row, which in PASSES for where in ("loss", "gradient")
+              if not (row.pair and which == row.passes(3) and where == "loss")]
+
+
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(("row", "which"), PASSES, ids=case_id)
-def test_a_bad_pass_skips_the_step_and_says_so(row, which, bad, where):
+@pytest.mark.parametrize(("row", "which", "where"), BAD_PASSES, ids=case_id)
+def test_a_bad_pass_skips_the_step_and_says_so(row, which, where, bad):
     model, optimizer, sharpener = setup(row)
     before, state = flat(model), copy.deepcopy(optimizer.state_dict())
     parts = parts_for(row, *batch(0))
-    if row.pair and which == row.passes(3) and where == "loss":
-        pytest.skip("the last loss of a functional rule is telemetry: no gradient comes from it")
     poison = Poison(BAD[bad], which, where)
     row.backward(sharpener, model, parts, poison)
     assert poison.calls >= which, "the poisoned pass was never run"

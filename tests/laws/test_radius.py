@@ -38,11 +38,13 @@ def observe(row: Row, scale: float = 1.0, dtype=torch.float64):
     return sharpener, sharpened
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-13, 1e13])
-@pytest.mark.parametrize("row", MEASURED, ids=case_id)
+# these ε grow with the gradient, or shrink below the rounding of w
+BOUNDED = [(r, s) for r in MEASURED for s in (1.0, 1e-13, 1e13)
+           if s <= 1 or not (r.preset == "unnormalized_sam" or "fisher" in r.name)]
+
+
+@pytest.mark.parametrize(("row", "scale"), BOUNDED, ids=case_id)
 def test_radius_is_rho_in_the_rows_own_norm(row, scale):
-    if (row.preset == "unnormalized_sam" or "fisher" in row.name) and scale > 1:
-        pytest.skip("its eps grows with the gradient, or shrinks below the rounding of w")
     _, observed = observe(row, scale)
     for at, g, eps in observed:
         # eps is the difference of two rounded weights: exact to about 1e-16 · ‖w‖
@@ -76,11 +78,9 @@ def test_the_record_says_what_was_done(row):
     assert not last.skipped
 
 
-@pytest.mark.parametrize("row", ROWS, ids=case_id)
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.random and r.name != "decay-in-ascent"], ids=case_id)
 def test_a_zero_gradient_moves_nothing_and_stays_finite(row):
     """At a stationary point there is no uphill: no perturbation, a finite (zero) gradient, not a skipped step."""
-    if row.random or row.name == "decay-in-ascent":
-        pytest.skip("its direction does not come from the gradient")
     model = build()
     optimizer, sharpener = start(row, row.bases[-1], model)
     seen = []

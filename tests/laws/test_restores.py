@@ -273,8 +273,6 @@ def test_adds_to_an_existing_gradient_like_backward(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=case_id)
 def test_the_same_call_twice_from_the_same_state_is_bitwise_the_same(row):
-    if row.random:
-        pytest.skip("draws a new direction each time")
     grads = []
     for _ in range(2):
         model = build()

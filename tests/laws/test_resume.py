@@ -196,9 +196,7 @@ def test_a_state_of_another_model_or_variant_is_not_swallowed():
     """LookSAM's memory does not fit another network: an error, at the latest when it is used."""
     import rows
 
-    look = next((r for r in ROWS if r.name == "looksam"), None)
-    if look is None:
-        pytest.skip("looksam is not built yet")
+    look = next(r for r in ROWS if r.name == "looksam")
     model = build()
     optimizer, sharpener = start(look, "sgd", model)
     steps(look, sharpener, optimizer, model, 0, 2)
