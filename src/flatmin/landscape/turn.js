@@ -6,7 +6,7 @@
   const box = figure.querySelector("input"), out = figure.querySelector("output");
   const n = data.x.length, m = data.y.length, W = 760, H = 520, sharp = window.devicePixelRatio || 1;
   canvas.width = W * sharp; canvas.height = H * sharp;
-  let turn = -0.7, tilt = 0.55, zoom = 1, log = data.log, held = null;
+  let wordy = true, turn = -0.7, tilt = 0.55, zoom = 1, log = data.log, held = null;
   box.checked = log; box.disabled = !data.positive;
 
   const colours = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
@@ -30,8 +30,8 @@
   function project(a, b, c) {                 // the unit box, seen from far away with a little perspective
     const s = Math.sin(turn), k = Math.cos(turn), u = a * k - b * s, v = a * s + b * k;
     const q = Math.sin(tilt), r = Math.cos(tilt), depth = v * r - c * q, up = v * q + c * r;
-    const f = 175 * zoom * 6 / (6 + depth);
-    return [W / 2 + u * f, H / 2 + 15 - up * f, depth];
+    const f = 165 * zoom * 6 / (6 + depth);
+    return [W / 2 + u * f, H / 2 - 12 - up * f, depth];
   }
   function at(p, q) {                         // the surface's own height at a point, between its grid values
     const find = (v, axis) => {
@@ -56,6 +56,7 @@
     pen.beginPath(); pen.moveTo(a[0], a[1]); pen.lineTo(b[0], b[1]); pen.stroke();
   }
   function text(words, p, align) {
+    if (!wordy) return;
     pen.fillStyle = "#333"; pen.font = "12px system-ui, sans-serif"; pen.textAlign = align || "center";
     pen.fillText(words, p[0], p[1]);
   }
@@ -69,17 +70,18 @@
     for (let k = Math.ceil(a / step); k * step <= b * (1 + 1e-9); k++) found.push(+(k * step).toPrecision(12));
     return found;
   }
-  function frame() {
+  function frame(words) {                     // its lines below the surface, its words above
     const floor = -0.65, near = (a, b) => project(a, b, floor)[2];
     const by = near(0, -1) < near(0, 1) ? -1 : 1, bx = near(-1, 0) < near(1, 0) ? -1 : 1;
     const corners = [[-1, -1], [1, -1], [1, 1], [-1, 1]];
-    corners.forEach((c, k) => line(project(...c, floor), project(...corners[(k + 1) % 4], floor), "#bbb", 1));
+    wordy = words;
+    if (!words) corners.forEach((c, k) => line(project(...c, floor), project(...corners[(k + 1) % 4], floor), "#bbb", 1));
     for (const v of round(data.x)) text(short(v), project(unit(v, data.x), by * 1.12, floor - 0.04));
     for (const v of round(data.y)) text(short(v), project(bx * 1.12, unit(v, data.y), floor - 0.04));
     const side = (a, b) => { const p = project(a, b, floor - 0.12); p[1] += 16; return p; };
     text("x", side(0, by * 1.22)); text("y", side(bx * 1.22, 0));
     const post = [-bx, by].map((v, k) => k ? by : -bx);
-    line(project(...post, floor), project(...post, 0.65), "#bbb", 1);
+    if (!words) line(project(...post, floor), project(...post, 0.65), "#bbb", 1);
     for (let k = 0; k <= 4; k++) {
       const h = low + k / 4 * (high - low), p = project(post[0] * 1.03, post[1] * 1.03, lift(h));
       const right = p[0] > W / 2;
@@ -102,11 +104,13 @@
       const sx = lift(q[1][3]) + lift(q[2][3]) - lift(q[0][3]) - lift(q[3][3]);
       const sy = lift(q[2][3]) + lift(q[3][3]) - lift(q[0][3]) - lift(q[1][3]);
       const a = -sx * n / 4, b = -sy * m / 4, light = (0.35 * a + 0.45 * b + 0.82) / Math.hypot(a, b, 1);
-      all.push({ q, depth: q[0][2] + q[1][2] + q[2][2] + q[3][2],
+      all.push({ q, depth: (q[0][2] + q[1][2] + q[2][2] + q[3][2]) / 4,
         fill: colour((mean - low) / (high - low), 0.72 + 0.28 * Math.max(0, light)) });
     }
+    all.push(...marks());
     all.sort((a, b) => b.depth - a.depth);
     for (const f of all) {
+      if (f.paint) { f.paint(); continue; }
       pen.beginPath();
       f.q.forEach((c, k) => k ? pen.lineTo(c[0], c[1]) : pen.moveTo(c[0], c[1]));
       pen.closePath();
@@ -118,23 +122,28 @@
     const h = at(p, q);
     return h === null ? null : project(unit(p, data.x), unit(q, data.y), lift(h) + 0.015);
   }
-  function draw() {
-    range();
-    pen.setTransform(sharp, 0, 0, sharp, 0, 0);
-    pen.clearRect(0, 0, W, H);
-    frame(); faces();
+  function marks() {                          // path and models, hidden by what lies in front of them
+    const found = [], front = 2.5 / Math.max(n, m, 8);
     let before = null;
     for (const [p, q] of data.path) {
-      const here = mark(p, q);
-      if (here && before) line(before, here, "#d62728", 2);
+      const here = mark(p, q), old = before;
+      if (here && old) found.push({ depth: Math.min(here[2], old[2]) - front, paint: () => line(old, here, "#d62728", 2) });
       before = here;
     }
     for (const [p, q] of data.models) {
       const here = mark(p, q);
-      if (!here) continue;
-      pen.beginPath(); pen.arc(here[0], here[1], 4.5, 0, 7);
-      pen.fillStyle = "white"; pen.strokeStyle = "black"; pen.lineWidth = 1.2; pen.fill(); pen.stroke();
+      if (here) found.push({ depth: here[2] - front, paint: () => {
+        pen.beginPath(); pen.arc(here[0], here[1], 4.5, 0, 7);
+        pen.fillStyle = "white"; pen.strokeStyle = "black"; pen.lineWidth = 1.2; pen.fill(); pen.stroke();
+      } });
     }
+    return found;
+  }
+  function draw() {
+    range();
+    pen.setTransform(sharp, 0, 0, sharp, 0, 0);
+    pen.clearRect(0, 0, W, H);
+    frame(false); faces(); frame(true);
   }
   function nearest(event) {
     const r = canvas.getBoundingClientRect(), px = (event.clientX - r.left) * W / r.width;
