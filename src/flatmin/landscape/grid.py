@@ -134,6 +134,7 @@ class _File:
             self.ranks.gather(None)
             if self.own is not None and self.own != self.main:
                 self.own.unlink(missing_ok=True)
+            self.ranks.gather(None)  # nobody looks for files while another still removes its own
         elif self.main is not None:
             for part in self._files()[1:]:
                 part.unlink()
