@@ -155,7 +155,8 @@ def test_unused_frozen_and_tied_parameters():
 @pytest.mark.parametrize("loss", (functools.partial(nn.functional.cross_entropy, ignore_index=1),
                                   nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5])).double(),
                                   nn.CrossEntropyLoss(reduction="sum"),
-                                  nn.CrossEntropyLoss(label_smoothing=0.1)), ids=str)
+                                  nn.CrossEntropyLoss(label_smoothing=0.1)),
+                         ids=("ignore_index", "class_weights", "sum", "smoothed"))
 def test_averages_are_those_of_the_merged_batch(loss):
     x, y = samples()
     if isinstance(loss, functools.partial):

@@ -1,0 +1,71 @@
+"""Claim: a SAM step holds the weights, one copy, one gradient, and the largest single tensor at most.
+
+Peak resident memory of a process that trains one step, above what it had before the step, in parameter sizes: plain
+(gradient alone: 1), flatmin's SAM (copy and gradient: 2), pytorch-optimizer's SAM. Each in a process of its own.
+
+    python benchmarks/step_memory.py [--millions 58]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+
+def build(millions: float) -> nn.Module:
+    width = int((millions * 1e6 / 6) ** 0.5)
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(6)])
+
+
+def peak_of_a_step(who: str, millions: float) -> float:
+    """Peak growth of resident memory over one step, in sizes of the parameters."""
+    torch.set_num_threads(1)
+    model = build(millions)
+    x = torch.randn(1, model[0].in_features)
+    for p in model.parameters():
+        p.grad = None
+    if who == "flatmin":
+        from flatmin import presets
+
+        sharpener = presets.sam(model)
+    elif who == "pytorch-optimizer":
+        import pytorch_optimizer
+
+        optimizer = pytorch_optimizer.SAM(model.parameters(), base_optimizer=torch.optim.SGD, rho=0.05, lr=0.0)
+    model(x).sum().item()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if who == "plain":
+        model(x).square().mean().backward()
+    elif who == "flatmin":
+        sharpener.backward(lambda: model(x).square().mean())
+    else:
+        model(x).square().mean().backward()
+        optimizer.first_step(zero_grad=True)
+        model(x).square().mean().backward()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1024
+    return (after - before) / size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=58.0)
+    parser.add_argument("--who", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.who:
+        print(peak_of_a_step(args.who, args.millions))
+        return
+    print(f"peak above the weights during a step, in sizes of {args.millions:g} M float32 parameters")
+    for who in ("plain", "flatmin", "pytorch-optimizer"):
+        done = subprocess.run([sys.executable, __file__, "--who", who, "--millions", str(args.millions)],
+                              capture_output=True, text=True, check=True)
+        print(f"{who:18s} {float(done.stdout):.2f}")
+
+
+if __name__ == "__main__":
+    main()
