@@ -23,6 +23,22 @@ _COMPARE = """examples:
 
 the radius of each method is chosen on held-out training data; the test data is looked at once, at the end."""
 
+_MEASURE = """examples:
+  flatmin measure my_module:objective                         one-step sharpness, spectrum, trace, density
+  flatmin measure my_module:objective --checkpoint model.safetensors --k 10
+  flatmin measure my_module:objective --metrics one_step,worst_case,surface --rho 0.1
+  flatmin measure --resume runs/measure                       go on after Ctrl-C; what is done is not repeated
+
+my_module:objective is a flatmin.Objective, a function that returns one, or a function that returns (model, data) or
+(model, data, loss_fn). Batches are (inputs, targets), or mappings as in the transformers library:
+
+  # my_module.py                                              # or, with a language model
+  def objective():                                            def objective():
+      return flatmin.Objective(net, loss_fn, loader)              return model, [{"input_ids": ids}]
+
+metrics: one_step, spectrum, trace, density (the default), worst_case, average_case, m_sharpness, normalized_flatness,
+agreement, line, surface, or all. A checkpoint is a .safetensors file, or a torch file of tensors."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call, 130 for Ctrl-C."""
@@ -79,6 +95,22 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--quiet", action="store_true", help="no progress")
     compare.set_defaults(run=_compare)
 
+    measure = verbs.add_parser("measure", help="sharpness, spectrum and landscape of your own model",
+                               description="Measure one model at one checkpoint: sharpness, spectrum, trace, density, "
+                                           "landscape, each with its error.",
+                               epilog=_MEASURE, formatter_class=raw)
+    measure.add_argument("objective", nargs="?", metavar="module:objective", help="what to measure, see below")
+    measure.add_argument("--checkpoint", metavar="FILE", help="weights for its model (default: as the module made it)")
+    measure.add_argument("--metrics", help="comma-separated, or all (default one_step,spectrum,trace,density)")
+    measure.add_argument("--k", type=int, help="how many of the largest eigenvalues (default 5)")
+    measure.add_argument("--rho", type=float, help="radius of the sharpness measures (default 0.05)")
+    measure.add_argument("--tol", type=float, help="residual of the eigenvalues, relative (default 1e-3)")
+    measure.add_argument("--seed", type=int, help="of all that is random (default 0)")
+    measure.add_argument("--out", metavar="FOLDER", help="run folder to make (default runs/measure, or -2, -3, ...)")
+    measure.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run with its own settings")
+    measure.add_argument("--quiet", action="store_true", help="no progress")
+    measure.set_defaults(run=_measure)
+
     report = verbs.add_parser("report", help="write report.html again from a run folder",
                               description="Write report.html again from the record.json of a run folder.",
                               epilog="example:\n  flatmin report runs/compare", formatter_class=raw)
@@ -122,6 +154,46 @@ def _compare(args: argparse.Namespace) -> int:
     print(table(job.record))
     print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
     return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from .recipes.folder import RunFolder
+    from .recipes.measure import Measurement, MeasureSettings
+
+    names = [f.name for f in dataclasses.fields(MeasureSettings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.resume is not None:
+        if given or args.out:
+            raise ValueError("--resume continues with the run's own settings: leave the other settings out")
+        folder, record = RunFolder.open(args.resume)
+        if record["kind"] != "measure":
+            raise RunFolderError(f"{args.resume} holds a run of flatmin {record['kind']}, not of measure")
+        parts = ("settings", "model", "data", "results", "timing", "warnings")
+        if not all(isinstance(record.get(k), dict) for k in parts) or "objective" not in record["settings"]:
+            raise RunFolderError(f"{folder.path / 'record.json'} lacks what a run needs to go on "
+                                 f"({', '.join(parts)}); start a new run with another --out")
+        job = Measurement(MeasureSettings(**{k: v for k, v in record["settings"].items() if k in names}), folder,
+                          record, args.quiet)
+    else:
+        if args.objective is None:
+            raise ValueError("measure needs module:objective, see flatmin measure --help")
+        settings = MeasureSettings(**given)
+        path = args.out or _fresh("runs/measure")
+        folder = RunFolder(path)
+        job = Measurement(settings, folder, quiet=args.quiet)  # before anything is written
+        RunFolder.create(path)
+    from .report import measured, write
+
+    try:
+        job.run()
+    except KeyboardInterrupt:
+        write(folder.path)
+        return _fail(f"interrupted; go on with: flatmin measure --resume {folder.path}", 130)
+    write(folder.path)
+    print(measured.summary(job.record))
+    print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
+    failed = job.record["failed"]
+    return _fail(f"not measured: {', '.join(failed)}", 1) if failed else 0
 
 
 def _report(args: argparse.Namespace) -> int:

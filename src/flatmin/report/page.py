@@ -32,7 +32,7 @@ def write(folder: str | Path) -> Path:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder} holds no record.json that can be read ({error}); give the folder that flatmin "
-                             f"compare wrote") from error
+                             f"compare or measure wrote") from error
     if not isinstance(record, dict):
         raise RunFolderError(f"{folder / 'record.json'} is not the record of a run")
     text, target = page(record).encode("utf-8", "replace"), folder / "report.html"
@@ -49,6 +49,10 @@ def write(folder: str | Path) -> Path:
 
 def page(record: Mapping[str, Any]) -> str:
     """The whole HTML page of a record; parts whose data are missing are left out."""
+    if record.get("kind") == "measure":
+        from . import measured
+
+        return measured.page(record)
     r = Reading(record)
     name = str(r.data.get("name", "a run"))
     parts = [_hero(r), _words(r), _results(r), _learning(r), _sharpness(r), _lines(r), _radii(r), _fine_print(r)]

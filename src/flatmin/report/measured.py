@@ -1,0 +1,480 @@
+"""The page and the terminal summary of ``flatmin measure``: one model, each number with its error."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from .figures import RULE, color, draw
+from .page import POLICY, _count, _flat, _list, _text
+from .reading import number, numbers, section, significant
+from .style import sheet
+
+NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
+         "worst_case": "worst case", "average_case": "average case", "m_sharpness": "m-sharpness",
+         "normalized_flatness": "normalized flatness", "agreement": "agreement", "line": "line", "surface": "surface"}
+PARTS = (("first_order", "slope, ρ‖g‖"), ("second_order", "curvature, ½ρ²ĝᵀHĝ"), ("remainder", "remainder"))
+CARE = (
+    "Every number is of this model on these data and this loss; another sample of data gives another number. The "
+    "errors are those of the computation on the data given, not of the data.",
+    "Plain sharpness and Hessian eigenvalues change when a network is rescaled without changing what it computes: "
+    "compare them between models of one architecture that are trained alike.",
+    "One-step sharpness mixes slope and curvature; its first-order part vanishes only at a stationary point.",
+    "A worst case found by ascent is a lower bound; lines and surfaces show one or two of very many directions.",
+    "Flatter does not always generalize better.",
+)
+CSS = """
+.big{font:500 clamp(28px,3.4vw,40px)/1.1 var(--serif);margin:.1em 0 .3em}.big span{color:var(--soft);font-size:.6em}
+.small{min-width:0;font-size:14.5px}.small th,.small td{padding:7px 18px 7px 0}.small tbody th{border-left:0;
+padding-left:0;max-width:none}.small td.right{text-align:right}
+.ok{color:var(--c3)}.no{color:var(--warn);font-weight:600}dl.one{columns:1;margin-top:6px}
+.flatmin-surface figcaption{color:inherit}.flatmin-surface canvas{background:#fff;border-radius:8px}
+.ranks.measures li{grid-template-columns:1fr auto}.ranks.measures div{text-align:right}
+"""
+
+
+class Measured:
+    """What the page asks of a record; nothing in it is trusted to be there or to be a number."""
+
+    def __init__(self, record: Mapping[str, Any]):
+        self.record = record
+        self.settings, self.data, self.model = (section(record, k) for k in ("settings", "data", "model"))
+        self.results = section(record, "results")
+        self.failed = section(record, "failed")
+
+    def result(self, name: str) -> Mapping[str, Any]:
+        return section(self.results, name)
+
+    def get(self, name: str, key: str = "value") -> float:
+        return number(self.result(name).get(key))
+
+    @property
+    def name(self) -> str:
+        return _printable(str(self.data.get("name", "a model")))
+
+    @property
+    def rho(self) -> float:
+        return number(section(self.result("one_step"), "settings").get("rho", self.settings.get("rho")))
+
+    def pairs(self) -> list[tuple[float, float, bool | None]]:
+        """Eigenvalues with their residuals and whether they converged, the largest first."""
+        r = self.result("spectrum")
+        values, errors = numbers(r.get("eigenvalues")), numbers(r.get("residuals"))
+        done = r.get("converged")
+        done = list(done) if isinstance(done, list) else []
+        n = len(values)
+        errors, done = (errors + [math.nan] * n)[:n], (done + [None] * n)[:n]
+        return sorted(((v, e, d if isinstance(d, bool) else None) for v, e, d in
+                       zip(values, errors, done, strict=True)), key=lambda t: -t[0] if t[0] == t[0] else math.inf)
+
+    def parts(self) -> list[tuple[str, str, float]]:
+        r = self.result("one_step")
+        found = {key: number(r.get(key)) for key, _ in PARTS}
+        if not math.isfinite(found["remainder"]):
+            found["remainder"] = self.get("one_step") - found["first_order"] - found["second_order"]
+        return [(key, label, found[key]) for key, label in PARTS if math.isfinite(found[key])]
+
+    def warnings(self) -> list[tuple[str, str, list[str]]]:
+        """(kind, text, the measures that gave it), each once."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for metric, items in section(self.record, "warnings").items():
+            for item in items if isinstance(items, list) else []:
+                key = str(section(item).get("kind", "")), str(section(item).get("text", ""))
+                found.setdefault(key, []).append(str(metric))
+        return [(kind, text, metrics) for (kind, text), metrics in found.items()]
+
+
+def sentence(m: Measured) -> str:
+    """What the numbers say, in words."""
+    out = []
+    value, parts = m.get("one_step"), m.parts()
+    loss = number(m.data.get("loss", m.result("one_step").get("loss")))
+    if math.isfinite(value):
+        moved = f"A step of length {m.rho:g} uphill {'raises' if value >= 0 else 'lowers'} the loss " + (
+            f"from {significant(loss)} " if math.isfinite(loss) else "") + f"by {significant(abs(value))}"
+        top = max(parts, key=lambda p: abs(p[2]), default=None)
+        total = sum(abs(p[2]) for p in parts)
+        if top is not None and total > 0 and len(parts) == 3:
+            share = f"{100 * abs(top[2]) / total:.0f} %"
+            moved += {"first_order": f", mostly by the slope ({share}): the gradient leads, so this is not yet the "
+                                     "sharpness of a minimum",
+                      "second_order": f", mostly by curvature ({share})",
+                      "remainder": f", mostly beyond second order ({share}): slope and curvature at the point do not "
+                                   "say how the loss rises over such a step"}[top[0]]
+        out.append(moved + ".")
+    pairs = m.pairs()
+    if pairs:
+        top, error, done = pairs[0]
+        sure = f"is {significant(top)} within {significant(error, 2)}" if done else \
+            f"was not found to the tolerance asked for (so far {significant(top)}, residual {significant(error, 2)})"
+        out.append(f"The largest Hessian eigenvalue {sure}" + (
+            f", and a stable learning rate of plain gradient descent lies below 2/λ₁ = {significant(2 / top)}."
+            if done and top > 0 else "."))
+    low = number(next(iter(numbers(m.result("density").get("x"))), math.nan))
+    zero = number(section(m.result("density"), "mass_at_zero").get("value"))
+    if math.isfinite(zero) and math.isfinite(low):
+        out.append(f"{100 * zero:.0f} % of all eigenvalues are next to zero.")
+    return " ".join(out) or "Nothing was measured yet."
+
+
+def headline(m: Measured) -> str:
+    value, pairs = m.get("one_step"), m.pairs()
+    if math.isfinite(value) and pairs:
+        return (f"Loss {'+' if value >= 0 else '−'}{significant(abs(value))} one step uphill, "
+                f"largest curvature {significant(pairs[0][0])}")
+    if pairs:
+        return f"The largest Hessian eigenvalue is {significant(pairs[0][0])}"
+    if math.isfinite(value):
+        return f"Loss {'+' if value >= 0 else '−'}{significant(abs(value))} one step uphill"
+    return f"What was measured of {m.name}"
+
+
+def rows(m: Measured) -> list[tuple[str, str, str, str]]:
+    """(what, value, error, how) of every scalar, for the terminal and for the page."""
+    out: list[tuple[str, str, str, str]] = []
+    at = f"ρ = {m.rho:g}"
+    if m.result("one_step"):
+        how = " ".join(f"{'+' if v >= 0 else '−'} {significant(abs(v))} {label.split(',')[0]}" for _, label, v in
+                       m.parts())
+        how = how.removeprefix("+ ")
+        out.append((f"one-step sharpness, {at}", significant(m.get("one_step")), "", f"= {how}" if how else ""))
+    for i, (value, error, done) in enumerate(m.pairs(), 1):
+        mark = {True: "converged", False: "NOT CONVERGED", None: ""}[done]
+        out.append((f"eigenvalue {i}", significant(value, 5), significant(error, 2), f"residual; {mark}"))
+    for name in ("trace", "average_case", "m_sharpness", "normalized_flatness", "worst_case"):
+        if m.result(name):
+            out.append((_title(name, m), significant(m.get(name)), _error(m.get(name, "stderr")), _how(name, m)))
+    zero = section(m.result("density"), "mass_at_zero")
+    if zero:
+        r = numbers(m.result("density").get("x"))
+        out.append(("share of eigenvalues next to 0", significant(number(zero.get("value"))),
+                    _error(number(zero.get("stderr"))),
+                    f"density over {significant(min(r))} to {significant(max(r))}" if r else ""))
+    if m.result("agreement"):
+        out.append(("agreement, order of remainder", significant(m.get("agreement")), "", _how("agreement", m)))
+    return out
+
+
+def _error(value: float) -> str:
+    return significant(value, 2) if math.isfinite(value) else ""
+
+
+def _title(name: str, m: Measured) -> str:
+    at = number(section(m.result(name), "settings").get("rho"))
+    size = number(section(m.result(name), "settings").get("m"))
+    return {"trace": "trace of the Hessian", "average_case": f"average case, σ = {at:.3g} a weight",
+            "m_sharpness": f"m-sharpness, m = {size:g}, ρ = {at:g}", "worst_case": f"worst case, ρ = {at:g}",
+            "normalized_flatness": "normalized flatness, Σ w²H"}[name]
+
+
+def _how(name: str, m: Measured) -> str:
+    r = m.result(name)
+    if name == "trace":
+        unmet = "" if r.get("converged") else ", NOT to the error asked for"
+        return f"{number(r.get('matvecs')):.0f} products{unmet}"
+    if name == "worst_case":
+        return f"a lower bound, {number(r.get('evaluations')):.0f} evaluations"
+    if name == "average_case":
+        return f"{number(r.get('evaluations')):.0f} evaluations"
+    if name == "m_sharpness":
+        return _count(len(numbers(r.get("chunks"))), "chunk")
+    if name == "normalized_flatness":
+        return "exact" if r.get("exact") is True else f"{number(r.get('products')):.0f} products"
+    return _printable(str(r.get("sentence", "")))
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """What was measured, as aligned plain text."""
+    m = Measured(record)
+    table = [(what, value + (f" ± {error}" if error else ""), how) for what, value, error, how in rows(m)]
+    widths = [max((len(row[i]) for row in table), default=0) for i in range(2)]
+    lines = [f"{m.name} · {_size(m)}", "─" * max(40, sum(widths) + 4)]
+    lines += [f"{what:<{widths[0]}}  {value:<{widths[1]}}  {how}".rstrip() for what, value, how in table]
+    pictures = [NAMES[name] for name in ("density", "line", "surface") if m.result(name)]
+    lines += [f"pictures in the report: {', '.join(pictures)}"] if pictures else []
+    lines += ["", sentence(m)]
+    lines += [f"warning ({', '.join(metrics)}): {_printable(text)}" for _, text, metrics in m.warnings()]
+    lines += [f"not measured: {_printable(str(name))}: {_printable(str(why))}" for name, why in m.failed.items()]
+    return "\n".join(lines)
+
+
+def _size(m: Measured) -> str:
+    parts = []
+    for value, noun in ((m.model.get("parameters"), "parameter"), (m.data.get("samples"), "sample")):
+        n = number(value)
+        parts += [f"{n:,.0f} {noun}{'' if n == 1 else 's'}"] if math.isfinite(n) else []
+    loss = number(m.data.get("loss"))
+    return ", ".join(parts + ([f"loss {significant(loss, 4)}"] if math.isfinite(loss) else []))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The whole HTML page of a record of ``flatmin measure``; what was not measured is left out."""
+    m = Measured(record)
+    turning, script = _surface(m)
+    parts = [_hero(m), _warned(m), _sharpness(m), _spectrum(m), _density(m), _others(m), _line(m), turning, _details(m)]
+    policy = POLICY + (f"; script-src 'sha256-{script}'" if script else "")
+    title = escape(f"{headline(m)} · flatmin measure, {m.name}")
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            f"<title>{title}</title>\n<style>\n{sheet(4)}{CSS}</style></head>\n"
+            f"<body><main>\n{chr(10).join(filter(None, parts))}\n</main></body></html>\n")
+
+
+def _hero(m: Measured) -> str:
+    status = str(m.record.get("status", "complete"))
+    banner = "" if status in ("complete", "failed") else (
+        f'<p class="banner" role="status"><b>This run is not complete</b> (status: {escape(status)}). Continue with '
+        f"<code>flatmin measure --resume</code> and the run folder.</p>")
+    about = _size(m)
+    kind = _printable(str(m.model.get("name", "")))
+    file = m.settings.get("checkpoint")
+    about += (f"; {kind}" if kind else "") + (f", weights from {_printable(str(file))}" if file else "")
+    about += f"; evaluated in mode “{_printable(str(m.data['mode']))}”" if m.data.get("mode") else ""
+    items = "".join(f'<li><span class="name">{_text(what)}</span><div><b>{escape(value)}</b>'
+                    f"{f' <span>± {escape(error)}</span>' if error else ''}</div></li>"
+                    for what, value, error, _ in rows(m) if not what.startswith("eigenvalue") or what.endswith(" 1"))
+    aside = f'<div><ul class="ranks measures">{items}</ul></div>' if items else ""
+    return (f'<header>{banner}<p class="over">flatmin measure · {escape(m.name)}</p><h1>{_text(headline(m))}</h1>'
+            f'<div class="hero"><div><p class="lede">{_text(sentence(m))}</p><p class="quiet">{_text(about)}.</p></div>'
+            f"{aside}</div></header>")
+
+
+def _warned(m: Measured) -> str:
+    items = [f"{text} ({', '.join(metrics)})" for _, text, metrics in m.warnings()]
+    items += [f"Not measured: {name}. {why}" for name, why in m.failed.items()]
+    return (f'<section><div class="found worse"><h2>To know before reading on</h2>'
+            f"{_list([_printable(i) for i in items])}</div></section>") if items else ""
+
+
+def _sharpness(m: Measured) -> str:
+    value, parts = m.get("one_step"), m.parts()
+    if not (math.isfinite(value) and parts):
+        return ""
+    bars = [("rise of the loss", value), *((label, v) for _, label, v in parts)][::-1]
+
+    def paint(axes: Any) -> None:
+        for i, (_, v) in enumerate(bars):
+            k = len(bars) - 1 - i
+            axes.barh([i], [v], color=color(k), height=0.62, gid=f"s{k}|{significant(v)}")
+            axes.annotate(significant(v), (max(v, 0.0), i), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axes.axvline(0, color=RULE, linewidth=1)
+        axes.grid(False, axis="y")
+        axes.margins(x=0.16)
+        _few_ticks(axes.xaxis)
+
+    shown = [(k, m.result("one_step").get(k)) for k in ("loss", "perturbed_loss", "gradient_norm", "radius")]
+    words = {"loss": "loss", "perturbed_loss": "loss after the step", "gradient_norm": "norm of the gradient",
+             "radius": "length of the step"}
+    return _section("One step uphill", f"The rise of the loss over a step of length ρ = {m.rho:g} along the gradient, "
+                    "and what it is made of.", f'<div class="two"><figure>'
+                    f"{draw(paint, 'the parts of one-step sharpness', size=(6.2, 2.5))}</figure>"
+                    f"{_dl([(words[k], significant(number(v), 5)) for k, v in shown if v is not None])}</div>")
+
+
+def _spectrum(m: Measured) -> str:
+    pairs, r = m.pairs(), m.result("spectrum")
+    if not pairs and not m.result("trace"):
+        return ""
+    blocks = []
+    if pairs:
+        body = "".join(f"<tr><td>{i}</td><td><b>{escape(significant(v, 6))}</b></td>"
+                       f"<td>{escape(significant(e, 2))}</td><td>{_mark(done)}</td></tr>"
+                       for i, (v, e, done) in enumerate(pairs[:200], 1))
+        complete = {True: "A search for missing ones found none, at 99 % confidence.",
+                    False: "The search for missing ones ran out of its budget.", None: ""}.get(r.get("complete"), "")
+        certified = "Residuals ‖Av − λv‖ are from fresh products" if r.get("certified") else \
+            "Residuals are estimated by the recurrence"
+        note = f"{certified}; the Hessian has an eigenvalue within each. {complete} " \
+               f"{number(r.get('matvecs')):.0f} products."
+        blocks.append(f'<div><h3>Largest eigenvalues</h3><table class="small"><thead><tr><th></th><th>λ</th>'
+                      f"<th>residual</th><th></th></tr></thead><tbody>{body}</tbody></table>"
+                      f'<p class="quiet">{_text(note)}</p></div>')
+        if len(pairs) > 1:
+            blocks.insert(0, f"<figure><h3>λ, with residuals</h3><figcaption>a bar as long as the residual on each "
+                             f"side; rings did not converge</figcaption>{_ladder(pairs)}</figure>")
+    trace = m.result("trace")
+    if trace:
+        low, high = (numbers(trace.get("interval")) + [math.nan] * 2)[:2]
+        size = number(m.model.get("parameters"))
+        facts = [("mean eigenvalue, trace / d", significant(m.get("trace") / size) if size > 0 else "nan"),
+                 (f"interval, {100 * number(trace.get('confidence')):.0f} %",
+                  f"{significant(low)} to {significant(high)}"),
+                 ("products", f"{number(trace.get('matvecs')):.0f}"),
+                 ("relative error asked for", str(section(trace, "settings").get("rtol", "")))]
+        done = "" if trace.get("converged") else '<p class="no">The error asked for was not reached.</p>'
+        blocks.append(f'<div><h3>Trace</h3><p class="big">{escape(significant(m.get("trace"), 4))} <span>± '
+                      f"{escape(significant(m.get('trace', 'stderr'), 2))}</span></p>{done}{_dl(facts)}</div>")
+    return _section("Curvature", "Of the exact Hessian of the mean loss over all the data.",
+                    f'<div class="two">{"".join(blocks)}</div>')
+
+
+def _ladder(pairs: list[tuple[float, float, bool | None]]) -> str:
+    finite = [(i, *p) for i, p in enumerate(pairs, 1) if math.isfinite(p[0])]
+
+    def paint(axes: Any) -> None:
+        for i, v, e, done in finite:
+            axes.plot([i, i], [0, v], color=color(1), linewidth=1, alpha=0.35)
+            if math.isfinite(e):
+                axes.plot([i, i], [v - e, v + e], color=color(1), linewidth=5, alpha=0.3)
+            axes.plot([i], [v], "o", color=color(1), markersize=7, fillstyle="none" if done is False else "full",
+                      gid=f"s1|λ {significant(v, 5)}, residual {significant(e, 2)}")
+        axes.set_ylim(bottom=min(0.0, *(v for _, v, _, _ in finite)) if finite else 0)
+        axes.set_xlabel("rank")
+        axes.margins(0.08)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return draw(paint, "the largest eigenvalues with their residuals", size=(5.6, 3.2))
+
+
+def _mark(done: bool | None) -> str:
+    return {True: '<span class="ok">✓ converged</span>', False: '<span class="no">✗ not converged</span>',
+            None: ""}[done]
+
+
+def _density(m: Measured) -> str:
+    r = m.result("density")
+    points = [p for p in zip(numbers(r.get("x")), numbers(r.get("density")),
+                             numbers(r.get("density_stderr")) or [math.nan] * 10**6, strict=False)
+              if math.isfinite(p[0]) and math.isfinite(p[1])]
+    if len(points) < 2:
+        return ""
+    size = number(m.model.get("parameters", r.get("size")))
+    floor = 0.1 / size if size > 0 else 1e-6
+
+    def paint(axes: Any) -> None:
+        x, y, e = zip(*points, strict=True)
+        if all(map(math.isfinite, e)):
+            axes.fill_between(x, [max(v - 2 * d, floor) for v, d in zip(y, e, strict=True)],
+                              [max(v + 2 * d, floor) for v, d in zip(y, e, strict=True)], color=color(1), alpha=0.2,
+                              linewidth=0)
+        axes.plot(x, [max(v, floor) for v in y], color=color(1), linewidth=1.8, gid="s1|density")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=floor, top=3 * max(*y, 10 * floor))
+        axes.axvline(0, color=RULE, linewidth=1, zorder=0.5)
+        axes.set_xlabel("eigenvalue")
+        axes.margins(x=0.01)
+        low, high = (math.log10(v) for v in axes.get_ylim())
+        step = max(1, math.ceil((high - low) / 6))
+        powers = range(math.ceil(low), math.floor(high) + 1, step)
+        axes.set_yticks([10.0**p for p in powers], [f"{10.0**p:g}" for p in powers])
+        axes.minorticks_off()
+
+    zero, whole = section(r, "mass_at_zero"), section(r, "trace")
+    facts = [("share of eigenvalues next to zero", _pm(zero)), ("counted as zero", f"|λ| ≤ "
+              f"{significant(number(r.get('zero')), 2)}"), ("trace from these probes", _pm(whole)),
+             ("probes", str(section(r, "settings").get("probes", ""))),
+             ("products", f"{number(r.get('matvecs')):.0f}")]
+    return _section("Spectral density", "All eigenvalues at once, smoothed; a logarithmic scale, on which single "
+                    "outliers show. The band is two standard errors over random probes.",
+                    f'<div class="two"><figure>{draw(paint, "spectral density", size=(6.2, 3.6))}</figure>'
+                    f"{_dl(facts)}</div>")
+
+
+def _pm(scalar: Mapping[str, Any]) -> str:
+    value, error = number(scalar.get("value")), number(scalar.get("stderr"))
+    return significant(value) + (f" ± {significant(error, 2)}" if math.isfinite(error) else "")
+
+
+def _others(m: Measured) -> str:
+    names = [n for n in ("worst_case", "average_case", "m_sharpness", "normalized_flatness", "agreement")
+             if m.result(n)]
+    if not names:
+        return ""
+    found = {what: (value, error, how) for what, value, error, how in rows(m)}
+    body = ""
+    for what, (value, error, how) in found.items():
+        if what.startswith(("worst", "average", "m-", "normalized", "agreement")):
+            body += (f"<tr><th>{_text(what)}</th><td><b>{escape(value)}</b>"
+                     f"{f' <span>± {escape(error)}</span>' if error else ''}</td><td>{_text(how)}</td></tr>")
+    return _section("Other measures", "The average case moves every weight by a normal draw, so that the length of a "
+                    "move is ρ in the mean square.", f'<div class="scroll"><table class="small"><tbody>{body}</tbody>'
+                    "</table></div>")
+
+
+def _line(m: Measured) -> str:
+    r = m.result("line")
+    x, y = numbers(r.get("x")), numbers(r.get("values"))
+    error = numbers(r.get("stderr"))
+    if len(x) < 2 or len(x) != len(y):
+        return ""
+    error = error if len(error) == len(x) else [math.nan] * len(x)
+
+    def paint(axes: Any) -> None:
+        if all(map(math.isfinite, error)) and all(map(math.isfinite, y)):
+            axes.fill_between(x, [v - 2 * e for v, e in zip(y, error, strict=True)],
+                              [v + 2 * e for v, e in zip(y, error, strict=True)], color=color(1), alpha=0.2,
+                              linewidth=0)
+        axes.plot(x, [v if math.isfinite(v) else math.nan for v in y], color=color(1), linewidth=2, gid="s1|loss")
+        axes.axvline(0, color=RULE, linewidth=1, zorder=0.5)
+        axes.set_xlabel("distance from the weights, ‖w′ − w‖")
+        axes.margins(x=0.01)
+
+    samples = r.get("samples")
+    draws = len(samples) if isinstance(samples, list) else 1
+    text = f"Loss, the mean over {_count(draws, 'random filter-normalised direction')}"
+    return _section("Along a line", text + ("; the band is two standard errors over them." if draws > 1 else "."),
+                    f'<figure style="max-width:680px">{draw(paint, "loss along a line", size=(6.6, 3.3))}</figure>')
+
+
+def _surface(m: Measured) -> tuple[str, str]:
+    """The surface as something to turn, and the hash of its script, the only one that the page lets run."""
+    r = m.result("surface")
+    x, y = numbers(r.get("x")), numbers(r.get("y"))
+    given = r.get("values")
+    values = [numbers(row) for row in given] if isinstance(given, list) else []
+    if not (x and y and len(values) == len(x) and all(len(row) == len(y) for row in values)):
+        return "", ""
+    import torch
+
+    from ..landscape import Surface
+    from ..landscape.plane import Plane
+
+    names = r.get("names")
+    names = [_printable(str(n)) for n in names] if isinstance(names, list) and len(names) == 2 else ["", ""]
+    grid, *axes = (torch.tensor(t, dtype=torch.float64) for t in (values, x, y))
+    found = Surface(values=grid, x=axes[0], y=axes[1], settings={},
+                    plane=Plane(origin=[], directions=[[], []], names=names, units=[1.0, 1.0]))
+    piece = found.to_html("Loss surface")
+    script = re.findall(r"<script>(.*?)</script>", piece, re.S)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _section("The surface around the weights", f"The loss at {len(x)} × {len(y)} points of a plane through the "
+                    "weights; distances are true lengths in weight space. Drag it.", piece), digest
+
+
+def _details(m: Measured) -> str:
+    care = "".join(f"<li>{c}</li>" for c in CARE)
+    seconds = {k: f"{number(v):.1f} s" for k, v in section(m.record, "timing").items()}
+    each = {k: v for name in m.results for k, v in [(name, section(m.result(name), "settings"))] if v}
+    lists = [("Settings", m.settings), ("Settings of each measure", each), ("Model", m.model), ("Data", m.data),
+             ("Time", seconds), ("Versions", section(m.record, "versions"))]
+    tables = "".join(f"<details><summary>{title}</summary><dl>{''.join(_flat(part))}</dl></details>"
+                     for title, part in lists if part)
+    versions = " · ".join(f"{k} {v}" for k, v in section(m.record, "versions").items())
+    return (f'<section><h2>Read with care</h2><ul class="caveats">{care}</ul>{tables}</section>'
+            f"<footer>{escape(str(m.record.get('created', '')))}{' · ' if versions else ''}{escape(versions)}</footer>")
+
+
+def _section(title: str, text: str, inside: str) -> str:
+    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{inside}</section>"
+
+
+def _dl(facts: list[tuple[str, str]]) -> str:
+    return '<dl class="one">' + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts) \
+        + "</dl>"
+
+
+def _few_ticks(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(5))
