@@ -176,12 +176,12 @@ def eager(model: nn.Module) -> Iterator[None]:
 def culprit(objective: Objective) -> str:
     """Why two evaluations of an objective differ, as the end of a sentence."""
     with objective.session(), torch.no_grad():
-        term = next(iter(objective.terms()))
-        runs = []
-        for shift in (0, 0 if objective.mode in ("train", "as_is") else 1):
+        term = next(iter(objective.terms()), None)
+        runs: list[Any] = []
+        for shift in () if term is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
             objective._model_seed = objective.seed + shift
             runs.append(_trace(objective, term))
-        for (name, kind, a), (_, _, b) in zip(*runs, strict=False):
+        for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
             if not _equal(a, b):
                 where = f"module {name!r}" if name else "the model"
                 return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,19 +11,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import batches, perturbed
+from . import batches, perturbed, vectors
+from .ranks import Ranks
 
 Mode = Literal["eval", "train", "batch_statistics", "as_is"]
+
+EMPTY = ("the data gave no batch with anything to average. If they can be iterated only once, pass list(data) or the "
+         "DataLoader itself")
 
 
 @dataclass(frozen=True)
 class Term:
-    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms."""
+    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms.
+
+    ``total`` is the weight of the batches that other ranks evaluate in the same pass, this one included.
+    """
 
     objective: Objective
     batch: Any
     weight: float
     index: int
+    total: float = 0.0
 
     def outputs(self) -> Any:
         return self.objective._outputs(self.batch, self.index)
@@ -38,6 +46,9 @@ class Term:
 
 class Objective:
     """The mean loss of a model over data, L(w) = Σ_b n_b L_b(w) / Σ_b n_b, with n_b the terms that batch b averages.
+
+    Where the model is or contains DDP or FSDP2 modules, every rank passes its own share of the data and calls the same
+    methods; sums are over all ranks, and results are equal on them (FSDP2: each rank's shard of them).
 
     Args:
         model: any module. It is only evaluated: weights, ``.grad``, buffers, mode flags and random state are bitwise
@@ -81,10 +92,18 @@ class Objective:
         self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
         self._depth = 0
         self._model_seed = seed
+        self._ranks: Ranks | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the data."""
+        return Ranks(self.model) if self._ranks is None else self._ranks
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What operators act on: the parameters that require a gradient, in the order of ``model.parameters()``."""
+        if not self._depth:
+            self.ranks.reshard()
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
@@ -109,38 +128,75 @@ class Objective:
     def gradient(self) -> list[Tensor]:
         """∇L(w), in the order of ``model.parameters()``; zeros where a parameter is unused or frozen."""
         found = dict(zip(map(id, self.parameters), self.trainable_gradient()[1], strict=True))
-        return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in self.model.parameters()]
+        return [vectors.like(found[id(p)], p) if id(p) in found else torch.zeros_like(p)
+                for p in self.model.parameters()]
 
     def trainable_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """L(w) and ∇L(w) over ``parameters``, in one pass over the data."""
+        """L(w) and ∇L(w) over ``parameters`` (this rank's shards of it), in one pass over the data."""
         w = self.parameters
         total: list[Tensor] | None = None
-        losses: list[Tensor] = []
-        weights: list[float] = []
+        losses: list[tuple[Tensor, float]] = []
+        first = 1.0
         with self.session(), torch.enable_grad():
             for term in self.terms():
                 loss = term.loss(term.outputs())
-                g = torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True) if loss.requires_grad \
-                    else tuple(map(torch.zeros_like, w))
-                total = accumulate(total, g, term.weight / weights[0] if weights else 1.0)
-                losses.append(loss.detach())
-                weights.append(term.weight)
-        assert total is not None
-        return self._total(zip(losses, weights, strict=True)), average(total, weights[0] / self.normalizer(weights), w)
+                first = first if losses else term.total
+                total = accumulate(total, self._term_gradient(loss, term, w), term.total / first)
+                losses.append((loss.detach(), term.weight))
+            if total is None:
+                total = [torch.zeros_like(vectors.local(p.detach())) for p in w]
+            g = average(total, first / self.normalizer(n for _, n in losses), w)
+            if self.ranks and not self.ranks.in_step:
+                g = [self.ranks.sum_(t) for t in g]
+            return self._total(losses), g
+
+    def _term_gradient(self, loss: Tensor, term: Term, w: list[nn.Parameter]) -> Sequence[Tensor]:
+        """∇ of one batch's loss; under FSDP2 the mean over the batches of this pass, local shards."""
+        if self.ranks.in_step:
+            return self.ranks.backward(loss * (term.weight / term.total), w)
+        if not loss.requires_grad:
+            return [torch.zeros_like(p) for p in w]
+        return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
 
     def terms(self) -> Iterator[Term]:
         """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
         assert self._depth, "terms() outside session()"
         _seed(self.seed, self.devices)
+        ranks = self.ranks
+        if ranks.in_step:
+            yield from self._in_step(ranks)
+            return
         empty = True
+        for index, batch, n in self._weighted():
+            empty = False
+            yield Term(self, batches.move(batch, self.device), n, index * ranks.world + ranks.rank, n)
+        if empty and not ranks:
+            raise ValueError(EMPTY)
+
+    def _weighted(self) -> Iterator[tuple[int, Any, float]]:
         for index, batch in enumerate(self.data):
             n = self.weight(batch)
             if n > 0:
-                empty = False
-                yield Term(self, batches.move(batch, self.device), n, index)
-        if empty:
-            raise ValueError("the data gave no batch with anything to average. If they can be iterated only once, "
-                             "pass list(data) or the DataLoader itself")
+                yield index, batch, n
+
+    def _in_step(self, ranks: Ranks) -> Iterator[Term]:
+        """As many batches on every rank: one that has no more repeats its last one, with weight 0."""
+        found = self._weighted()
+        item = None
+        try:
+            while True:
+                following = next(found, None)
+                item = item if following is None else following
+                n = 0.0 if following is None else following[2]
+                total, without = ranks.total(n, float(item is None))
+                if total == 0 and not without:
+                    return
+                if item is None or without:
+                    raise ValueError(EMPTY if total == 0 else "under FSDP2 all ranks run the model together, and a "
+                                     "rank has no batch with anything to average: give each at least one")
+                yield Term(self, batches.move(item[1], self.device), n, item[0] * ranks.world + ranks.rank, total)
+        finally:
+            ranks.reshard()
 
     def weight(self, batch: Any) -> float:
         """n_b: how many terms the loss of a batch is a mean of."""
@@ -153,8 +209,11 @@ class Objective:
         return 1.0 if self.sums and n > 0 else n
 
     def normalizer(self, weights: Iterable[float]) -> float:
-        """Σ n_b, or 1 where the loss is a sum."""
-        return 1.0 if self.sums else math.fsum(weights)
+        """Σ n_b over all ranks, or 1 where the loss is a sum."""
+        total, = self.ranks.total(1.0 if self.sums else math.fsum(weights))
+        if total <= 0:
+            raise ValueError(EMPTY)
+        return 1.0 if self.sums else total
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -172,11 +231,13 @@ class Objective:
                     if isinstance(module, nn.modules.batchnorm._NormBase):
                         module.training = True
             stack.enter_context(batches.eager(self.model))
+            self._ranks = Ranks(self.model)
+            stack.enter_context(self._ranks.evaluating())
             self._depth = 1
             try:
                 yield
             finally:
-                self._depth = 0
+                self._depth, self._ranks = 0, None
 
     def check(self) -> None:
         """Raise a ValueError that names the cause if two evaluations at the same weights differ.
@@ -225,9 +286,11 @@ class Objective:
         return loss.reshape(())
 
     def _total(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
-        values, weights = zip(*losses, strict=True)
-        parts = [v.detach().to("cpu", torch.float64) * n for v, n in zip(values, weights, strict=True)]
-        return torch.stack(parts).sum() / self.normalizer(weights)
+        rows = [(value.detach().to("cpu", torch.float64) * n, n) for value, n in losses if n > 0]
+        total = torch.stack([part for part, _ in rows]).sum() if rows else torch.zeros((), dtype=torch.float64)
+        if self.ranks:
+            total = torch.tensor(self.ranks.total(float(total))[0], dtype=torch.float64)
+        return total / self.normalizer(n for _, n in rows)
 
 
 def _seed(seed: int, devices: Iterable[torch.device]) -> None:
