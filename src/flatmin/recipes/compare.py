@@ -24,7 +24,7 @@ from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..landscape import line
 from ..objective import Objective
-from ..sharpness import one_step
+from ..sharpness import diagnose, one_step
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, batches, train
 from .methods import Method, find_methods, gradient, optimizer_for
@@ -228,12 +228,20 @@ class Comparison:
         try:
             model, run["history"] = train(plan, self.progress.tick, self.folder, state)
             run |= self._measure(model)
+            base = self._base_steps(method, seed)
+            run["findings"] = [f.to_dict() for f in diagnose(steps_of(run), base=base, rho=rho)]
             self.folder.save_weights(key, model)
         except Diverged as error:  # a result like any other: the comparison goes on
             run |= {"diverged": str(error), "test": dict.fromkeys(("accuracy", "nll", "ece"), math.nan)}
         self.record["runs"].append(run)
         self.folder.save_record(self.record)
         self.folder.keep_state(key)
+
+    def _base_steps(self, method: Method, seed: int) -> list[dict[str, Any]] | None:
+        """The record of the plain base optimizer's run from the same seed, if it is part of the comparison."""
+        plain = [r for r in self.record["runs"]
+                 if r["method"] == method.base and r["seed"] == seed and "history" in r]
+        return steps_of(plain[0]) if plain and method.name != method.base else None
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -294,6 +302,13 @@ class Comparison:
             done = len(self.record["selection"].get(method.name, {}).get("scores", []))
             total += (len(grid) - done) * self.recipe.folds * part
         return total + full * (len(self.methods) * self.settings.seeds - len(self.record["runs"]))
+
+
+def steps_of(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the diagnosis reads: one step an epoch, with the accuracies after it."""
+    history = run["history"]
+    rows = zip(history["steps"], history["test_accuracy"], history["train_accuracy"], strict=True)
+    return [step | {"accuracy": test, "train_accuracy": train} for step, test, train in rows]
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

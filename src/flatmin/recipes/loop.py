@@ -42,7 +42,7 @@ def batches(n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
 
 
 def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder | None = None,
-          state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[float]]]:
+          state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[Any]]]:
     """Train and return the model and its history by epoch.
 
     With a folder the state is saved after every epoch; ``state``, from there, continues bit for bit. ``tick`` is
@@ -55,7 +55,8 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     n, size = len(plan.inputs), plan.recipe.batch_size
     steps = plan.epochs * math.ceil(n / size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    history: dict[str, list[float]] = {"epoch": [], "train_loss": [], "test_accuracy": []}
+    history: dict[str, list[Any]] = {"epoch": [], "train_loss": [], "test_accuracy": [], "train_accuracy": [],
+                                     "steps": []}
     start = 0
     if state is not None:
         model.load_state_dict(state["model"])
@@ -68,8 +69,10 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     for epoch in range(start, plan.epochs):
         model.train()
         total = torch.zeros((), dtype=torch.float64)
-        for index in batches(n, size, plan.seed, epoch):
+        for i, index in enumerate(batches(n, size, plan.seed, epoch)):
             loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
+            if i == 0 and plan.watch is not None:  # once an epoch, for the diagnosis
+                history["steps"].append(sharpener.last.to_dict() if sharpener is not None else {"loss": loss.item()})
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -82,6 +85,7 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
         history["train_loss"].append(total.item() / n)
         if plan.watch is not None:
             history["test_accuracy"].append(accuracy(model, *plan.watch))
+            history["train_accuracy"].append(accuracy(model, plan.inputs, plan.targets))
         if folder is not None:
             folder.save_state({
                 "key": plan.key, "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
