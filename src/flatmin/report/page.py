@@ -55,7 +55,8 @@ def page(record: Mapping[str, Any]) -> str:
         return measured.page(record)
     r = Reading(record)
     name = str(r.data.get("name", "a run"))
-    parts = [_hero(r), _words(r), _results(r), _learning(r), _sharpness(r), _lines(r), _radii(r), _fine_print(r)]
+    parts = [_hero(r), _words(r), _results(r), _learning(r), _sharpness(r), _lines(r), _radii(r), _diagnosis(r),
+             _fine_print(r)]
     title = escape(f"{headline(record)} · flatmin {record.get('kind', 'compare')}, {name}")
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -178,6 +179,29 @@ def _radii(r: Reading) -> str:
 def _chosen(part: Mapping[str, Any]) -> str:
     rho = number(part.get("chosen"))
     return f"ρ = {rho:g}" if math.isfinite(rho) else "not yet"
+
+
+def _diagnosis(r: Reading) -> str:
+    """What each run's own record shows to be wrong, with the numbers it rests on; one entry a method and fault."""
+    seen_faults: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    looked = False
+    for run in r.all_runs:
+        looked = looked or "findings" in run
+        for fault in run.get("findings") or ():
+            if isinstance(fault, Mapping):
+                seen_faults.setdefault((str(run.get("method")), str(fault.get("name"))), []).append(fault)
+    if not looked:
+        return ""
+    items = []
+    for (method, name), faults in seen_faults.items():
+        first = faults[0]
+        evidence = first.get("evidence")
+        shown = ", ".join(f"{k} {number(v):.3g}" for k, v in evidence.items()) if isinstance(evidence, Mapping) else ""
+        advice = f"{first.get('cause')}; {first.get('solution')}."
+        items.append(f"<li><b>{escape(r.label(method))}: {escape(name)}</b> in {_count(len(faults), 'run')} "
+                     f"({escape(shown)}). {escape(advice[0].upper() + advice[1:])}</li>")
+    body = f"<ul>{''.join(items)}</ul>" if items else "<p>No run shows any of the faults that are looked for.</p>"
+    return f"<section><h2>Diagnosis</h2><p>Read from each run's steps, one an epoch.</p>{body}</section>"
 
 
 def _fine_print(r: Reading) -> str:
