@@ -88,8 +88,7 @@ class Measurement:
                  quiet: bool = False):
         self.settings, self.folder, self.quiet = settings, folder, quiet
         self.metrics = find_metrics(settings.metrics)
-        torch.manual_seed(settings.seed)
-        self.objective = find_objective(settings.objective)
+        self.objective = find_objective(settings.objective, settings.seed)
         if settings.checkpoint is not None:
             load_checkpoint(self.objective.model, settings.checkpoint)
         new = self._new_record()
@@ -123,6 +122,9 @@ class Measurement:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 result = METRICS[name](self)
+        except KeyboardInterrupt:
+            self.show.end("interrupted")
+            raise
         except (MemoryError, RuntimeError, ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
             if isinstance(error, RunFolderError):
                 raise
@@ -166,8 +168,7 @@ class Measurement:
             "model": {"name": type(model).__name__, "parameters": sum(p.numel() for p in objective.parameters),
                       "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
                       "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in objective.parameters})),
-                      "device": str(objective.device), "norm": math.sqrt(math.fsum(float(p.detach().double().square().sum())
-                                                   for p in objective.parameters))},
+                      "device": str(objective.device), "norm": _norm(objective)},
             "data": {"name": self.settings.objective, "batches": len(samples), "samples": sum(samples), "loss": loss,
                      "mode": objective.mode},
             "results": {}, "timing": {}, "warnings": {}, "failed": {},
@@ -181,7 +182,8 @@ class Measurement:
         a, b = record["data"], now["data"]
         if a.get("samples") != b["samples"] or not _close(a.get("loss"), b["loss"]):
             raise RunFolderError(f"the data or the loss are not those that {self.folder.path} began with (loss "
-                                 f"{a.get('loss')} then, {b['loss']} now): bring them back, or start a new run with --out")
+                                 f"{a.get('loss')} then, {b['loss']} now): bring them back, or start a new run with "
+                                 "--out")
         return record
 
 
@@ -242,12 +244,13 @@ def find_metrics(text: str) -> list[str]:
     return [name for name in METRICS if name in names or "all" in names]
 
 
-def find_objective(name: str) -> Objective:
+def find_objective(name: str, seed: int = 0) -> Objective:
     """``module:attribute`` from the user's own code as an objective.
 
     The attribute is a :class:`flatmin.Objective`, or a function without arguments that returns one, or one that
     returns ``(model, data)`` or ``(model, data, loss_fn)``: there, batches are ``(inputs, targets)`` or mappings as in
     the ``transformers`` library, whose labels default to the inputs, and the loss to what their kind asks for.
+    Torch is seeded before the import and before the call, so that the same weights come back when a run is resumed.
 
     Raises:
         ValueError: no such module or attribute, something else, or the user's code raised.
@@ -257,6 +260,7 @@ def find_objective(name: str) -> Objective:
         raise ValueError(f"the objective is named module:attribute, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    torch.manual_seed(seed)
     try:
         value: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's own code may raise anything
@@ -266,6 +270,7 @@ def find_objective(name: str) -> Objective:
             raise ValueError(f"{module_name!r} has no {attribute!r}")
         value = getattr(value, part)
     if callable(value) and not isinstance(value, nn.Module):
+        torch.manual_seed(seed)
         try:
             value = value()
         except Exception as error:
@@ -339,6 +344,10 @@ def _fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
             digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _norm(objective: Objective) -> float:
+    return math.sqrt(math.fsum(float(p.detach().double().square().sum()) for p in objective.parameters))
 
 
 def _close(a: Any, b: float) -> bool:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -18,6 +19,8 @@ from .style import sheet
 NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
          "worst_case": "worst case", "average_case": "average case", "m_sharpness": "m-sharpness",
          "normalized_flatness": "normalized flatness", "agreement": "agreement", "line": "line", "surface": "surface"}
+LARGEST, AT_ZERO = "largest eigenvalue", "share of eigenvalues next to 0"
+FIRST = ("one-step", LARGEST, "trace", AT_ZERO, "worst case")                # what stands beside the headline
 PARTS = (("first_order", "slope, ρ‖g‖"), ("second_order", "curvature, ½ρ²ĝᵀHĝ"), ("remainder", "remainder"))
 CARE = (
     "Every number is of this model on these data and this loss; another sample of data gives another number. The "
@@ -31,7 +34,8 @@ CARE = (
 CSS = """
 .big{font:500 clamp(28px,3.4vw,40px)/1.1 var(--serif);margin:.1em 0 .3em}.big span{color:var(--soft);font-size:.6em}
 .small{min-width:0;font-size:14.5px}.small th,.small td{padding:7px 18px 7px 0}.small tbody th{border-left:0;
-padding-left:0;max-width:none}.small td.right{text-align:right}
+padding-left:0;max-width:none}.small td,.small td span{white-space:normal}
+.ranks.measures li .name{max-width:none;font-weight:500}
 .ok{color:var(--c3)}.no{color:var(--warn);font-weight:600}dl.one{columns:1;margin-top:6px}
 .flatmin-surface figcaption{color:inherit}.flatmin-surface canvas{background:#fff;border-radius:8px}
 .ranks.measures li{grid-template-columns:1fr auto}.ranks.measures div{text-align:right}
@@ -118,7 +122,9 @@ def sentence(m: Measured) -> str:
     low = number(next(iter(numbers(m.result("density").get("x"))), math.nan))
     zero = number(section(m.result("density"), "mass_at_zero").get("value"))
     if math.isfinite(zero) and math.isfinite(low):
-        out.append(f"{100 * zero:.0f} % of all eigenvalues are next to zero.")
+        error = 100 * number(section(m.result("density"), "mass_at_zero").get("stderr"))
+        out.append(f"{100 * zero:.0f}{f' ± {error:.0f}' if math.isfinite(error) else ''} % of all eigenvalues are next "
+                   "to zero.")
     return " ".join(out) or "Nothing was measured yet."
 
 
@@ -145,18 +151,21 @@ def rows(m: Measured) -> list[tuple[str, str, str, str]]:
         out.append((f"one-step sharpness, {at}", significant(m.get("one_step")), "", f"= {how}" if how else ""))
     for i, (value, error, done) in enumerate(m.pairs(), 1):
         mark = {True: "converged", False: "NOT CONVERGED", None: ""}[done]
-        out.append((f"eigenvalue {i}", significant(value, 5), significant(error, 2), f"residual; {mark}"))
+        out.append((f"eigenvalue {i}" if i > 1 else LARGEST, significant(value, 5), significant(error, 2),
+                    f"residual; {mark}"))
     for name in ("trace", "average_case", "m_sharpness", "normalized_flatness", "worst_case"):
         if m.result(name):
             out.append((_title(name, m), significant(m.get(name)), _error(m.get(name, "stderr")), _how(name, m)))
     zero = section(m.result("density"), "mass_at_zero")
     if zero:
         r = numbers(m.result("density").get("x"))
-        out.append(("share of eigenvalues next to 0", significant(number(zero.get("value"))),
+        out.append((AT_ZERO, significant(number(zero.get("value"))),
                     _error(number(zero.get("stderr"))),
                     f"density over {significant(min(r))} to {significant(max(r))}" if r else ""))
     if m.result("agreement"):
-        out.append(("agreement, order of remainder", significant(m.get("agreement")), "", _how("agreement", m)))
+        order = m.get("agreement")
+        out.append(("agreement, order of remainder", significant(order) if order == order else "–", "",
+                    _how("agreement", m)))
     return out
 
 
@@ -185,7 +194,9 @@ def _how(name: str, m: Measured) -> str:
         return _count(len(numbers(r.get("chunks"))), "chunk")
     if name == "normalized_flatness":
         return "exact" if r.get("exact") is True else f"{number(r.get('products')):.0f} products"
-    return _printable(str(r.get("sentence", "")))
+    third = r.get("third_order")
+    return "falls as ρ³, as it must" if third is True else "does not fall as ρ³" if third is False else \
+        "too near rounding to be tested"
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -197,7 +208,8 @@ def summary(record: Mapping[str, Any]) -> str:
     lines += [f"{what:<{widths[0]}}  {value:<{widths[1]}}  {how}".rstrip() for what, value, how in table]
     pictures = [NAMES[name] for name in ("density", "line", "surface") if m.result(name)]
     lines += [f"pictures in the report: {', '.join(pictures)}"] if pictures else []
-    lines += ["", sentence(m)]
+    told = _printable(str(m.result("agreement").get("sentence", "")))
+    lines += ["", *textwrap.wrap(f"{sentence(m)} {told}", 100)]
     lines += [f"warning ({', '.join(metrics)}): {_printable(text)}" for _, text, metrics in m.warnings()]
     lines += [f"not measured: {_printable(str(name))}: {_printable(str(why))}" for name, why in m.failed.items()]
     return "\n".join(lines)
@@ -242,7 +254,7 @@ def _hero(m: Measured) -> str:
     about += f"; evaluated in mode “{_printable(str(m.data['mode']))}”" if m.data.get("mode") else ""
     items = "".join(f'<li><span class="name">{_text(what)}</span><div><b>{escape(value)}</b>'
                     f"{f' <span>± {escape(error)}</span>' if error else ''}</div></li>"
-                    for what, value, error, _ in rows(m) if not what.startswith("eigenvalue") or what.endswith(" 1"))
+                    for what, value, error, _ in rows(m) if what.startswith(FIRST))
     aside = f'<div><ul class="ranks measures">{items}</ul></div>' if items else ""
     return (f'<header>{banner}<p class="over">flatmin measure · {escape(m.name)}</p><h1>{_text(headline(m))}</h1>'
             f'<div class="hero"><div><p class="lede">{_text(sentence(m))}</p><p class="quiet">{_text(about)}.</p></div>'
@@ -291,8 +303,8 @@ def _spectrum(m: Measured) -> str:
         body = "".join(f"<tr><td>{i}</td><td><b>{escape(significant(v, 6))}</b></td>"
                        f"<td>{escape(significant(e, 2))}</td><td>{_mark(done)}</td></tr>"
                        for i, (v, e, done) in enumerate(pairs[:200], 1))
-        complete = {True: "A search for missing ones found none, at 99 % confidence.",
-                    False: "The search for missing ones ran out of its budget.", None: ""}.get(r.get("complete"), "")
+        complete = "A search for missing ones found none, at 99 % confidence." if r.get("complete") is True else \
+            "The search for missing ones ran out of its budget." if r.get("complete") is False else ""
         certified = "Residuals ‖Av − λv‖ are from fresh products" if r.get("certified") else \
             "Residuals are estimated by the recurrence"
         note = f"{certified}; the Hessian has an eigenvalue within each. {complete} " \
@@ -392,14 +404,14 @@ def _others(m: Measured) -> str:
     if not names:
         return ""
     found = {what: (value, error, how) for what, value, error, how in rows(m)}
-    body = ""
+    body, told = "", str(m.result("agreement").get("sentence", ""))
     for what, (value, error, how) in found.items():
         if what.startswith(("worst", "average", "m-", "normalized", "agreement")):
             body += (f"<tr><th>{_text(what)}</th><td><b>{escape(value)}</b>"
                      f"{f' <span>± {escape(error)}</span>' if error else ''}</td><td>{_text(how)}</td></tr>")
     return _section("Other measures", "The average case moves every weight by a normal draw, so that the length of a "
                     "move is ρ in the mean square.", f'<div class="scroll"><table class="small"><tbody>{body}</tbody>'
-                    "</table></div>")
+                    f'</table></div><p>{_text(_printable(told))}</p>')
 
 
 def _line(m: Measured) -> str:
