@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import memory
+from .operator import CurvatureOperator
 
 Place = Literal["device", "host", "disk"]
 
 _COLUMNS = 1 << 16
+_STREAM = 1 << 20
+"""Numbers of a row handled at once: float32 sums over more of them lose digits."""
 
 
 class Basis:
-    """Room for ``rows`` vectors of n numbers, one contiguous tensor (rows, n); coefficients are float64 on the CPU."""
+    """Room for ``rows`` vectors of an operator, one contiguous tensor (rows, n); coefficients are float64 on the CPU.
 
-    def __init__(self, rows: int, n: int, dtype: torch.dtype, device: torch.device, place: Place = "device",
-                 folder: str | None = None):
+    Where vectors are sharded over ranks so are the rows, and coefficients are sums over the ranks.
+    """
+
+    def __init__(self, operator: CurvatureOperator, rows: int, place: Place = "device", folder: str | None = None,
+                 file: str | None = None):
         assert rows > 0
-        self.device = device
-        needed = rows * n * torch.empty(0, dtype=dtype).element_size()
-        remedy = 'take a smaller basis= or k, or place="host" or "disk", or eigenvalues() for values alone'
-        if place == "disk":
-            folder = folder or tempfile.gettempdir()
-            free = shutil.disk_usage(folder).free
-            if needed > free:
-                raise MemoryError(f"a basis of {memory.size(needed)} for {folder}, where {memory.size(free)} are free")
-            handle, file = tempfile.mkstemp(prefix="flatmin-basis-", dir=folder)
-            os.truncate(handle, needed)
-            os.close(handle)
-            self.rows = torch.from_file(file, shared=True, size=rows * n, dtype=dtype).view(rows, n)
-            os.unlink(file)  # the mapping keeps it alive, and nothing is left behind after a kill
-        else:
-            where = device if place == "device" else torch.device("cpu")
-            memory.require(needed, where, f"a basis of {rows} vectors", remedy)
-            self.rows = torch.empty(rows, n, dtype=dtype, device=where)
+        self.operator, self.device, self.folder, self.on_disk = operator, operator.device, folder, place == "disk"
+        n = operator.length
+        if self.on_disk:
+            self.rows = memory.mapped(rows * n, operator.dtype, folder, file).view(rows, n)
+            return
+        where = self.device if place == "device" else torch.device("cpu")
+        needed = rows * n * torch.empty(0, dtype=operator.dtype).element_size()
+        memory.require(needed, where, f"a basis of {rows} vectors", 'take a smaller basis= or k, or place="host" or '
+                                                                    '"disk", or eigenvalues() for values alone')
+        self.rows = torch.empty(rows, n, dtype=operator.dtype, device=where)
 
     @classmethod
-    def of(cls, rows: Tensor, device: torch.device) -> Basis:
+    def of(cls, operator: CurvatureOperator, rows: Tensor) -> Basis:
         """Orthonormal rows that exist already."""
         basis = cls.__new__(cls)
-        basis.rows, basis.device = rows, device
+        basis.operator, basis.rows, basis.device, basis.on_disk, basis.folder = operator, rows, operator.device, \
+            False, None
         return basis
 
     def __len__(self) -> int:
@@ -64,25 +61,50 @@ class Basis:
 
     def project(self, w: Tensor, count: int) -> Tensor:
         """The coefficients (count,) of w along the first rows."""
-        return torch.mv(self.rows[:count], w.to(self.rows.device))
+        w = w.to(self.rows.device)
+        if len(w) <= _STREAM:
+            return self.operator.reduce(torch.mv(self.rows[:count], w))
+        c = torch.zeros(count, dtype=torch.float64, device=w.device)
+        for a in range(0, len(w), _STREAM):
+            piece = w[a:a + _STREAM]
+            if self.on_disk:    # one row after the other, so that the file is read in long pieces
+                c += torch.stack([torch.dot(row[a:a + _STREAM], piece) for row in self.rows[:count]])
+            else:
+                c += torch.mv(self.rows[:count, a:a + _STREAM], piece)
+        return self.operator.reduce(c)
 
     def remove(self, w: Tensor, count: int) -> Tensor:
         """w ← w − VᵀV w for the first rows, in place; the coefficients that were removed, float64 on the CPU."""
         if count == 0:
             return torch.zeros(0, dtype=torch.float64)
         c = self.project(w, count)
-        if w.device == self.rows.device:
-            w.addmv_(self.rows[:count].T, c, alpha=-1)
+        if self.on_disk and w.device == self.rows.device and len(w) > _STREAM:
+            for a in range(0, len(w), _STREAM):
+                piece = w[a:a + _STREAM]
+                for row, factor in zip(self.rows[:count], c.tolist(), strict=True):
+                    piece.add_(row[a:a + _STREAM], alpha=-factor)
+        elif w.device == self.rows.device:
+            w.addmv_(self.rows[:count].T, c.to(w.dtype), alpha=-1)
         else:
-            w.sub_(torch.mv(self.rows[:count].T, c).to(w.device))
+            w.sub_(torch.mv(self.rows[:count].T, c.to(w.dtype)).to(w.device))
         return c.to("cpu", torch.float64)
 
-    def rotate(self, s: Tensor, count: int) -> None:
-        """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place."""
+    def rotate(self, s: Tensor, count: int, waiting: int = 0) -> None:
+        """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place; then those that wait."""
+        p = s.shape[1]
         s = s.to(self.rows.device, self.rows.dtype)
         for columns in self.rows.split(_COLUMNS, 1):
-            columns[:s.shape[1]] = s.T @ columns[:count]
+            tail = columns[count:count + waiting].clone()
+            columns[:p] = s.T @ columns[:count]
+            columns[p:p + waiting] = tail
 
     def combine(self, s: Tensor, count: int) -> Tensor:
         """sᵀ · first ``count`` rows as a new tensor (p, n) where the basis is."""
-        return s.to(self.rows.device, self.rows.dtype).T @ self.rows[:count]
+        s = s.to(self.rows.device, self.rows.dtype)
+        if not self.on_disk:
+            return s.T @ self.rows[:count]
+        p, n = s.shape[1], self.rows.shape[1]
+        out = memory.mapped(p * n, self.rows.dtype, self.folder).view(p, n)
+        for a in range(0, n, _STREAM):
+            out[:, a:a + _STREAM] = s.T @ self.rows[:count, a:a + _STREAM]
+        return out

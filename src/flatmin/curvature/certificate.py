@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .krylov import Krylov, norm, unit_for
+from .krylov import Krylov, unit_for
 from .operator import CurvatureOperator
 
 DOUBT = 0.01
@@ -23,8 +23,8 @@ def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> Tensor:
         for value, row in zip(values.tolist(), x, strict=True):
             v = row.to(operator.device)
             w = operator._product(v)
-            unit = unit_for(w)
-            out.append(norm(w.mul_(unit).add_(v, alpha=-value * unit)) / unit / norm(v))
+            unit = unit_for(operator, w)
+            out.append(operator.norm(w.mul_(unit).add_(v, alpha=-value * unit)) / unit / operator.norm(v))
     return torch.tensor(out, dtype=torch.float64)
 
 
@@ -52,8 +52,8 @@ def search(operator: CurvatureOperator, x: Tensor, sides: list[tuple[int, float]
     none = torch.zeros(0, dtype=torch.float64), x[:0]
     if rows == 0:
         return Search(True, *none, 0)
-    run = Krylov(operator, Basis(rows + 1, operator.size, operator.dtype, operator.device), generator,
-                 locked=Basis.of(x, operator.device))
+    run = Krylov(operator, Basis(operator, rows + 1), generator,
+                 locked=Basis.of(operator, x))
     run.unit = unit
     run.matvecs = 1         # the unit is known
     for used in range(1, rows + 1):

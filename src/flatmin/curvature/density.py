@@ -117,7 +117,7 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
     steps = min(steps, operator.size)
     nodes, weights, used = [], [], 0
     with operator.session(), reporter(progress, "spectral density") as report:
-        V = Basis(steps + 1, operator.size, operator.dtype, operator.device, place, folder)
+        V = Basis(operator, steps + 1, place, folder)
         for _ in range(probes):
             run = Krylov(operator, V, generator)
             while run.count < run.capacity and not run.breakdowns:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import perturbed, vectors
+from .. import vectors
 from ..objective import Objective, Term
+from . import memory
+from .differences import Differences
 from .products import Apply, ObjectiveOperator, Product, on_module
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "not implemented for", "does not support double backward",
@@ -27,8 +29,10 @@ class Hessian(ObjectiveOperator):
             "recomputed": the same, one batch's graph at a time. "forward": forward over reverse. "finite_difference":
             (∇L(w + hv) − ∇L(w − hv)) / 2h, for what has no second derivative, with its relative error estimated in
             ``error`` and in records. "auto": cached as far as half of the free memory allows, then recomputed; finite
-            differences, with a warning, where the model has no second derivative.
+            differences under FSDP2, and, with a warning, where the model has no second derivative.
         vmap: whether several vectors go through the graph at once; by default on accelerators only, where it pays.
+        place: "disk" keeps what finite differences need beside weights and activations (the exact weights, results)
+            in files in ``folder``; take it with ``eigenpairs(place="disk")``.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -38,21 +42,49 @@ class Hessian(ObjectiveOperator):
     """
 
     def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
-                 product: Product = "auto", vmap: bool | None = None):
-        self.error: float | None = None
+                 product: Product = "auto", vmap: bool | None = None, place: Literal["device", "disk"] = "device",
+                 folder: str | None = None):
+        if place == "disk" and product != "finite_difference":
+            raise ValueError('place="disk" is for product="finite_difference"')
+        if objective.ranks.in_step and product == "auto":
+            product = "finite_difference"
+        self.place: Literal["device", "disk"] = place
+        self.folder = folder
         super().__init__(objective, _forward if product == "forward" else _reverse, parameters=parameters,
                          product=product, products=("auto", "cached", "recomputed", "forward", "finite_difference"))
         self.vmap = (objective.device.type != "cpu" if vmap is None else vmap) and product != "finite_difference"
+        self._differences = Differences(self, place == "disk", folder)
+
+    @property
+    def error(self) -> float | None:
+        """The relative error of differences, as far as it has been estimated."""
+        return self._differences.error
 
     def _again(self, names: list[str]) -> Hessian:
-        return Hessian(self.objective, parameters=names, product=self.product, vmap=self.vmap)
+        return Hessian(self.objective, parameters=names, product=self.product, vmap=self.vmap, place=self.place,
+                       folder=self.folder)
+
+    def empty(self) -> Tensor:
+        return memory.mapped(self.length, self.dtype, self.folder) if self.place == "disk" else super().empty()
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | ({} if self.error is None else {"product_error": self.error})
 
+    def fingerprint(self) -> str:
+        if self.product != "finite_difference":
+            return super().fingerprint()
+        w = [vectors.local(p.detach()) for p in self.parameters]
+        size = float(self.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
+        return f"{float(self.objective.value()):.9e} {size:.9e}"
+
+    def _forget(self) -> None:
+        super()._forget()
+        if hasattr(self, "_differences"):
+            self._differences.forget()
+
     def _mean(self, v: Tensor) -> Tensor:
         if self.product == "finite_difference":
-            return self._difference(v)
+            return self._differences.product(v, keep=self._depth > 0)
         try:
             return super()._mean(v)
         except (RuntimeError, NotImplementedError) as error:
@@ -62,35 +94,7 @@ class Hessian(ObjectiveOperator):
                           f"their error is in the record. ({str(error).splitlines()[0]})", stacklevel=2)
         self.product = "finite_difference"
         self._forget()
-        return self._difference(v)
-
-    def _difference(self, v: Tensor) -> Tensor:
-        """(∇L(w + hv) − ∇L(w − hv)) / 2h; the first product of an operator also estimates the error.
-
-        h balances the third derivative (h²) against rounding of the gradient (ε/h): h = ε^⅓ (1 + ‖w‖) / ‖v‖.
-        """
-        length = float(vectors.sums_of_squares([v])[0]) ** 0.5
-        if length == 0:
-            return torch.zeros_like(v)
-        w = [vectors.local(p.detach()) for p in self.parameters]
-        eps = max(torch.finfo(p.dtype).eps for p in w) ** (1 / 3)
-        h = eps * (1 + float(vectors.sums_of_squares(w).sum()) ** 0.5) / length
-        out = self._central(v, h)
-        if self.error is None:
-            coarse = self._central(v, 2 * h)
-            top = float(out.double().norm())
-            self.error = float((out - coarse).double().norm()) / top if top > 0 else 0.0
-        return out
-
-    def _central(self, v: Tensor, h: float) -> Tensor:
-        gradients = []
-        vs = self.split(v)
-        for sign in (1, -1):
-            with perturbed.displaced(self.parameters, vs, sign * h):
-                found = dict(zip(map(id, self.objective.parameters), self.objective.trainable_gradient()[1],
-                                 strict=True))
-            gradients.append(self.join([found[id(p)] for p in self.parameters]))
-        return gradients[0].sub_(gradients[1]).div_(2 * h)
+        return self._differences.product(v, keep=self._depth > 0)
 
 
 def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:

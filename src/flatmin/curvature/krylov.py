@@ -14,38 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import vectors
 from .basis import Basis
 from .operator import CurvatureOperator
 
 
-def dot(a: Tensor, b: Tensor) -> float:
-    """aᵀb, blocks summed in float64."""
-    return float(vectors.dots([a], [b])[0])
-
-
-def norm(a: Tensor) -> float:
-    """‖a‖, blocks summed in float64."""
-    return math.sqrt(float(vectors.sums_of_squares([a])[0]))
-
-
-def unit_for(w: Tensor) -> float:
+def unit_for(operator: CurvatureOperator, w: Tensor) -> float:
     """A power of two that brings a product to a size whose squares neither over- nor underflow; mostly 1."""
-    top, limit = float(w.abs().amax()), 100 if w.dtype == torch.float32 else 1000
+    peak = torch.linalg.vector_norm(w, math.inf) if w.numel() else w.new_zeros(())
+    top, limit = float(operator.reduce(peak, "max")), 100 if w.dtype == torch.float32 else 1000
     if not math.isfinite(top) or top == 0 or 1e-9 < top < 1e9:
         return 1.0
     return 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
-
-
-def random_vector(operator: CurvatureOperator, generator: torch.Generator, kind: str = "normal") -> Tensor:
-    """A random flat vector, the same for a seed on every device."""
-    dtype = torch.float64 if operator.dtype == torch.float64 else torch.float32
-    if kind == "normal":
-        v = torch.randn(operator.size, generator=generator, dtype=dtype, device=generator.device)
-    else:
-        v = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8, device=generator.device)
-        v = v.to(dtype).mul_(2).sub_(1)
-    return v.to(operator.device, operator.dtype)
 
 
 class Krylov:
@@ -55,7 +34,7 @@ class Krylov:
     """
 
     def __init__(self, operator: CurvatureOperator, basis: Basis, generator: torch.Generator, *, block: int = 1,
-                 locked: Basis | None = None):
+                 locked: Basis | None = None, start: bool = True):
         self.operator, self.V, self.generator = operator, basis, generator
         self.locked = locked
         self.room = operator.size - (0 if locked is None else len(locked))
@@ -67,7 +46,7 @@ class Krylov:
         self.unit = 1.0         # a power of two that A is multiplied by, so that squares neither over- nor underflow
         self.eps = torch.finfo(operator.dtype).eps
         self._waiting: list[Tensor] = []
-        for _ in range(self.block):
+        for _ in range(self.block if start else 0):     # what is resumed has its vectors
             self._append_random()
 
     @property
@@ -81,7 +60,7 @@ class Krylov:
         assert j < self.capacity
         v = self.V[j]
         w = self._multiply(v)
-        alpha = dot(w, v)
+        alpha = self.operator.dot(w, v)
         if not math.isfinite(alpha):
             raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
         self.F[j, j] = alpha
@@ -89,10 +68,10 @@ class Krylov:
         for i in range(max(self.thick, j - self.block), j):
             w.add_(self.V[i], alpha=-float(self.F[j, i]))
         removed = self._clean(w, couple=j)
-        beta = norm(w)
+        beta = self.operator.norm(w)
         if removed > 0.1 * beta:
             self._clean(w)
-            beta = norm(w)
+            beta = self.operator.norm(w)
         if not math.isfinite(beta):
             raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
         self.scale = max(self.scale, abs(alpha), removed, beta)
@@ -106,7 +85,7 @@ class Krylov:
         if beta <= 1e3 * self.eps * self.scale:     # mostly rounding: make sure that it is orthogonal
             w.div_(beta)
             self._clean(w)
-            self.V.put(self.rows, w, 1 / norm(w))
+            self.V.put(self.rows, w, 1 / self.operator.norm(w))
         else:
             self.V.put(self.rows, w, 1 / beta)
         self.F[self.rows, j] = self.F[j, self.rows] = beta
@@ -121,11 +100,8 @@ class Krylov:
     def restart(self, s: Tensor, theta: Tensor) -> None:
         """Keep the Ritz vectors with coefficients s (m, p) and values θ (p,), and the vectors that wait."""
         p, m, waiting = s.shape[1], self.count, self.rows - self.count
-        tail = [self.V.rows[m + i].clone() for i in range(waiting)]
         couplings = self.F[m:self.rows, :m] @ s
-        self.V.rotate(s, m)
-        for i, row in enumerate(tail):
-            self.V.rows[p + i].copy_(row)
+        self.V.rotate(s, m, waiting)
         self.F.zero_()
         self.F[range(p), range(p)] = theta
         self.F[p:p + waiting, :p] = couplings
@@ -133,11 +109,11 @@ class Krylov:
         self.count, self.rows, self.thick = p, p + waiting, p
         self._waiting = []
 
-    def state(self) -> dict[str, Any]:
-        """What ``resume`` needs, as tensors and numbers."""
+    def state(self, with_basis: bool = True) -> dict[str, Any]:
+        """What ``resume`` needs, as tensors and numbers; the basis too, unless it is kept elsewhere."""
         names = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
         return {name: getattr(self, name) for name in names} | {
-            "F": self.F, "V": self.V.rows[:self.rows], "generator": self.generator.get_state()}
+            "F": self.F, "V": self.V.rows[:self.rows if with_basis else 0], "generator": self.generator.get_state()}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a ``state``."""
@@ -145,7 +121,7 @@ class Krylov:
             if name not in ("F", "V", "generator"):
                 setattr(self, name, value)
         self.F.copy_(state["F"])
-        self.V.rows[:self.rows].copy_(state["V"])
+        self.V.rows[:len(state["V"])].copy_(state["V"])
         self.generator.set_state(state["generator"])
         self._waiting = []
 
@@ -157,7 +133,7 @@ class Krylov:
         w = self._waiting.pop(0)
         self.matvecs += 1
         if self.matvecs == 1:
-            self.unit = unit_for(w)
+            self.unit = unit_for(self.operator, w)
         return w.mul_(self.unit) if self.unit != 1 else w
 
     def _clean(self, w: Tensor, couple: int | None = None) -> float:
@@ -178,11 +154,11 @@ class Krylov:
         if self.rows == self.room:
             return
         for _ in range(5):
-            w = random_vector(self.operator, self.generator)
-            w.div_(norm(w))
+            w = self.operator.random(self.generator)
+            w.div_(self.operator.norm(w))
             for _ in range(3):
                 self._clean(w)
-                length = norm(w)
+                length = self.operator.norm(w)
                 if length < 1e-3 / math.sqrt(self.operator.size):
                     break
                 w.div_(length)

@@ -103,9 +103,11 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     m = _rows(operator, k, basis, block, place)
     settings = operator.describe() | {"k": k, "which": which, "tol": tol, "basis": m, "block": block}
     with operator.session(check=certify), reporter(progress, "eigenpairs") as report:
-        V = Basis(min(m + block, operator.size + block), operator.size, operator.dtype, operator.device, place, folder)
-        run = Krylov(operator, V, generator, block=block)
-        with _Checkpoint(checkpoint, run, settings) as keep:
+        keep = _Checkpoint(checkpoint, operator, place, settings)
+        V = Basis(operator, min(m + block, operator.size + block), place, folder, keep.basis)
+        with keep:
+            run = Krylov(operator, V, generator, block=block, start=keep.saved is None)
+            keep.take_up(run)
             _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep)
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
@@ -126,7 +128,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
                       f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
     return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
-                    complete=complete, matvecs=used, settings=operator.describe() | settings)
+                    complete=complete, matvecs=used, settings=settings | operator.describe())
 
 
 def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
@@ -139,9 +141,9 @@ def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, pl
     rows = 3 * k + 20 + 20 * block
     if place != "disk":
         where = operator.device if place == "device" else torch.device("cpu")
-        vector = operator.size * torch.empty(0, dtype=operator.dtype).element_size()
+        vector = max(operator.length, 1) * torch.empty(0, dtype=operator.dtype).element_size()
         rows = min(rows, max(least + 6, memory.available(where) // (2 * vector) - k))
-    return min(rows, operator.size)
+    return operator.agree(min(rows, operator.size))
 
 
 def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
@@ -158,7 +160,7 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
 
 
 def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None],
-             keep: Callable[[], None]) -> None:
+             keep: _Checkpoint) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
     checked = run.count
     while True:
@@ -176,9 +178,10 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
             return
         if full:
             kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
+            keep.changing()
             run.restart(s[:, kept], theta[kept])
             checked = run.count
-        keep()
+        keep.save()
 
 
 def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
@@ -213,28 +216,62 @@ def _sides(values: Tensor, which: Which) -> list[tuple[int, float]]:
 
 
 class _Checkpoint:
-    """Writes the state of a run to a file each minute, and takes it up from there."""
+    """Writes the state of a run to a file each minute, and takes it up from there; on each rank its own.
 
-    def __init__(self, file: str | None, run: Krylov, settings: dict[str, Any]):
-        self.file, self.run, self.written = file, run, time.monotonic()
-        self.settings = repr(sorted(settings.items())) + run.operator.fingerprint() if file else ""
+    A basis on disk is its own checkpoint: it gets a name, and only what belongs to it is written, each time.
+    """
 
-    def __enter__(self) -> Callable[[], None]:
-        if self.file and os.path.exists(self.file):
-            saved = torch.load(self.file, weights_only=True)
-            if saved["settings"] != self.settings:
-                raise ValueError(f"{self.file} belongs to another computation: remove it, or name another file")
-            self.run.resume(saved["state"])
-        return self.save
+    def __init__(self, file: str | None, operator: CurvatureOperator, place: Place, settings: dict[str, Any]):
+        self.file = file and f"{file}.{operator.rank}" if operator.rank else file
+        self.basis = f"{self.file}.basis" if self.file and place == "disk" else None
+        self.settings = repr(sorted(settings.items())) + operator.fingerprint() if self.file else ""
+        self.written = time.monotonic()
+        self.saved = self._read(operator) if self.file else None
+
+    def _read(self, operator: CurvatureOperator) -> dict[str, Any] | None:
+        """What was saved, if every rank has the same."""
+        assert self.file
+        saved = torch.load(self.file, weights_only=True) if os.path.exists(self.file) else None
+        if saved is not None and saved["settings"] != self.settings:
+            raise ValueError(f"{self.file} belongs to another computation: remove it, or name another file")
+        done = saved["state"]["matvecs"] if saved else 0
+        if self.basis and not os.path.exists(self.basis):
+            done = 0
+        if operator.agree(done) != -operator.agree(-done) or done == 0:
+            saved = None
+        if saved is None and self.basis and os.path.exists(self.basis):
+            os.remove(self.basis)
+        return saved
+
+    def take_up(self, run: Krylov) -> None:
+        self.run = run
+        if self.saved:
+            run.resume(self.saved["state"])
+            self.saved = None
 
     def save(self, now: bool = False) -> None:
-        if self.file and (now or time.monotonic() - self.written > 60):
-            torch.save({"settings": self.settings, "state": self.run.state()}, f"{self.file}.part")
+        if self.file and (now or time.monotonic() - self.written > (5 if self.basis else 60)):
+            state = self.run.state(with_basis=not self.basis)
+            torch.save({"settings": self.settings, "state": state}, f"{self.file}.part")
             os.replace(f"{self.file}.part", self.file)
             self.written = time.monotonic()
 
+    def changing(self) -> None:
+        """A basis on disk is about to be rewritten: what was saved does not fit it any more."""
+        if self.file and self.basis:
+            self.remove(self.file)
+            self.written = 0.0
+
+    def remove(self, *files: str | None) -> None:
+        for file in files:
+            if file and os.path.exists(file):
+                os.remove(file)
+
+    def __enter__(self) -> _Checkpoint:
+        return self
+
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.basis:
             self.save(now=True)
-        elif kind is None and self.file and os.path.exists(self.file):
-            os.remove(self.file)
+        elif kind is None:
+            self.remove(self.file, self.basis)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from typing import Any
 
 import torch
@@ -47,6 +49,32 @@ class Meter(TorchDispatchMode):
         if not func.is_view:
             self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, Tensor))
         return out
+
+
+def mapped(numel: int, dtype: torch.dtype, folder: str | None = None, file: str | None = None) -> Tensor:
+    """A flat tensor in a file, of which only what is looked at is in memory.
+
+    The file has no name: it is gone with the tensor, after a kill too. With ``file`` it stays, and is taken up as it
+    is where it exists in this size.
+    """
+    needed = numel * torch.empty(0, dtype=dtype).element_size()
+    folder = os.path.dirname(os.path.abspath(file)) if file else folder or tempfile.gettempdir()
+    if needed == 0:
+        return torch.empty(0, dtype=dtype)
+    if not (file and os.path.exists(file) and os.path.getsize(file) == needed):
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise MemoryError(f"{size(needed)} are needed in {folder}, where {size(free)} are free")
+    if file:
+        handle, path = os.open(file, os.O_RDWR | os.O_CREAT, 0o600), file
+    else:
+        handle, path = tempfile.mkstemp(prefix="flatmin-", dir=folder)
+    os.truncate(handle, needed)
+    os.close(handle)
+    out = torch.from_file(path, shared=True, size=numel, dtype=dtype)
+    if not file:
+        os.unlink(path)     # the mapping keeps it alive
+    return out
 
 
 def size(count: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .. import perturbed
+from .. import perturbed, vectors
 
 Vectors = Tensor | Sequence[Tensor]
 
@@ -23,7 +23,8 @@ class CurvatureOperator(ABC):
     ``A.restrict(names)`` a principal block, ``A.preconditioned(d)`` is D^½ A D^½.
 
     A subclass gives ``_product`` (flat in, a new flat tensor out) and, when it is worth it, ``_products`` for several
-    vectors and ``session`` to keep what products share.
+    vectors and ``session`` to keep what products share. Where parameters are sharded over ranks, so are vectors: a flat
+    one is this rank's ``length`` of the ``size`` numbers, and ``dot``, ``norm`` and ``reduce`` are over all of them.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device,
@@ -31,8 +32,9 @@ class CurvatureOperator(ABC):
         self.shapes = [torch.Size(s) for s in shapes]
         self.names = list(names)
         self.numels = [s.numel() for s in self.shapes]
-        self.size = sum(self.numels)
+        self.size = self.length = sum(self.numels)
         self.device = device
+        self.rank = 0
         self.dtype = torch.float32 if dtype in perturbed.HALF else dtype
         self._dtypes = list(dtypes) or [self.dtype] * len(self.shapes)
         if self.size == 0:
@@ -60,14 +62,47 @@ class CurvatureOperator(ABC):
         with self.session():
             yield
 
+    def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
+        """The sum ("max": the maximum) of t over the ranks that hold the other shards of vectors; may overwrite t."""
+        return t
+
+    def agree(self, number: int) -> int:
+        """The smallest ``number`` of all ranks that compute together."""
+        return number
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """aᵀb of flat vectors, blocks summed in float64."""
+        return float(self.reduce(vectors.dots([a], [b]))[0])
+
+    def norm(self, a: Tensor) -> float:
+        """‖a‖ of a flat vector, blocks summed in float64."""
+        return float(self.reduce(vectors.sums_of_squares([a])).sqrt()[0])
+
+    def empty(self) -> Tensor:
+        """Memory for a flat vector."""
+        return torch.empty(self.length, dtype=self.dtype, device=self.device)
+
+    def random(self, generator: torch.Generator, kind: str = "normal") -> Tensor:
+        """A random flat vector ("normal" or "rademacher"), the same for a seed on every device and sharding."""
+        out = self.empty()
+        for i, piece in enumerate(out.split(self.numels)):
+            piece.copy_(self._draw(i, generator, kind))
+        return out
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        n, device = self.shapes[i].numel(), generator.device
+        if kind == "normal":
+            return torch.randn(n, generator=generator, dtype=self.dtype, device=device)
+        return torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8, device=device).to(self.dtype) * 2 - 1
+
     def describe(self) -> dict[str, Any]:
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
 
     def fingerprint(self) -> str:
         """What tells this matrix from another one of the same description, for a checkpoint."""
-        v = torch.linspace(-1, 1, self.size, dtype=self.dtype, device=self.device)
-        return f"{float(self._product(v).double().norm()):.6e}"
+        v = self.random(vectors.seeded(0))
+        return f"{self.norm(self._product(v)):.6e}"
 
     @overload
     def matvec(self, vectors: Tensor) -> Tensor: ...
@@ -76,8 +111,8 @@ class CurvatureOperator(ABC):
     def matvec(self, vectors: Vectors) -> Vectors:
         """Av: a list of tensors for a list of tensors, a flat tensor (n,) for a flat tensor."""
         if isinstance(vectors, Tensor):
-            if vectors.shape != (self.size,):
-                raise ValueError(f"expected {self.size} numbers in one flat tensor, got shape {tuple(vectors.shape)}")
+            if vectors.shape != (self.length,):
+                raise ValueError(f"expected {self.length} numbers in one flat tensor, got shape {tuple(vectors.shape)}")
             return self._product(vectors.detach().to(self.device, self.dtype)).to(vectors)
         return self.split(self._product(self.join(vectors)))
 
@@ -88,8 +123,8 @@ class CurvatureOperator(ABC):
     def __matmul__(self, vectors: Vectors) -> Vectors:
         """``A @ v`` as ``matvec``, and ``A @ V`` for a matrix (n, b) of columns."""
         if isinstance(vectors, Tensor) and vectors.dim() == 2:
-            if vectors.shape[0] != self.size:
-                raise ValueError(f"expected {self.size} rows, got shape {tuple(vectors.shape)}")
+            if vectors.shape[0] != self.length:
+                raise ValueError(f"expected {self.length} rows, got shape {tuple(vectors.shape)}")
             with self.session():
                 return self._products(vectors.detach().to(self.device, self.dtype).T.contiguous()).T.to(vectors)
         return self.matvec(vectors)
@@ -150,6 +185,9 @@ class CurvatureOperator(ABC):
 
     def dense(self) -> Tensor:
         """The matrix itself, (n, n), from n products; symmetrised. For small n."""
+        if self.length != self.size:
+            raise ValueError("the parameters are sharded over ranks, so no rank can hold the dense matrix: use "
+                             "eigenpairs or trace, or gather the model first")
         with self.session():
             a = self._products(torch.eye(self.size, dtype=self.dtype, device=self.device))
         return (a + a.T) / 2
@@ -199,7 +237,8 @@ class _Over(CurvatureOperator):
             if other.shapes != first.shapes:
                 raise ValueError(f"operators on different coordinates: sizes {first.size} and {other.size}")
         super().__init__(first.shapes, first.dtype, first.device, first.names, first._dtypes)
-        self.operators = operators
+        self.operators, self.numels, self.length = operators, first.numels, first.length
+        self.rank = first.rank
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
@@ -214,6 +253,15 @@ class _Over(CurvatureOperator):
             for operator in self.operators:
                 stack.enter_context(operator.fresh())
             yield
+
+    def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
+        return self.operators[0].reduce(t, op)
+
+    def agree(self, number: int) -> int:
+        return self.operators[0].agree(number)
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        return self.operators[0]._draw(i, generator, kind)
 
     def _product(self, v: Tensor) -> Tensor:
         raise NotImplementedError
@@ -263,8 +311,8 @@ class Preconditioned(_Over):
 
     def __init__(self, operator: CurvatureOperator, diagonal: Tensor):
         super().__init__(operator)
-        if diagonal.shape != (self.size,) or bool((diagonal < 0).any()):
-            raise ValueError(f"the diagonal must be {self.size} numbers, none negative")
+        if diagonal.shape != (self.length,) or bool((diagonal < 0).any()):
+            raise ValueError(f"the diagonal must be {self.length} numbers, none negative")
         self.root = diagonal.detach().to(self.device, self.dtype).sqrt()
 
     def _product(self, v: Tensor) -> Tensor:
@@ -281,10 +329,15 @@ class Restricted(_Over):
         CurvatureOperator.__init__(self, [operator.shapes[i] for i in where], operator.dtype, operator.device,
                                    [operator.names[i] for i in where], [operator._dtypes[i] for i in where])
         self.operators, self.where = (operator,), list(where)
+        self.numels = [operator.numels[i] for i in where]
+        self.length, self.rank = sum(self.numels), operator.rank
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        return self.operators[0]._draw(self.where[i], generator, kind)
 
     def _product(self, v: Tensor) -> Tensor:
         whole = self.operators[0]
-        padded = torch.zeros(whole.size, dtype=v.dtype, device=v.device)
+        padded = torch.zeros(whole.length, dtype=v.dtype, device=v.device)
         pieces = padded.split(whole.numels)
         for i, part in zip(self.where, v.split(self.numels), strict=True):
             pieces[i].copy_(part)

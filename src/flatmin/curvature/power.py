@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import vectors
 from ..results import Scalar
-from .krylov import dot, norm, random_vector
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
 
@@ -54,8 +53,8 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     """
     if which not in ("largest", "magnitude"):
         raise ValueError(f'which must be "largest" or "magnitude", got {which!r}')
-    v = random_vector(operator, vectors.seeded(seed))
-    v.div_(norm(v))
+    v = operator.random(vectors.seeded(seed))
+    v.div_(operator.norm(v))
     start = v.clone() if which == "largest" else v
     value = residual = math.inf
     top = 0.0
@@ -66,9 +65,9 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
         while used < max_matvecs and not converged:
             w = operator._product(v)
             used += 1
-            value, length, before = dot(v, w), norm(w), residual
+            value, length, before = operator.dot(v, w), operator.norm(w), residual
             top = max(top, length)
-            residual = norm(w - value * v)
+            residual = operator.norm(w - value * v)
             rate = residual / before if before < math.inf and before > 0 else rate
             converged = residual <= tol * top and (which == "magnitude" or used > PLAIN or value >= top * (1 - tol))
             report(used, f"{value:.6g}, residual {residual:.1e}")
@@ -80,7 +79,7 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
                 w = start.clone() if used == PLAIN else w
             elif which == "largest":
                 w.add_(v, alpha=top)
-            v = w.div_(norm(w))
+            v = w.div_(operator.norm(w))
     if not converged:
         warnings.warn(f"power iteration did not converge in {used} products (residual {residual:.1e}, falling by "
                       f"{rate:.3f} a step): eigenpairs() needs fewer", stacklevel=2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import vectors
 from ..batches import unwrapped
 from ..objective import Objective, Term
 from . import memory
@@ -36,6 +37,7 @@ class ObjectiveOperator(CurvatureOperator):
                  products: tuple[str, ...]):
         if product not in products:
             raise ValueError(f"product must be one of {', '.join(products)}, got {product!r}")
+        objective.ranks.reshard()
         chosen = [(n, p) for n, p in objective.model.named_parameters() if p.requires_grad]
         dtypes = [p.dtype for _, p in chosen]
         super().__init__([p.shape for _, p in chosen], _widest(dtypes), objective.device,
@@ -52,6 +54,49 @@ class ObjectiveOperator(CurvatureOperator):
             self.parameters = [self.parameters[i] for i in where]
             super().__init__([self.shapes[i] for i in where], _widest([dtypes[i] for i in where]), objective.device,
                              [self.names[i] for i in where], [dtypes[i] for i in where])
+        self._groups = self._shard()
+        self.rank = objective.ranks.rank
+        if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
+                                                                                  self.parameters))):
+            raise ValueError(f"torch has no exact products under FSDP2 (its gathered weights are gone when a gradient "
+                             f"is differentiated again): Hessian(objective) takes differences of gradients there, and "
+                             f"{type(self).__name__} can be measured on the model under DDP or in one process")
+
+    def _shard(self) -> Sequence[Any]:
+        """Vectors sharded as the parameters are; the process groups that hold the other shards."""
+        local = [vectors.local(p.detach()) for p in self.parameters]
+        self.numels, self.length = [t.numel() for t in local], sum(t.numel() for t in local)
+        groups = {vectors._shard_groups(p) for p in self.parameters}
+        if len(groups) > 1:
+            raise ValueError("some parameters are sharded over other ranks than others, or not at all: pass "
+                             "parameters= with those of one kind")
+        return groups.pop()
+
+    def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
+        for group in self._groups:
+            dist = torch.distributed
+            dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
+        return t
+
+    def agree(self, number: int) -> int:
+        return self.objective.ranks.least(number)
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        if not vectors.is_sharded(self.parameters[i]):
+            return super()._draw(i, generator, kind)
+        return vectors.Space([self.parameters[i]]).random(generator, kind)[0].reshape(-1)
+
+    def join(self, vs: Sequence[Tensor]) -> Tensor:
+        if not any(map(vectors.is_sharded, self.parameters)):
+            return super().join(vs)
+        pairs = list(zip(vs, self.parameters, strict=True))
+        if any(v.shape not in (p.shape, vectors.local(p).shape) for v, p in pairs):
+            raise ValueError("expected one tensor for each parameter that requires a gradient, sharded as it is")
+        return torch.cat([vectors.local(v.detach()).reshape(-1).to(self.device, self.dtype) for v, _ in pairs])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        return [vectors.like(part.view(vectors.local(p).shape).to(dtype), p) for part, p, dtype in
+                zip(flat.split(self.numels), self.parameters, self._dtypes, strict=True)]
 
     def select(self, parameters: str | nn.Module | Sequence[str | nn.Module]) -> list[int]:
         wanted = [parameters] if isinstance(parameters, (str, nn.Module)) else list(parameters)
@@ -82,7 +127,7 @@ class ObjectiveOperator(CurvatureOperator):
             return
         with ExitStack() as stack:
             stack.enter_context(self.objective.session())
-            stack.enter_context(second_derivatives(self.objective))
+            stack.enter_context(self._kernels())
             if check:
                 self.objective.check()
             self._forget()
@@ -92,6 +137,9 @@ class ObjectiveOperator(CurvatureOperator):
             finally:
                 self._depth = 0
                 self._forget()
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.product == "finite_difference" else second_derivatives(self.objective)
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
@@ -107,7 +155,7 @@ class ObjectiveOperator(CurvatureOperator):
     def _product(self, v: Tensor) -> Tensor:
         if self._depth:
             return self._mean(v)
-        with self.objective.session(), second_derivatives(self.objective):
+        with self.objective.session(), self._kernels():
             return self._mean(v)
 
     def _products(self, block: Tensor) -> Tensor:
@@ -135,9 +183,10 @@ class ObjectiveOperator(CurvatureOperator):
             for piece, row in zip(out.split(self.numels, -1), rows, strict=True):
                 if row is not None:
                     piece.add_(row.detach().reshape(piece.shape).to(self.device), alpha=weight / first)
-        assert out is not None and self._weights is not None
+        assert self._weights is not None
+        out = torch.zeros_like(v) if out is None else out
         share = first / self.objective.normalizer(self._weights)
-        return out.mul_(share) if share != 1 else out
+        return self.objective.ranks.sum_(out.mul_(share) if share != 1 else out)
 
     def _flat(self, rows: Sequence[Tensor | None], v: Tensor) -> Tensor:
         parts = v.split(self.numels, -1)

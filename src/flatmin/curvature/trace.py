@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import vectors
 from .basis import Basis
-from .krylov import dot, norm, random_vector
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
 from .sampling import Estimate, adaptive, enough, estimate, moments
@@ -68,10 +67,10 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
             raise ValueError('sketch= is for method="hutch++"')
 
         def sample() -> float:
-            z = random_vector(operator, generator, "rademacher")
+            z = operator.random(generator, "rademacher")
             if Q is not None:
                 Q.remove(z, len(Q))
-            return dot(z, operator._product(z))
+            return operator.dot(z, operator._product(z))
 
         if Q is not None and len(Q) == operator.size:
             samples, foretold = [0.0, 0.0], spent
@@ -86,10 +85,10 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
 
 def _range(operator: CurvatureOperator, size: int, generator: torch.Generator) -> tuple[Basis, float]:
     """An orthonormal basis of A applied to random vectors, and the trace of A on it."""
-    Q = Basis(size, operator.size, operator.dtype, operator.device)
+    Q = Basis(operator, size)
     for i in range(size):
-        append(operator, Q, i, operator._product(random_vector(operator, generator, "rademacher")), generator)
-    return Q, math.fsum(dot(Q[i], operator._product(Q[i])) for i in range(size))
+        append(operator, Q, i, operator._product(operator.random(generator, "rademacher")), generator)
+    return Q, math.fsum(operator.dot(Q[i], operator._product(Q[i])) for i in range(size))
 
 
 def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,17 +96,17 @@ def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: 
 
     Returns the coefficients (i + 1,) of y along the rows, the last one 0 where y was dependent.
     """
-    before = norm(y)
+    before = operator.norm(y)
     c = Q.remove(y, i)
     c = c + Q.remove(y, i)
-    length = norm(y)
+    length = operator.norm(y)
     dependent = length <= 100 * torch.finfo(operator.dtype).eps * before
     if dependent:
-        y = random_vector(operator, generator)
+        y = operator.random(generator)
         for _ in range(3):
-            y.div_(norm(y))
+            y.div_(operator.norm(y))
             Q.remove(y, i)
-    Q.put(i, y, 1 / norm(y))
+    Q.put(i, y, 1 / operator.norm(y))
     return torch.cat([c, torch.tensor([0.0 if dependent else length], dtype=torch.float64)])
 
 
@@ -120,14 +119,14 @@ def _xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generat
     q: list[Tensor] = []
     R, H, W, square = (torch.zeros(0, 0, dtype=torch.float64) for _ in range(4))
     while True:
-        Q = Basis(goal, operator.size, operator.dtype, operator.device)
+        Q = Basis(operator, goal)
         for i, row in enumerate(q):
             Q.put(i, row)
         R, H, square = (torch.nn.functional.pad(t, (0, goal - done, 0, goal - done)) for t in (R, H, square))
         for i in range(done, goal):
-            z = random_vector(operator, generator)
+            z = operator.random(generator)
             y = operator._product(z)
-            square[i, i] = dot(z, y)
+            square[i, i] = operator.dot(z, y)
             R[:i + 1, i] = append(operator, Q, i, y, generator)
             probes.append(z)
             az = operator._product(Q[i])
@@ -135,7 +134,7 @@ def _xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generat
             report(2 * (i + 1), f"of about {2 * goal}")
         W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
         q, done = list(Q.rows), goal
-        lengths = torch.tensor([norm(z) ** 2 for z in probes], dtype=torch.float64)
+        lengths = torch.tensor([operator.norm(z) ** 2 for z in probes], dtype=torch.float64)
         samples = _leave_one_out(R, H, W, square.diagonal(), lengths, operator.size)
         mean, stderr = moments(samples)
         if enough(mean, stderr, rtol, confidence, done):
@@ -176,7 +175,7 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
     generator = vectors.seeded(seed)
     with operator.session(), reporter(progress, "Frobenius norm") as report:
         samples, foretold = adaptive(
-            lambda: norm(operator._product(random_vector(operator, generator, "rademacher"))) ** 2, 1, rtol=2 * rtol,
+            lambda: operator.norm(operator._product(operator.random(generator, "rademacher"))) ** 2, 1, rtol=2 * rtol,
             confidence=confidence, spent=0, most=max_matvecs, report=report)
     mean, stderr = moments(samples)
     value = math.sqrt(mean)
@@ -213,21 +212,21 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
     C. Bekas et al., Appl. Numer. Math. 57 (2007) 1214-1229.
     """
     generator = vectors.seeded(seed)
-    mean = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
+    mean = torch.zeros(operator.length, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(mean)
     used, error, goal = 0, math.inf, min(8, max_matvecs)
     with operator.session(), reporter(progress, "diagonal") as report:
         while True:
             while used < goal:      # Welford's update
-                z = random_vector(operator, generator, "rademacher")
+                z = operator.random(generator, "rademacher")
                 sample = operator._product(z).mul_(z)
                 used += 1
                 sample.sub_(mean)
                 mean.add_(sample, alpha=1 / used)
                 square.addcmul_(sample, sample, value=1 - 1 / used)
                 report(used, f"of about {goal}")
-            spread = math.sqrt(float(square.sum(dtype=torch.float64)) / (max(used - 1, 1) * used))
-            length = norm(mean)
+            spread = math.sqrt(float(operator.reduce(square.sum(dtype=torch.float64))) / (max(used - 1, 1) * used))
+            length = operator.norm(mean)
             error = spread / length if length else (0.0 if spread == 0 else math.inf)
             if error <= rtol or used >= max_matvecs:
                 break

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from .krylov import dot, norm, random_vector, unit_for
+from .krylov import unit_for
 from .lanczos import Which, wanted
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
@@ -61,8 +61,8 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     limit = max_matvecs or 30 * k + 200
     alphas: list[float] = []
     betas: list[float] = []
-    v = random_vector(operator, vectors.seeded(seed))
-    v.div_(norm(v))
+    v = operator.random(vectors.seeded(seed))
+    v.div_(operator.norm(v))
     old: Tensor | None = None
     unit = 1.0
     beta = scale = 0.0
@@ -72,16 +72,16 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     with operator.session(), reporter(progress, "eigenvalues") as report:
         while True:
             w = operator._product(v)
-            unit = unit if alphas else unit_for(w)
+            unit = unit if alphas else unit_for(operator, w)
             w.mul_(unit)
-            scale = max(scale, norm(w))
+            scale = max(scale, operator.norm(w))
             if old is not None:
                 w.add_(old, alpha=-beta)
-            alpha = dot(v, w)
+            alpha = operator.dot(v, w)
             if not math.isfinite(alpha):
                 raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
             w.add_(v, alpha=-alpha)
-            beta = norm(w)
+            beta = operator.norm(w)
             alphas.append(alpha)
             m = len(alphas)
             exhausted = beta <= 20 * eps * scale

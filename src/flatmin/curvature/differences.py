@@ -1,0 +1,195 @@
+"""Hessian products as central differences of gradients.
+
+For what has no second derivative, for models so large that the graph of one does not fit, and for weights that are
+sharded by FSDP2, where torch refuses a second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .. import vectors
+from ..objective import Term
+from . import memory
+from .products import ObjectiveOperator
+
+ALLOWED = 3e-3
+"""The part of ‖Hv‖ by which a product may be off along v before the step is made smaller."""
+
+_TRIES = 6
+
+Add = Callable[[int, Tensor, float], None]
+
+
+class Differences:
+    """v ↦ (∇L(w + hv) − ∇L(w − hv)) / 2h, with the largest relative error seen in ``error``.
+
+    h = s ε^⅓ (1 + ‖w‖) / ‖v‖ balances the third derivative (h²) against rounding of the gradient (ε/h). The losses that
+    come with the gradients tell how far the difference is off along v: with φ(t) = L(w + tv) it is h²φ⁗/6 there, and
+    h (φ′(h) − φ′(−h)) − 2 (φ(h) − 2φ(0) + φ(−h)) = h⁴φ⁗/6 + O(h⁶). Where that is too much, s falls (from 1).
+    ``error`` comes from a second difference with 2h, at the first vector and at the first after ``forget``.
+
+    Memory: the weights, a copy of them, v and the result. A parameter's gradient is added to the result as soon as
+    autograd has it, and freed. With ``on_disk`` the copy is a file in ``folder``.
+    """
+
+    def __init__(self, operator: ObjectiveOperator, on_disk: bool, folder: str | None):
+        self.operator, self.on_disk, self.folder = operator, on_disk, folder
+        self.parameters = operator.parameters
+        self.error: float | None = None
+        self.scale = 1.0
+        self.forget()
+
+    def forget(self) -> None:
+        """Assume nothing any more about weights seen before, nor about the error at the next vector."""
+        self._copy: list[Tensor] | None = None
+        self._value: float | None = None
+        self._estimated = False
+
+    def product(self, v: Tensor, keep: bool) -> Tensor:
+        """Hv as a new flat tensor; ``keep``: the weights stay as they are until ``forget``."""
+        operator = self.operator
+        length = operator.norm(v)
+        if length == 0:
+            return operator.empty().zero_()
+        with self._restored() as w:
+            if self._value is None:
+                self._value = float(operator.objective.value())
+            eps = max(torch.finfo(p.dtype).eps for p in w)
+            size = float(operator.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
+            reach = eps ** (1 / 3) * (1 + size) / length
+            out = self._fitting(v, w, reach, eps)
+            if not self._estimated:
+                coarse, _, _ = self._central(v, w, 2 * self.scale * reach, eps)
+                top = operator.norm(out)
+                self.error = max(self.error or 0.0, operator.norm(coarse.sub_(out)) / top if top > 0 else 0.0)
+        self._estimated = True
+        if not keep:
+            self._copy = self._value = None
+        return out
+
+    def _fitting(self, v: Tensor, w: list[Tensor], reach: float, eps: float) -> Tensor:
+        """The difference with a step that is small enough for v."""
+        for _ in range(_TRIES):
+            out, off, noise = self._central(v, w, self.scale * reach, eps)
+            if off <= max(ALLOWED, 3 * noise):
+                return out
+            del out
+            self.scale *= max(0.05, 0.5 * (ALLOWED / off) ** 0.5)
+        return self._central(v, w, self.scale * reach, eps)[0]
+
+    def _central(self, v: Tensor, w: list[Tensor], h: float, eps: float) -> tuple[Tensor, float, float]:
+        """The difference with step h; by what part of ‖Hv‖ it is off along v; what rounding of losses adds to that."""
+        assert self._value is not None
+        operator, objective = self.operator, self.operator.objective
+        out, values = operator.empty(), []
+        add, empty = _adder(out.split(operator.numels))
+        first = normalizer = 1.0
+        for sign in (1, -1):
+            _move(self.parameters, w, v.split(operator.numels), sign * h)
+            losses: list[tuple[Tensor, float]] = []
+            for term in objective.terms():
+                first = first if losses or sign < 0 else term.total
+                losses.append((self._collect(term, add, sign * term.total / first), term.weight))
+            values.append(float(objective._total(losses)))
+            normalizer = objective.normalizer(n for _, n in losses)
+        for piece in empty():
+            piece.zero_()
+        out.mul_(first / normalizer / (2 * h))
+        if not objective.ranks.in_step:
+            objective.ranks.sum_(out)
+        length, top = operator.norm(v), operator.norm(out)
+        if top == 0:
+            return out, 0.0, 0.0
+        off = abs(operator.dot(v, out) - (values[0] - 2 * self._value + values[1]) / h**2)
+        noise = 4 * eps * max(map(abs, (*values, self._value))) / h**2
+        return out, off / (top * length), noise / (top * length)
+
+    def _collect(self, term: Term, add: Add, factor: float) -> Tensor:
+        """Add factor · ∇loss of one batch; the loss."""
+        objective = self.operator.objective
+        with torch.enable_grad():
+            loss = term.loss(term.outputs())
+            if objective.ranks.in_step:
+                for i, g in enumerate(objective.ranks.backward(loss * (term.weight / term.total), self.parameters)):
+                    add(i, g, factor)
+            elif loss.requires_grad:
+                handles = [p.register_hook(_catcher(add, i, p, factor)) for i, p in enumerate(self.parameters)]
+                try:
+                    torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+        return loss.detach()
+
+    @contextmanager
+    def _restored(self) -> Iterator[list[Tensor]]:
+        """A copy of the weights, which stand as they were afterwards, bit for bit."""
+        objective = self.operator.objective
+        objective.ranks.reshard()
+        weights = [vectors.local(p.detach()) for p in self.parameters]
+        if self._copy is None:
+            self._copy = self._copied(weights)
+        copy = self._copy
+        try:
+            yield copy
+        finally:
+            objective.ranks.reshard()
+            try:
+                vectors.copy(copy, weights)
+            except KeyboardInterrupt:   # in the middle: once more
+                vectors.copy(copy, weights)
+                raise
+            if not self.on_disk:
+                self._copy = None
+
+    def _copied(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        if not self.on_disk:
+            return [t.clone() for t in weights]
+        out = [memory.mapped(t.numel(), t.dtype, self.folder).view(t.shape) for t in weights]
+        vectors.copy(weights, out)
+        return out
+
+
+@torch.no_grad()
+def _move(parameters: Sequence[nn.Parameter], w: Sequence[Tensor], v: Sequence[Tensor], h: float) -> None:
+    """Parameters ← w + h v, block by block."""
+    for p, start, step in zip(parameters, w, v, strict=True):
+        target = vectors.local(p.detach())
+        for ts, ws, vs in vectors.blocks([target], [start], [step.view(start.shape)]):
+            for t, a, d in zip(ts, ws, vs, strict=True):
+                if a.dtype == d.dtype:
+                    torch.add(a, d, alpha=h, out=t)
+                else:
+                    t.copy_(a.to(d.dtype).add_(d, alpha=h))
+
+
+def _adder(pieces: Sequence[Tensor]) -> tuple[Add, Callable[[], list[Tensor]]]:
+    """A function that adds to pieces of unwritten memory, and one for those to which nothing was added."""
+    seen: set[int] = set()
+
+    @torch.no_grad()
+    def add(i: int, g: Tensor, factor: float) -> None:
+        row = g.reshape(-1)
+        if i in seen:
+            pieces[i].add_(row, alpha=factor)
+        else:
+            pieces[i].copy_(row).mul_(factor)
+            seen.add(i)
+
+    return add, lambda: [piece for i, piece in enumerate(pieces) if i not in seen]
+
+
+def _catcher(add: Add, i: int, p: nn.Parameter, factor: float) -> Callable[[Tensor], Tensor | None]:
+    """A hook that takes a gradient out of the backward pass and leaves a zero that takes no memory."""
+    def catch(g: Tensor) -> Tensor | None:
+        row = vectors.local(vectors.matched(g, p)).detach()
+        add(i, row.to_dense() if row.layout is not torch.strided else row, factor)
+        plain = g.layout is torch.strided and not vectors.is_sharded(g)
+        return g.new_zeros(()).expand_as(g) if plain else None
+
+    return catch
