@@ -114,7 +114,7 @@ def sentence(m: Measured) -> str:
     pairs = m.pairs()
     if pairs:
         top, error, done = pairs[0]
-        sure = f"is {significant(top)} within {significant(error, 2)}" if done else \
+        sure = f"is {significant(top)}" + (f" within {significant(error, 2)}" if error > 0 else "") if done else \
             f"was not found to the tolerance asked for (so far {significant(top)}, residual {significant(error, 2)})"
         out.append(f"The largest Hessian eigenvalue {sure}" + (
             f", and a stable learning rate of plain gradient descent lies below 2/λ₁ = {significant(2 / top)}."
@@ -158,13 +158,14 @@ def rows(m: Measured) -> list[tuple[str, str, str, str]]:
             out.append((_title(name, m), significant(m.get(name)), _error(m.get(name, "stderr")), _how(name, m)))
     zero = section(m.result("density"), "mass_at_zero")
     if zero:
-        r = numbers(m.result("density").get("x"))
+        nodes = m.result("density").get("nodes")
+        r = [v for row in nodes for v in numbers(row) if math.isfinite(v)] if isinstance(nodes, list) else []
         out.append((AT_ZERO, significant(number(zero.get("value"))),
                     _error(number(zero.get("stderr"))),
-                    f"density over {significant(min(r))} to {significant(max(r))}" if r else ""))
+                    f"nodes from {significant(min(r))} to {significant(max(r))}" if r else ""))
     if m.result("agreement"):
         order = m.get("agreement")
-        out.append(("agreement, order of remainder", significant(order) if order == order else "–", "",
+        out.append(("agreement, order of remainder", significant(order) if math.isfinite(order) else "–", "",
                     _how("agreement", m)))
     return out
 
@@ -195,6 +196,8 @@ def _how(name: str, m: Measured) -> str:
     if name == "normalized_flatness":
         return "exact" if r.get("exact") is True else f"{number(r.get('products')):.0f} products"
     third = r.get("third_order")
+    if math.isinf(m.get("agreement")):
+        return "all rounding: quadratic along the gradient, as far as this precision tells"
     return "falls as ρ³, as it must" if third is True else "does not fall as ρ³" if third is False else \
         "too near rounding to be tested"
 
@@ -327,7 +330,7 @@ def _spectrum(m: Measured) -> str:
         done = "" if trace.get("converged") else '<p class="no">The error asked for was not reached.</p>'
         blocks.append(f'<div><h3>Trace</h3><p class="big">{escape(significant(m.get("trace"), 4))} <span>± '
                       f"{escape(significant(m.get('trace', 'stderr'), 2))}</span></p>{done}{_dl(facts)}</div>")
-    return _section("Curvature", "Of the exact Hessian of the mean loss over all the data.",
+    return _section("Curvature", "Of the Hessian of the mean loss over all the data.",
                     f'<div class="two">{"".join(blocks)}</div>')
 
 
