@@ -41,9 +41,10 @@ class Displacement:
             copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in w]
         else:
             copies = d if own else [torch.empty_like(t) for t in w]
+        scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in HALF
-            step = torch._foreach_mul([t.float() for t in ds] if half else ds, scale.to(ws[0].device))
+            step = scratch.scaled([t.float() for t in ds] if half else ds, scale.to(ws[0].device))
             if finite:
                 step = [t.nan_to_num_(0.0, 0.0, 0.0) for t in step]
             torch._foreach_copy_(cs, ws)

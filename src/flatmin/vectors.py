@@ -82,6 +82,33 @@ def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[lis
         yield tuple(batch)
 
 
+class Scratch:
+    """Room for one block of intermediate results, used again for every block: on the CPU fresh pages cost more than
+    the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+        """factor · pieces; overwritten by the next call."""
+        if len(pieces) > 1:
+            return list(torch._foreach_mul(list(pieces), factor))
+        return [torch.mul(pieces[0], factor, out=self._room(pieces[0]))]
+
+    def magnitudes(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """|pieces|; overwritten by the next call."""
+        if len(pieces) > 1:
+            return list(torch._foreach_abs(list(pieces)))
+        return [torch.abs(pieces[0], out=self._room(pieces[0]))]
+
+    def _room(self, piece: Tensor) -> Tensor:
+        key = (piece.device, piece.dtype)
+        if key not in self._rooms or self._rooms[key].numel() < piece.numel():
+            self._rooms[key] = torch.empty(max(BLOCK, piece.numel()), device=piece.device, dtype=piece.dtype)
+        room = self._rooms[key][: piece.numel()]
+        return room if piece.dim() == 1 else room.view(piece.shape)
+
+
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -287,9 +314,10 @@ def seeded(seed: int | torch.Generator) -> torch.Generator:
 
 def axpy(alpha: float | Tensor, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
     """y ← y + αx in place, block by block."""
+    scratch = Scratch()
     for xs, ys in blocks(x, y):
         if isinstance(alpha, Tensor):
-            torch._foreach_add_(ys, torch._foreach_mul(xs, alpha.to(xs[0].device)))
+            torch._foreach_add_(ys, scratch.scaled(xs, alpha.to(xs[0].device)))
         else:
             torch._foreach_add_(ys, xs, alpha=alpha)
 
@@ -321,9 +349,10 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def combine(a: float | Tensor, x: Sequence[Tensor], b: float | Tensor, y: Sequence[Tensor]) -> None:
     """x ← a x + b y in place, block by block."""
+    scratch = Scratch()
     for xs, ys in blocks(x, y):
         torch._foreach_mul_(xs, _on(a, xs[0]))
-        torch._foreach_add_(xs, torch._foreach_mul(ys, _on(b, ys[0])))
+        torch._foreach_add_(xs, scratch.scaled(ys, _on(b, ys[0])))
 
 
 def _on(value: float | Tensor, tensor: Tensor) -> float | Tensor:

@@ -164,20 +164,21 @@ class Adaptive:
         where = [i for i in range(len(ascent.w)) if self._scaled(ascent, i)]
         w, d = [ascent.w[i] for i in where], [ascent.d[i] for i in where]
 
-        def scales(ws: list[Tensor]) -> Any:
-            t = torch._foreach_abs(ws)
+        scratch = vectors.Scratch()
+
+        def scales(ws: list[Tensor]) -> list[Tensor]:
+            t = scratch.magnitudes(ws)
             if self.eta:
                 torch._foreach_add_(t, self.eta)
             return t
 
-        kept: list[Any] = []
+        blocks, last = 0, None
         for ws, ds in vectors.blocks(w, d):
-            t = scales(ws)
-            torch._foreach_mul_(ds, t)
-            kept = [*kept, t] if not kept else [*kept[:1], ()]  # of several blocks none is kept
+            blocks, last = blocks + 1, scales(ws)
+            torch._foreach_mul_(ds, last)
         norm = ascent.space.norm(ascent.d)
         for ws, ds in vectors.blocks(w, d):
-            torch._foreach_mul_(ds, kept[0] if len(kept) == 1 else scales(ws))
+            torch._foreach_mul_(ds, last if last is not None and blocks == 1 else scales(ws))
         return norm
 
 
