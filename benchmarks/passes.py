@@ -1,9 +1,10 @@
 """Claim: what a step costs is its passes. Time of a step of each preset over that of a plain step.
 
 A convolutional network with BatchNorm where computing dominates (batch 128); plain and sharpness-aware steps alternate
-on the same batch in one process. Prints medians of the ratios with quartiles.
+on the same batch in one process. Prints medians of the ratios of CPU time with quartiles (wall time with --wall: on a
+shared machine other programs count too).
 
-    python benchmarks/passes.py [--repeats 30] [--threads 2]
+    python benchmarks/passes.py [--repeats 30] [--threads 1] [--wall]
 """
 
 from __future__ import annotations
@@ -52,20 +53,22 @@ def stepper(name: str, x: torch.Tensor, y: torch.Tensor, **options: float) -> Ca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="rounds; a round is 5 steps, a whole cycle of LookSAM")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--wall", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    clock = time.perf_counter if args.wall else time.process_time
     x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     names = ["sgd", "sam", "asam", "gsam", "esam", "looksam", "momentum_sam", "random_sam", "sam_on", "functional_sam"]
     steps = {n: stepper(n, x, y, **({"rho": 0.05} if n != "sgd" else {})) for n in names}
     times: dict[str, list[float]] = {n: [] for n in names}
     for i in range(args.repeats + 1):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(5):
                 step()
             if i:
-                times[name].append((time.perf_counter() - start) / 5)
+                times[name].append((clock() - start) / 5)
     plain = statistics.median(times["sgd"]) * 1e3
     print(f"torch {torch.__version__}, {args.threads} threads, plain step {plain:.1f} ms")
     for name in names[1:]:
