@@ -17,11 +17,20 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from nets import mlp, samples
 from torch import nn
 
 from flatmin import Objective
-from flatmin.curvature import Fisher, FunctionalPart, GaussNewton, Hessian, diagonal, eigenpairs, spectral_density, trace
-from nets import mlp, samples
+from flatmin.curvature import (
+    Fisher,
+    FunctionalPart,
+    GaussNewton,
+    Hessian,
+    diagonal,
+    eigenpairs,
+    spectral_density,
+    trace,
+)
 
 WORLD = 2
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

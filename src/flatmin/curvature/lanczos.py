@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -163,6 +164,7 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
              keep: _Checkpoint) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
     checked = run.count
+    history: list[tuple[int, float]] = []
     while True:
         run.step()
         full = run.count == run.capacity
@@ -172,8 +174,9 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
         worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
+        history.append((run.matvecs, math.log(max(worst, 1e-300) / max(target, 1e-300))))
         report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
-                            f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}")
+                            f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}{_left(history)}")
         if worst <= target or run.complete or run.matvecs >= limit:
             return
         if full:
@@ -182,6 +185,14 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
             run.restart(s[:, kept], theta[kept])
             checked = run.count
         keep.save()
+
+
+def _left(history: list[tuple[int, float]]) -> str:
+    """How many products are left if the worst residual falls on as it did in the later half of them."""
+    (before, high), (now, low) = history[len(history) // 2 - 1 if len(history) > 1 else 0], history[-1]
+    if low <= 0 or high <= low:
+        return ""
+    return f", about {math.ceil(low * (now - before) / (high - low))} products left"
 
 
 def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
