@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nets import mlp, samples
 from torch import nn
 
-from flatmin import Objective
+from flatmin import Objective, vectors
 from flatmin.curvature import (
     Fisher,
     FunctionalPart,
@@ -31,6 +31,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from flatmin.sharpness.gradient import gradient
 
 WORLD = 2
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -112,6 +113,16 @@ def value_and_gradient(kind, rank, dtype):
     agreed(value, g)
     assert all(a.shape == p.shape for a, p in zip(ours.gradient(), ours.model.parameters(), strict=True))
     return max(off(g, full(theirs.gradient())), abs(float(value / theirs.value()) - 1)), exactly(dtype)
+
+
+def gradient_of_a_measure(kind, rank, dtype):
+    """The lean gradient that sharpness measures take."""
+    ours, theirs = objectives(kind, rank, dtype)
+    a, b = gradient(ours), gradient(theirs)
+    assert a.samples == b.samples
+    mine = full([vectors.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
+    agreed(mine)
+    return off(mine, full(b.gradient)), exactly(dtype)
 
 
 def exactly(dtype):
@@ -247,7 +258,8 @@ def a_rank_without_data(kind, rank, dtype):
                abs(float(ours.value() / theirs.value()) - 1)), exactly(dtype)
 
 
-EVERYWHERE = [value_and_gradient, differences, sums_of_losses, training_goes_on, a_rank_without_data]
+EVERYWHERE = [value_and_gradient, gradient_of_a_measure, differences, sums_of_losses, training_goes_on,
+              a_rank_without_data]
 CHECKS = {"ddp": [*EVERYWHERE, products, spectrum, estimates],
           "fsdp": [*EVERYWHERE, sharded_spectrum, sharded_trace, exact_is_refused],
           "mesh": [value_and_gradient, differences, sharded_spectrum]}

@@ -36,18 +36,24 @@ def gradient(objective: Objective) -> Pass:
     with objective.session(), torch.enable_grad():
         for term in objective.terms():
             loss = term.loss(term.outputs())
-            if loss.requires_grad:
+            if objective.ranks.in_step:
+                for i, row in enumerate(objective.ranks.backward(loss * (term.weight / term.total), w)):
+                    _catcher(sums, i, w[i], term.total)(row)
+            elif loss.requires_grad:
                 _accumulate(loss, w, sums, term.weight)
             losses.append(loss.detach())
             weights.append(term.weight)
-            samples += samples_in(term.batch)
+            samples += samples_in(term.batch) if term.weight > 0 else 0
             del loss
+        samples = int(objective.ranks.total(samples)[0])
     names = {id(p): name for name, p in objective.model.named_parameters()}
     missing = [names[id(p)] for p, g in zip(w, sums, strict=True) if g is None]
     g = [torch.zeros_like(vectors.local(p.detach())) if t is None else t for p, t in zip(w, sums, strict=True)]
     normalizer = objective.normalizer(weights)
     if normalizer != 1:
         vectors.scale(1 / normalizer, g)
+    if not objective.ranks.in_step:
+        g = [objective.ranks.sum_(t) for t in g]
     return Pass(objective._total(zip(losses, weights, strict=True)), g, samples, missing)
 
 
