@@ -59,22 +59,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.wall else time.process_time
     x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    names = ["sgd", "sam", "asam", "gsam", "esam", "looksam", "momentum_sam", "random_sam", "sam_on", "functional_sam"]
-    steps = {n: stepper(n, x, y, **({"rho": 0.05} if n != "sgd" else {})) for n in names}
-    times: dict[str, list[float]] = {n: [] for n in names}
-    for i in range(args.repeats + 1):
-        for name, step in steps.items():
-            start = clock()
-            for _ in range(5):
-                step()
+    names = ["sam", "asam", "gsam", "esam", "looksam", "momentum_sam", "random_sam", "sam_on", "functional_sam"]
+    print(f"torch {torch.__version__}, {args.threads} threads, {'wall' if args.wall else 'CPU'} time")
+    for name in names:
+        pair = stepper(name, x, y, rho=0.05), stepper("sgd", x, y)
+        ratios = []
+        for i in range(args.repeats + 1):
+            seconds = []
+            for step in pair:
+                start = clock()
+                for _ in range(5):
+                    step()
+                seconds.append(clock() - start)
             if i:
-                times[name].append((clock() - start) / 5)
-    plain = statistics.median(times["sgd"]) * 1e3
-    print(f"torch {torch.__version__}, {args.threads} threads, plain step {plain:.1f} ms")
-    for name in names[1:]:
-        ratios = [a / b for a, b in zip(times[name], times["sgd"], strict=True)]
+                ratios.append(seconds[0] / seconds[1])
         q = statistics.quantiles(ratios, n=4)
-        print(f"{name:16s} {statistics.median(ratios):.2f} plain steps [{q[0]:.2f}, {q[2]:.2f}]")
+        print(f"{name:16s} {statistics.median(ratios):.2f} plain steps [{q[0]:.2f}, {q[2]:.2f}]", flush=True)
 
 
 if __name__ == "__main__":
