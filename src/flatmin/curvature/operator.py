@@ -263,9 +263,6 @@ class _Over(CurvatureOperator):
     def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
         return self.operators[0]._draw(i, generator, kind)
 
-    def _product(self, v: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"of": [operator.describe() for operator in self.operators]}
 
