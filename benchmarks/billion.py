@@ -3,8 +3,9 @@
     python benchmarks/billion.py --parameters 1.5B --folder /var/tmp/billion
 
 GPT-2's shapes, tied embeddings and initialisation, random tokens, the mean cross-entropy. Products are differences of
-gradients; a parameter's gradient leaves memory as soon as autograd has it. The Lanczos basis, the exact weights and
-the results of products are files. Called again with the same arguments after a kill, it goes on where it was.
+gradients, of which each parameter's leaves memory as soon as autograd has it; the weights and one result are in memory,
+the Lanczos basis and the exact weights in files. Called again with the same arguments after a kill, it goes on where
+it was.
 
 Prints one line of JSON at the end: the eigenvalue, its residual by a fresh product that shares nothing with the run,
 the error of that product (against a second one with twice the step), time, products and peak memory: ``peak_rss`` as
@@ -121,7 +122,7 @@ def largest(name: str, folder: str, *, tol: float, batch: int, length: int, basi
     peak.start()
     model = gpt(name)
     n = sum(p.numel() for p in model.parameters())
-    room = shutil.disk_usage(folder).free // (4 * n) - 5     # the exact weights, two results, the answer, one to wait
+    room = shutil.disk_usage(folder).free // (4 * n) - 5     # the exact weights, a second result, the answer, slack
     checkpoint = os.path.join(folder, f"billion-{name}.pt")
     if os.path.exists(f"{checkpoint}.basis"):
         room += os.stat(f"{checkpoint}.basis").st_blocks * 512 // (4 * n)
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--folder", default=os.path.join(tempfile.gettempdir(), "flatmin-billion"))
     parser.add_argument("--tol", type=float, default=0.05, help="residual relative to the eigenvalue")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--basis", type=int, help="vectors on disk (default: 20, or what the disk holds)")
     parser.add_argument("--most", type=int, default=100, help="products at most")
     parser.add_argument("--threads", type=int, default=2)

@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
 def test_the_largest_eigenvalue_of_a_language_model_from_files(finished, billion):
     found, *_ = finished
     assert found["converged"] and found["certified"] and found["relative_residual"] <= 0.05
-    assert found["product_error"] < 0.02
+    assert found["product_error"] < 0.05
     tokens = torch.randint(0, billion.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(1))
     data = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     exact = eigenpairs(Hessian(Objective(billion.gpt("20M"), F.cross_entropy, data)), tol=0.02)

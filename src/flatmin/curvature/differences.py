@@ -34,7 +34,7 @@ class Differences:
     ``error`` comes from a second difference with 2h, at the first vector and at the first after ``forget``.
 
     Memory: the weights, a copy of them, v and the result. A parameter's gradient is added to the result as soon as
-    autograd has it, and freed. With ``on_disk`` the copy is a file in ``folder``.
+    autograd has it, and freed. With ``on_disk`` the copy is in files in ``folder``.
     """
 
     def __init__(self, operator: ObjectiveOperator, on_disk: bool, folder: str | None):
@@ -64,7 +64,8 @@ class Differences:
             reach = eps ** (1 / 3) * (1 + size) / length
             out = self._fitting(v, w, reach, eps)
             if not self._estimated:
-                coarse, _, _ = self._central(v, w, 2 * self.scale * reach, eps)
+                other = memory.mapped(len(v), v.dtype, self.folder) if self.on_disk else operator.empty()
+                coarse, _, _ = self._central(v, w, 2 * self.scale * reach, eps, other)
                 top = operator.norm(out)
                 self.error = max(self.error or 0.0, operator.norm(coarse.sub_(out)) / top if top > 0 else 0.0)
         self._estimated = True
@@ -79,14 +80,15 @@ class Differences:
             if off <= max(ALLOWED, 3 * noise):
                 return out
             del out
-            self.scale *= max(0.05, 0.5 * (ALLOWED / off) ** 0.5)
+            self.scale *= min(0.5, max(0.03, 0.7 * ALLOWED / off))     # a series that ends at h⁴ is too hopeful
         return self._central(v, w, self.scale * reach, eps)[0]
 
-    def _central(self, v: Tensor, w: list[Tensor], h: float, eps: float) -> tuple[Tensor, float, float]:
+    def _central(self, v: Tensor, w: list[Tensor], h: float, eps: float,
+                 out: Tensor | None = None) -> tuple[Tensor, float, float]:
         """The difference with step h; by what part of ‖Hv‖ it is off along v; what rounding of losses adds to that."""
         assert self._value is not None
         operator, objective = self.operator, self.operator.objective
-        out, values = operator.empty(), []
+        out, values = operator.empty() if out is None else out, []
         add, empty = _adder(out.split(operator.numels))
         first = normalizer = 1.0
         for sign in (1, -1):

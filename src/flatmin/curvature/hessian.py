@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..objective import Objective, Term
-from . import memory
 from .differences import Differences
 from .products import Apply, ObjectiveOperator, Product, on_module
 
@@ -31,8 +30,8 @@ class Hessian(ObjectiveOperator):
             ``error`` and in records. "auto": cached as far as half of the free memory allows, then recomputed; finite
             differences under FSDP2, and, with a warning, where the model has no second derivative.
         vmap: whether several vectors go through the graph at once; by default on accelerators only, where it pays.
-        place: "disk" keeps what finite differences need beside weights and activations (the exact weights, results)
-            in files in ``folder``; take it with ``eigenpairs(place="disk")``.
+        place: "disk" keeps what finite differences need beside the weights and the result (the exact weights, a second
+            result to compare with) in files in ``folder``; to be taken with ``eigenpairs(place="disk")``.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -63,9 +62,6 @@ class Hessian(ObjectiveOperator):
     def _again(self, names: list[str]) -> Hessian:
         return Hessian(self.objective, parameters=names, product=self.product, vmap=self.vmap, place=self.place,
                        folder=self.folder)
-
-    def empty(self) -> Tensor:
-        return memory.mapped(self.length, self.dtype, self.folder) if self.place == "disk" else super().empty()
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | ({} if self.error is None else {"product_error": self.error})
