@@ -63,6 +63,14 @@ def test_a_run_folder_holds_record_checkpoints_and_report(finished):
     assert (finished / "report.html").stat().st_size > 10_000
 
 
+def test_resume_takes_the_same_settings_again_and_no_others(finished, capsys):
+    again = ["compare", *QUICK, "--out", str(finished), "--resume"]
+    before = record_of(finished)["runs"]
+    assert cli.main(again) == 0 and record_of(finished)["runs"] == before, "a finished run has nothing left to do"
+    assert cli.main([*again, "--seeds", "2"]) == 2
+    assert "--resume continues with the run's own settings: seeds was 1, not 2" in capsys.readouterr().err
+
+
 def test_the_report_verb_writes_the_page_again(finished, capsys):
     (finished / "report.html").unlink()
     assert cli.main(["report", str(finished)]) == 0
@@ -147,7 +155,8 @@ def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch
     (["fashion-mnist", "--data", "nowhere"], "dataset-fashion-mnist"),
     (["cifar10", "--data", "nowhere"], "binary version"),
     (["--resume", "nowhere"], "nowhere is not a run folder: it has no record.json"),
-    (["--resume", "nowhere", "--seeds", "2"], "--resume continues with the run's own settings"),
+    (["--resume", "nowhere", "--out", "elsewhere"], "name two folders"),
+    (["--resume"], "runs/compare is not a run folder"),
     (["--config", "nowhere.toml"], "cannot read nowhere.toml"),
 ])
 def test_a_wrong_call_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys):

@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--threads", type=int, help="threads of one process (default 1: fastest for small models)")
     compare.add_argument("--config", metavar="FILE", help="a TOML file of these settings; flags win over it")
     compare.add_argument("--out", metavar="FOLDER", help="run folder to make (default runs/compare, or -2, -3, ...)")
-    compare.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run with its own settings")
+    compare.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
+                         help="continue an interrupted run (FOLDER, or --out's) with its own settings")
     compare.add_argument("--quiet", action="store_true", help="no progress")
     compare.set_defaults(run=_compare)
 
@@ -107,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--tol", type=float, help="residual of the eigenvalues, relative (default 1e-3)")
     measure.add_argument("--seed", type=int, help="of all that is random (default 0)")
     measure.add_argument("--out", metavar="FOLDER", help="run folder to make (default runs/measure, or -2, -3, ...)")
-    measure.add_argument("--resume", metavar="FOLDER", help="continue an interrupted run with its own settings")
+    measure.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
+                         help="continue an interrupted run (FOLDER, or --out's) with its own settings")
     measure.add_argument("--quiet", action="store_true", help="no progress")
     measure.set_defaults(run=_measure)
 
@@ -119,6 +121,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _resumed(args: argparse.Namespace, parts: dict[str, type]) -> tuple[Any, dict[str, Any]]:
+    """The folder and record of the run to go on with: --resume FOLDER, or --resume beside --out FOLDER."""
+    from .recipes.folder import RunFolder
+
+    if args.resume and args.out and Path(args.resume) != Path(args.out):
+        raise ValueError(f"--resume {args.resume} and --out {args.out} name two folders: give one of them")
+    folder, record = RunFolder.open(args.resume or args.out or f"runs/{args.verb}")
+    if record["kind"] != args.verb:
+        raise RunFolderError(f"{folder.path} holds a run of flatmin {record['kind']}, not of {args.verb}")
+    if not all(isinstance(record.get(k), kind) for k, kind in parts.items()):
+        raise RunFolderError(f"{folder.path / 'record.json'} lacks what a run needs to go on ({', '.join(parts)}); "
+                             "start a new run with another --out")
+    return folder, record
+
+
+def _refuse_other_settings(given: dict[str, Any], kept: dict[str, Any]) -> None:
+    """A run goes on with its own settings; saying them again is fine, other ones are not."""
+    for name, value in given.items():
+        if name in kept and kept[name] != value:
+            raise ValueError(f"--resume continues with the run's own settings: {name} was {kept[name]}, not {value}; "
+                             "leave it out, or start a new run with another --out")
+
+
 def _compare(args: argparse.Namespace) -> int:
     from .recipes import CompareSettings, Comparison
     from .recipes.folder import RunFolder
@@ -126,14 +151,8 @@ def _compare(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(CompareSettings)
              if getattr(args, f.name) is not None}
     if args.resume is not None:
-        if given or args.out or args.config:
-            raise ValueError("--resume continues with the run's own settings: leave the other settings out")
-        folder, record = RunFolder.open(args.resume)
-        if record["kind"] != "compare":
-            raise RunFolderError(f"{args.resume} holds a run of flatmin {record['kind']}, not of compare")
-        if not all(isinstance(record.get(k), kind) for k, kind in _PARTS.items()):
-            raise RunFolderError(f"{folder.path / 'record.json'} lacks what a run needs to go on ("
-                                 f"{', '.join(_PARTS)}); start a new run with another --out")
+        folder, record = _resumed(args, _PARTS)
+        _refuse_other_settings(_toml(args.config, CompareSettings) | given, record["settings"])
         kept = {f.name: record["settings"][f.name] for f in dataclasses.fields(CompareSettings)
                 if f.name in record["settings"]}
         job = Comparison(CompareSettings(**kept), folder, record, args.quiet)
@@ -163,15 +182,11 @@ def _measure(args: argparse.Namespace) -> int:
     names = [f.name for f in dataclasses.fields(MeasureSettings)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.resume is not None:
-        if given or args.out:
-            raise ValueError("--resume continues with the run's own settings: leave the other settings out")
-        folder, record = RunFolder.open(args.resume)
-        if record["kind"] != "measure":
-            raise RunFolderError(f"{args.resume} holds a run of flatmin {record['kind']}, not of measure")
         parts = ("settings", "model", "data", "results", "timing", "warnings")
-        if not all(isinstance(record.get(k), dict) for k in parts) or "objective" not in record["settings"]:
-            raise RunFolderError(f"{folder.path / 'record.json'} lacks what a run needs to go on "
-                                 f"({', '.join(parts)}); start a new run with another --out")
+        folder, record = _resumed(args, dict.fromkeys(parts, dict))
+        if "objective" not in record["settings"]:
+            raise RunFolderError(f"{folder.path / 'record.json'} does not say what was measured")
+        _refuse_other_settings(given, record["settings"])
         job = Measurement(MeasureSettings(**{k: v for k, v in record["settings"].items() if k in names}), folder,
                           record, args.quiet)
     else:
