@@ -75,7 +75,7 @@ def gpt(name: str, seed: int = 0) -> GPT:
     """A model at GPT-2's initialisation, made without any other copy of the weights."""
     width, layers, heads = SHAPES[name]
     with torch.device("meta"):
-        model = GPT(width, layers, heads)
+        model = GPT(width, layers, heads).float()
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for key, p in model.named_parameters():

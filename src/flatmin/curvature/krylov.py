@@ -111,9 +111,11 @@ class Krylov:
 
     def state(self, with_basis: bool = True) -> dict[str, Any]:
         """What ``resume`` needs, as tensors and numbers; the basis too, unless it is kept elsewhere."""
+        rows = self.V.rows
+        rows = rows[:self.rows] if with_basis else rows.new_empty(0, rows.shape[1])     # a view would be saved whole
         names = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
         return {name: getattr(self, name) for name in names} | {
-            "F": self.F, "V": self.V.rows[:self.rows if with_basis else 0], "generator": self.generator.get_state()}
+            "F": self.F, "V": rows, "generator": self.generator.get_state()}
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a ``state``."""
