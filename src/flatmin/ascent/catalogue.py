@@ -28,6 +28,9 @@ _FOOT = """
 Each takes every option of `flatmin.Sharpener` besides its own: `scope`, `optimizer`, `scaler`, `backward`, `groups`,
 `rho` (a number or a schedule), `replay`, `offload`. Parts that no preset names, `LogitOnly`, `RandomFraction` by entry,
 `WithWeightDecay`, `WarmStart`, p = 1 and p = ∞ among them, are in `flatmin.ascent`.
+
+SAMPa (arXiv:2410.10683) is not here: it needs two devices to save anything, and its update mixes gradients taken around
+an extrapolated SGD step, which is no gradient that another optimizer could be handed.
 """
 
 
