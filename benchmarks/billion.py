@@ -1,6 +1,6 @@
 """The largest Hessian eigenvalue of a GPT-shaped model that barely fits: 1.5 billion float32 parameters in 24 GB.
 
-    python benchmarks/billion.py --parameters 1.5B --folder /var/tmp/billion
+    python benchmarks/billion.py --parameters 1.5B --folder billion
 
 GPT-2's shapes, tied embeddings and initialisation, random tokens, the mean cross-entropy. Products are differences of
 gradients, of which each parameter's leaves memory as soon as autograd has it; the weights and one result are in memory,
