@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,21 @@ def _refuse_other_settings(given: dict[str, Any], kept: dict[str, Any]) -> None:
                              "leave it out, or start a new run with another --out")
 
 
+def _finish(job: Any, folder: Any, shown: Callable[[dict[str, Any]], str]) -> int:
+    """Run a job; its page is written either way, and its table printed where it got to the end."""
+    from .report import write
+
+    try:
+        job.run()
+    except KeyboardInterrupt:
+        write(folder.path)
+        return _fail(f"interrupted; go on with: flatmin {job.record['kind']} --resume {folder.path}", 130)
+    write(folder.path)
+    print(shown(job.record))
+    print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
+    return 0
+
+
 def _compare(args: argparse.Namespace) -> int:
     from .recipes import CompareSettings, Comparison
     from .recipes.folder import RunFolder
@@ -162,17 +177,9 @@ def _compare(args: argparse.Namespace) -> int:
         folder = RunFolder(path)
         job = Comparison(settings, folder, quiet=args.quiet)  # before anything is written: wrong settings cost nothing
         RunFolder.create(path)
-    from .report import table, write
+    from .report import table
 
-    try:
-        job.run()
-    except KeyboardInterrupt:
-        write(folder.path)
-        return _fail(f"interrupted; go on with: flatmin compare --resume {folder.path}", 130)
-    write(folder.path)
-    print(table(job.record))
-    print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
-    return 0
+    return _finish(job, folder, table)
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -197,18 +204,11 @@ def _measure(args: argparse.Namespace) -> int:
         folder = RunFolder(path)
         job = Measurement(settings, folder, quiet=args.quiet)  # before anything is written
         RunFolder.create(path)
-    from .report import measured, write
+    from .report import measured
 
-    try:
-        job.run()
-    except KeyboardInterrupt:
-        write(folder.path)
-        return _fail(f"interrupted; go on with: flatmin measure --resume {folder.path}", 130)
-    write(folder.path)
-    print(measured.summary(job.record))
-    print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
+    status = _finish(job, folder, measured.summary)
     failed = job.record["failed"]
-    return _fail(f"not measured: {', '.join(failed)}", 1) if failed else 0
+    return _fail(f"not measured: {', '.join(failed)}", 1) if failed and not status else status
 
 
 def _report(args: argparse.Namespace) -> int:

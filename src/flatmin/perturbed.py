@@ -56,10 +56,7 @@ class Displacement:
     def restore(self) -> None:
         """Give the weights back; a Ctrl-C in the middle only makes it start over."""
         try:
-            self._restore()
-        except KeyboardInterrupt:
-            self._restore()
-            raise
+            _despite_interrupts(self._restore)
         finally:
             self._copies = []
 
@@ -67,6 +64,15 @@ class Displacement:
     def _restore(self) -> None:
         for ws, cs in self._copies:
             torch._foreach_copy_(ws, cs)
+
+
+def _despite_interrupts(restore: Callable[[], None]) -> None:
+    """A Ctrl-C in the middle makes it start over before it is passed on."""
+    try:
+        restore()
+    except KeyboardInterrupt:
+        restore()
+        raise
 
 
 def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
@@ -96,11 +102,7 @@ class Widened:
             p.data = wide.add_(w)
 
     def restore(self) -> None:
-        try:
-            self._restore()
-        except KeyboardInterrupt:
-            self._restore()
-            raise
+        _despite_interrupts(self._restore)
 
     def _restore(self) -> None:
         for p, w in zip(self._parameters, self._originals, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import perturbed, vectors
+from ..curvature.sampling import moments
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import samples_in, warn_of
@@ -137,8 +138,5 @@ def _value(objective: Objective) -> tuple[float, int]:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """The mean and its standard error (nan of a single value)."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, math.nan
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    mean, stderr = moments(values)
+    return mean, stderr if len(values) > 1 else math.nan
