@@ -146,7 +146,7 @@ def test_a_basis_on_disk_is_taken_up_where_it_was(tmp_path, monkeypatch):
     matrix = symmetric(torch.linspace(-1, 1, 300))
     A, options = Dying(matrix), {"k": 2, "tol": 1e-6, "basis": 20, "place": "disk", "folder": str(tmp_path)}
     clock = itertools.count(0, 10)      # seconds: time to write the state at each look
-    monkeypatch.setattr("flatmin.curvature.lanczos.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("flatmin.curvature.checkpoint.time.monotonic", lambda: next(clock))
     with pytest.raises(RuntimeError, match="killed"):
         eigenpairs(A, checkpoint=file, **options)
     assert sorted(os.listdir(tmp_path)) == ["run.pt", "run.pt.basis"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import memory
+from .checkpoint import Journal
 from .operator import CurvatureOperator
 
 Place = Literal["device", "host", "disk"]
@@ -89,11 +90,16 @@ class Basis:
             w.sub_(torch.mv(self.rows[:count].T, c.to(w.dtype)).to(w.device))
         return c.to("cpu", torch.float64)
 
-    def rotate(self, s: Tensor, count: int, waiting: int = 0) -> None:
-        """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place; then those that wait."""
+    def rotate(self, s: Tensor, count: int, waiting: int = 0, journal: Journal | None = None) -> None:
+        """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place; then those that wait.
+
+        With a ``journal`` the same call goes on where a killed one was.
+        """
         p = s.shape[1]
         s = s.to(self.rows.device, self.rows.dtype)
-        for columns in self.rows.split(_COLUMNS, 1):
+        for i, columns in enumerate(self.rows.split(_COLUMNS, 1)):
+            if journal is not None and not journal.enter(i, columns[:p + waiting]):
+                continue
             tail = columns[count:count + waiting].clone()
             columns[:p] = s.T @ columns[:count]
             columns[p:p + waiting] = tail

@@ -49,6 +49,7 @@ class Hessian(ObjectiveOperator):
             product = "finite_difference"
         self.place: Literal["device", "disk"] = place
         self.folder = folder
+        self._asked = product
         super().__init__(objective, _forward if product == "forward" else _reverse, parameters=parameters,
                          product=product, products=("auto", "cached", "recomputed", "forward", "finite_difference"))
         self.vmap = (objective.device.type != "cpu" if vmap is None else vmap) and product != "finite_difference"
@@ -67,7 +68,7 @@ class Hessian(ObjectiveOperator):
         return super().describe() | ({} if self.error is None else {"product_error": self.error})
 
     def fingerprint(self) -> str:
-        if self.product != "finite_difference":
+        if self._asked != "finite_difference":
             return super().fingerprint()
         w = [vectors.local(p.detach()) for p in self.parameters]
         size = float(self.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())

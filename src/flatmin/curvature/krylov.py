@@ -9,13 +9,15 @@ in. K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616; A. Ruhe, Math
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .basis import Basis
+from .checkpoint import Journal, State
 from .operator import CurvatureOperator
+
+_NUMBERS = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
 
 
 def unit_for(operator: CurvatureOperator, w: Tensor) -> float:
@@ -97,11 +99,11 @@ class Krylov:
         theta, s = torch.linalg.eigh(self.F[:m, :m])
         return theta, s, torch.linalg.vector_norm(self.F[m:self.rows, :m] @ s, dim=0)
 
-    def restart(self, s: Tensor, theta: Tensor) -> None:
+    def restart(self, s: Tensor, theta: Tensor, journal: Journal | None = None) -> None:
         """Keep the Ritz vectors with coefficients s (m, p) and values θ (p,), and the vectors that wait."""
         p, m, waiting = s.shape[1], self.count, self.rows - self.count
         couplings = self.F[m:self.rows, :m] @ s
-        self.V.rotate(s, m, waiting)
+        self.V.rotate(s, m, waiting, journal)
         self.F.zero_()
         self.F[range(p), range(p)] = theta
         self.F[p:p + waiting, :p] = couplings
@@ -109,19 +111,17 @@ class Krylov:
         self.count, self.rows, self.thick = p, p + waiting, p
         self._waiting = []
 
-    def state(self, with_basis: bool = True) -> dict[str, Any]:
+    def state(self, with_basis: bool = True) -> State:
         """What ``resume`` needs, as tensors and numbers; the basis too, unless it is kept elsewhere."""
         rows = self.V.rows
         rows = rows[:self.rows] if with_basis else rows.new_empty(0, rows.shape[1])     # a view would be saved whole
-        names = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
-        return {name: getattr(self, name) for name in names} | {
+        return {name: getattr(self, name) for name in _NUMBERS} | {
             "F": self.F, "V": rows, "generator": self.generator.get_state()}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: State) -> None:
         """Go on from a ``state``."""
-        for name, value in state.items():
-            if name not in ("F", "V", "generator"):
-                setattr(self, name, value)
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
         self.F.copy_(state["F"])
         self.V.rows[:len(state["V"])].copy_(state["V"])
         self.generator.set_state(state["generator"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from .. import vectors
 from . import certificate, memory
 from .basis import Basis, Place
+from .checkpoint import Checkpoint, Journal, State
 from .krylov import Krylov
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
@@ -82,8 +82,8 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         max_matvecs: after this many products (default: 20 times the basis) what there is comes back, unconverged
             pairs marked, with a warning.
         progress: True for a line on standard error, or a function of (products, text).
-        checkpoint: a file for the state, written each minute, from which the same call goes on after a kill; removed
-            at the end.
+        checkpoint: a file for the state, written each minute, on Ctrl-C and before the certification, from which the
+            same call goes on after a kill; removed with the result.
 
     Raises:
         ValueError: k < 1, a product that is not finite, or a checkpoint of something else.
@@ -101,15 +101,15 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     if k < 1 or tol <= 0 or block < 1:
         raise ValueError(f"k, tol and block must be positive, got k={k}, tol={tol}, block={block}")
     k, generator = min(k, operator.size), vectors.seeded(seed)
-    m = _rows(operator, k, basis, block, place)
-    settings = operator.describe() | {"k": k, "which": which, "tol": tol, "basis": m, "block": block}
-    with operator.session(check=certify), reporter(progress, "eigenpairs") as report:
-        keep = _Checkpoint(checkpoint, operator, place, settings)
-        V = Basis(operator, min(m + block, operator.size + block), place, folder, keep.basis)
-        with keep:
-            run = Krylov(operator, V, generator, block=block, start=keep.saved is None)
-            keep.take_up(run)
-            _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep)
+    with operator.session(check=certify), reporter(progress, "eigenpairs") as report, \
+            Checkpoint(checkpoint, operator, on_disk=place == "disk", method="eigenpairs", k=k, which=which, tol=tol,
+                       basis=basis, block=block, seed=seed) as keep:
+        saved = keep.take()
+        m = len(saved["F"]) - block if saved else _rows(operator, k, basis, block, place)
+        V = Basis(operator, m + block, place, folder, keep.basis)
+        run = Krylov(operator, V, generator, block=block, start=saved is None)
+        _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep, saved)
+        keep.write()
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
         values, residuals, x = theta[chosen], bounds[chosen], V.combine(s[:, chosen], run.count)
@@ -129,7 +129,8 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
                       f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
     return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
-                    complete=complete, matvecs=used, settings=settings | operator.describe())
+                    complete=complete, matvecs=used, settings=operator.describe() | {
+                        "k": k, "which": which, "tol": tol, "basis": m, "block": block})
 
 
 def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
@@ -161,30 +162,43 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
 
 
 def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None],
-             keep: _Checkpoint) -> None:
+             keep: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    checked = run.count
+    checked = 0
+
+    def state(**more: Tensor) -> State:
+        return run.state(with_basis=keep.basis is None) | {"checked": checked} | more
+
+    def restart(s: Tensor, theta: Tensor, journal: Journal | None) -> None:
+        nonlocal checked
+        run.restart(s, theta, journal)
+        checked = run.count
+        keep.rewritten(state)
+
+    if saved:
+        run.resume(saved)
+        checked = saved["checked"]
+        if "s" in saved:        # killed in the middle of a restart on disk
+            restart(saved["s"], saved["theta"], keep.journal())
     history: list[tuple[int, float]] = []
     while True:
-        run.step()
         full = run.count == run.capacity
-        if run.count < k or not (full or run.count - checked > run.count // 16):
-            continue
-        checked = run.count
-        theta, s, bounds = run.ritz()
-        chosen = wanted(theta, k, which)
-        worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
-        history.append((run.matvecs, math.log(max(worst, 1e-300) / max(target, 1e-300))))
-        report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
-                            f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}{_left(history)}")
-        if worst <= target or run.complete or run.matvecs >= limit:
-            return
-        if full:
-            kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
-            keep.changing()
-            run.restart(s[:, kept], theta[kept])
+        if full or (run.count >= k and run.count - checked > run.count // 16):
+            theta, s, bounds = run.ritz()
+            chosen = wanted(theta, k, which)
+            worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
+            history.append((run.matvecs, math.log(max(worst, 1e-300) / max(target, 1e-300))))
+            report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
+                                f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}{_left(history)}")
+            if worst <= target or run.complete or run.matvecs >= limit:
+                return
+            if full:
+                kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
+                s, theta = s[:, kept], theta[kept]
+                restart(s, theta, keep.rewriting(partial(state, s=s, theta=theta)))
             checked = run.count
-        keep.save()
+        run.step()
+        keep.tick(state)
 
 
 def _left(history: list[tuple[int, float]]) -> str:
@@ -224,65 +238,3 @@ def _sides(values: Tensor, which: Which) -> list[tuple[int, float]]:
         sides = [(1, float(values[k // 2]))] if k - k // 2 > 1 else []
         return sides + ([(-1, float(values[k // 2 - 1]))] if k // 2 > 1 else [])
     return [(1, low)] if which == "largest" else [(-1, high)]
-
-
-class _Checkpoint:
-    """Writes the state of a run to a file each minute, and takes it up from there; on each rank its own.
-
-    A basis on disk is its own checkpoint: it gets a name, and only what belongs to it is written, each time.
-    """
-
-    def __init__(self, file: str | None, operator: CurvatureOperator, place: Place, settings: dict[str, Any]):
-        self.file = file and f"{file}.{operator.rank}" if operator.rank else file
-        self.basis = f"{self.file}.basis" if self.file and place == "disk" else None
-        self.settings = repr(sorted(settings.items())) + operator.fingerprint() if self.file else ""
-        self.written = time.monotonic()
-        self.saved = self._read(operator) if self.file else None
-
-    def _read(self, operator: CurvatureOperator) -> dict[str, Any] | None:
-        """What was saved, if every rank has the same."""
-        assert self.file
-        saved = torch.load(self.file, weights_only=True) if os.path.exists(self.file) else None
-        if saved is not None and saved["settings"] != self.settings:
-            raise ValueError(f"{self.file} belongs to another computation: remove it, or name another file")
-        done = saved["state"]["matvecs"] if saved else 0
-        if self.basis and not os.path.exists(self.basis):
-            done = 0
-        if operator.agree(done) != -operator.agree(-done) or done == 0:
-            saved = None
-        if saved is None and self.basis and os.path.exists(self.basis):
-            os.remove(self.basis)
-        return saved
-
-    def take_up(self, run: Krylov) -> None:
-        self.run = run
-        if self.saved:
-            run.resume(self.saved["state"])
-            self.saved = None
-
-    def save(self, now: bool = False) -> None:
-        if self.file and (now or time.monotonic() - self.written > (5 if self.basis else 60)):
-            state = self.run.state(with_basis=not self.basis)
-            torch.save({"settings": self.settings, "state": state}, f"{self.file}.part")
-            os.replace(f"{self.file}.part", self.file)
-            self.written = time.monotonic()
-
-    def changing(self) -> None:
-        """A basis on disk is about to be rewritten: what was saved does not fit it any more."""
-        if self.file and self.basis:
-            self.remove(self.file)
-            self.written = 0.0
-
-    def remove(self, *files: str | None) -> None:
-        for file in files:
-            if file and os.path.exists(file):
-                os.remove(file)
-
-    def __enter__(self) -> _Checkpoint:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self.basis:
-            self.save(now=True)
-        elif kind is None:
-            self.remove(self.file, self.basis)

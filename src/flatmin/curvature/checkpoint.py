@@ -1,0 +1,154 @@
+"""Long computations that go on after a kill: their state in a file, and a journal for what is rewritten in place."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operator import CurvatureOperator
+
+State = dict[str, Any]
+"""Tensors and plain values from which a run goes on to the same bits; "matvecs" are the products behind it."""
+
+
+class Checkpoint:
+    """The state of a run in a file: written each minute and on Ctrl-C, taken up by the same call, removed at the end.
+
+    On ranks each has its own file; they write together, and start over where their states are not of the same step.
+    A basis on disk is a part of the state that has a file of its own, ``basis``.
+
+    Raises:
+        ValueError: the file is of another computation: another matrix, method or seed.
+    """
+
+    def __init__(self, file: str | None, operator: CurvatureOperator, *, on_disk: bool = False, **settings: Any):
+        self.file = file and f"{file}.{operator.rank}" if operator.rank else file
+        self.operator, self.every = operator, 5 if on_disk else 60
+        self.basis = f"{self.file}.basis" if self.file and on_disk else None
+        self._state: State | None = None
+        self._saved: State | None = None
+        self._written = time.monotonic()
+        if self.file:
+            seed = settings.get("seed")
+            settings |= {"seed": seed if isinstance(seed, int) else None, "disk": on_disk, "dtype": operator.dtype,
+                         "size": (operator.size, operator.length), "of": type(operator).__name__}
+            self._run = repr(sorted(settings.items())) + operator.fingerprint()
+            self._saved = self._read(self.file)
+
+    def take(self) -> State | None:
+        """What was saved, once."""
+        saved, self._saved = self._saved, None
+        return saved
+
+    def tick(self, state: Callable[[], State]) -> None:
+        """The state after a step; it must not change before the next ``tick`` or ``changing``."""
+        if self.file:
+            self._state = state()
+            if self.operator.agree(int(time.monotonic() - self._written < self.every)) == 0:
+                self.write()
+
+    def changing(self) -> None:
+        """The state is about to be changed in place: until the next ``tick`` the one in the file is the last."""
+        self._state = None
+
+    def write(self) -> None:
+        """The last state into the file, unless it is there."""
+        if self.file and self._state is not None:
+            _write(self.file, {"run": self._run, "state": self._state})
+            self._state = None
+            self._written = time.monotonic()
+
+    def rewriting(self, state: Callable[[], State]) -> Journal | None:
+        """A journal for the basis on disk, which is about to be rewritten as ``state`` says; None where it is not."""
+        self.changing()
+        if self.basis is None:
+            return None
+        _remove(f"{self.basis}.journal")
+        self._state = state()
+        self.write()
+        return self.journal()
+
+    def rewritten(self, state: Callable[[], State]) -> None:
+        """The basis has been rewritten, and this is the state that fits it; for one on disk, the file too."""
+        if self.file:
+            self._state = state()
+        if self.basis:
+            self.write()
+            _remove(f"{self.basis}.journal")
+
+    def journal(self) -> Journal:
+        return Journal(f"{self.basis}.journal")
+
+    def _read(self, file: str) -> State | None:
+        """What was saved, if every rank has the same."""
+        try:
+            saved = torch.load(file, weights_only=True, mmap=True, map_location="cpu") if os.path.exists(file) else None
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file} is no checkpoint: remove it, or name another file") from error
+        if saved is not None and (not isinstance(saved, dict) or saved.get("run") != self._run):
+            raise ValueError(f"{file} belongs to another computation: remove it, or name another file")
+        state = saved and saved["state"]
+        if self.basis and not os.path.exists(self.basis):
+            state = None
+        mark = zlib.crc32(repr((state["matvecs"], sorted(state))).encode()) if state else 0
+        if self.operator.agree(mark) != -self.operator.agree(-mark):
+            state = None
+        if state is None:
+            self._remove_basis()
+        return state
+
+    def _remove_basis(self) -> None:
+        if self.basis:
+            _remove(self.basis, f"{self.basis}.journal")
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.write()
+        elif kind is None and self.file:
+            _remove(self.file, f"{self.file}.part")
+            self._remove_basis()
+
+
+class Journal:
+    """Which block of a file is being rewritten, with its old content: what a kill leaves torn is one block, and known.
+
+    A process may be killed at any point; a machine that loses power may lose more.
+    """
+
+    def __init__(self, file: str):
+        self.file = file
+        saved = torch.load(file, weights_only=True) if os.path.exists(file) else {"block": 0, "rows": None}
+        self.block, self.rows = saved["block"], saved["rows"]
+
+    def enter(self, block: int, rows: Tensor) -> bool:
+        """Whether a block is still to be rewritten; then its ``rows`` are the old ones, and kept."""
+        if block < self.block:
+            return False
+        if self.rows is None:
+            _write(self.file, {"block": block, "rows": rows.clone()})
+        else:
+            rows.copy_(self.rows)
+            self.rows = None
+        return True
+
+
+def _write(file: str, content: dict[str, Any]) -> None:
+    """A file that is replaced whole or not at all."""
+    torch.save(content, f"{file}.part")
+    os.replace(f"{file}.part", file)
+
+
+def _remove(*files: str) -> None:
+    for file in files:
+        if os.path.exists(file):
+            os.remove(file)

@@ -1,0 +1,161 @@
+"""Killed runs go on: to the same bits, with no product twice, at every point at which a kill can come.
+
+The tests of the algorithms see only runs that end; none would notice a state that is torn, lost or another run's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from nets import symmetric
+
+from flatmin.curvature import Matrix, basis, checkpoint, eigenpairs
+
+E = torch.linspace(-1, 1, 300)
+
+
+class Dying(Matrix):
+    """Raises at the product number ``at``, counted over all calls."""
+
+    def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt):
+        super().__init__(symmetric(E))
+        self.at, self.error, self.products = at, error, 0
+
+    def _product(self, v):
+        self.products += 1
+        if self.products == self.at:
+            raise self.error
+        return super()._product(v)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Every look at the clock is ten minutes after the one before, so that each state is written."""
+    clock = iter(range(0, 10**9, 600))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+
+
+def same(a, b):
+    assert torch.equal(a.eigenvalues, b.eigenvalues) and torch.equal(a.residuals, b.residuals)
+    assert torch.equal(a.eigenvectors, b.eigenvectors) and a.complete == b.complete and a.matvecs == b.matvecs
+
+
+@pytest.mark.parametrize("place", ("device", "disk"))
+@pytest.mark.parametrize("at", (2, 17, 40, "search", "residuals"))
+def test_eigenpairs_interrupted_anywhere(at, place, tmp_path):
+    """25 products fill the basis, so that 40 is after a restart; the last ones certify."""
+    options = {"k": 3, "basis": 25, "place": place, "folder": str(tmp_path)}
+    whole, lanczos = eigenpairs(Matrix(symmetric(E)), **options), eigenpairs(Matrix(symmetric(E)), certify=False,
+                                                                              **options).matvecs
+    assert 40 < lanczos < whole.matvecs - 3
+    operator = Dying({"search": lanczos + 4, "residuals": whole.matvecs}.get(at, at))
+    with pytest.raises(KeyboardInterrupt):
+        eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+    same(eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options), whole)
+    done = operator.at - 2      # one recognises the matrix, one was interrupted
+    assert operator.products == operator.at + 1 + whole.matvecs - min(done, lanczos)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_restart_on_disk_torn_in_the_middle(block, tmp_path, monkeypatch):
+    options = {"k": 3, "basis": 25, "place": "disk", "folder": str(tmp_path)}
+    monkeypatch.setattr(basis, "_COLUMNS", 77)
+    whole, operator = eigenpairs(Matrix(symmetric(E)), **options), Dying(0)
+    enter = checkpoint.Journal.enter
+
+    def torn(self, i, rows):
+        out = enter(self, i, rows)
+        if i == block:
+            rows.fill_(torch.nan)       # half written
+            raise SystemExit
+        return out
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint.Journal, "enter", torn)
+        eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+    same(eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options), whole)
+    assert operator.products == whole.matvecs + 2 and not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("place", ("device", "disk"))
+@pytest.mark.parametrize("at", (26, 27, 28, 60))
+def test_an_error_that_is_no_interrupt_leaves_the_last_state(at, place, tmp_path):
+    options = {"k": 3, "basis": 25, "place": place, "folder": str(tmp_path)}
+    operator = Dying(at, MemoryError)
+    with pytest.raises(MemoryError):
+        eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+    whole = eigenpairs(Matrix(symmetric(E)), **options)
+    same(eigenpairs(operator, checkpoint=str(tmp_path / "run.pt"), **options), whole)
+    assert operator.products == whole.matvecs + 3
+
+
+@pytest.mark.parametrize("change", ({"k": 4}, {"seed": 1}, {"which": "smallest"}, {"place": "disk"}))
+def test_a_checkpoint_of_something_else_is_refused(change, tmp_path):
+    file, options = str(tmp_path / "run.pt"), {"k": 3, "basis": 25, "folder": str(tmp_path)}
+    with pytest.raises(KeyboardInterrupt):
+        eigenpairs(Dying(20), checkpoint=file, **options)
+    with pytest.raises(ValueError, match="another computation"):
+        eigenpairs(Dying(0), checkpoint=file, **options | change)
+    with pytest.raises(ValueError, match="another computation"):
+        eigenpairs(Matrix(symmetric(E + 0.01)), checkpoint=file, **options)
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+@pytest.mark.parametrize("content", (b"text", b"", {"weight": torch.zeros(2)}, torch.zeros(2)))
+def test_a_file_that_is_no_checkpoint_is_left_alone(content, tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="name another file"):
+        eigenpairs(Dying(0), checkpoint=str(file))
+    assert file.read_bytes() == before
+
+
+KILLED = """
+import sys, time, torch
+from flatmin.curvature import Matrix, certificate, eigenpairs
+from nets import symmetric
+
+torch.set_num_threads(1)
+
+class Slow(Matrix):
+    products = 0
+    def _product(self, v):
+        self.products += 1
+        return super()._product(v)
+
+def residuals(operator, values, x):
+    print("certifying", flush=True)
+    time.sleep(60)
+
+file, kill = sys.argv[1:]
+if kill == "yes":
+    certificate.residuals = residuals
+operator = Slow(symmetric(torch.linspace(-1, 1, 200, dtype=torch.float64) ** 3))
+found = eigenpairs(operator, 1, basis=20, checkpoint=file)
+print(operator.products, found.matvecs, *found.eigenvalues.tolist())
+"""
+
+
+def test_killed_while_certifying(tmp_path):
+    """SIGKILL, which no handler sees: the recurrence is not run again."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "run.pt")]
+    options = {"env": os.environ | {"PYTHONPATH": os.path.dirname(__file__)}, "text": True}
+    with subprocess.Popen([*command, "yes"], stdout=subprocess.PIPE, **options) as first:
+        assert first.stdout.readline() == "certifying\n"
+        first.send_signal(signal.SIGKILL)
+    assert first.returncode == -signal.SIGKILL and os.listdir(tmp_path) == ["run.pt"]
+    start = time.monotonic()
+    second = subprocess.run([*command, "no"], capture_output=True, check=True, **options)
+    products, matvecs, value = second.stdout.split()
+    whole = eigenpairs(Matrix(symmetric(torch.linspace(-1, 1, 200) ** 3)), 1, basis=20)
+    assert (int(products), int(matvecs), float(value)) == (2, whole.matvecs, float(whole.eigenvalues[0]))
+    assert not os.listdir(tmp_path) and time.monotonic() - start < 50
