@@ -123,7 +123,7 @@ def beside_landscaper(python: Path, objective: Objective, x: Tensor, y: Tensor, 
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "net.npz", Path(folder) / "grid.npy"
-        np.savez(source, **{name: t.numpy() for name, t in arrays.items()})
+        np.savez(source, allow_pickle=False, **{name: t.numpy() for name, t in arrays.items()})
         distance = steps / (steps - 1)  # its own step is ‖w‖ · distance / (steps / 2)
         command = [python, HERE / "landscaper_worker.py", source, target, steps, distance, torch.get_num_threads()]
         with subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
