@@ -273,7 +273,7 @@ def test_the_report_is_imported_without_matplotlib():
 class Tags(HTMLParser):
     """The tags and attributes of a page, and whatever was opened and not closed."""
 
-    VOID = {"meta", "br", "hr"}
+    VOID = {"meta", "br", "hr", "input"}
 
     def __init__(self):
         super().__init__()

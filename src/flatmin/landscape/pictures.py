@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def logarithmic(shown: Tensor) -> bool:
     return bool((shown > 0).all()) and float(shown.max() / shown.min()) > 100
 
 
-def turnable(surface: Surface, title: str, *, relative: bool = False) -> str:
+def turnable(surface: Surface, title: str, *, relative: bool = False, names: Sequence[str] = ()) -> str:
     """A figure element with its data and script inside."""
     x, y = _axes(surface, relative)
     unit = torch.tensor(surface.units if relative else (1.0, 1.0), dtype=torch.float64)
@@ -94,6 +95,7 @@ def turnable(surface: Surface, title: str, *, relative: bool = False) -> str:
         "path": [] if surface.trajectory is None else
         [_numbers(row) for row in surface.trajectory.coordinates / unit],
         "models": [[0.0, 0.0]] if surface.models is None else [_numbers(row) for row in surface.models / unit],
+        "names": list(names),
     }
     missing = surface.values.numel() - len(shown)
     note = f" {missing} of {surface.values.numel()} points are not finite and left open." if missing else ""

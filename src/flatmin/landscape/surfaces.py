@@ -60,11 +60,14 @@ class Surface:
 
         return contour(self, ax, relative=relative, levels=levels, log=log)
 
-    def to_html(self, title: str = "Loss surface", *, relative: bool = False) -> str:
-        """A self-contained piece of HTML with a surface that can be turned: no network, no other library."""
+    def to_html(self, title: str = "Loss surface", *, relative: bool = False, names: Sequence[str] = ()) -> str:
+        """A self-contained piece of HTML with a surface that can be turned: no network, no other library.
+
+        ``names`` are written beside the models.
+        """
         from .pictures import turnable
 
-        return turnable(self, title, relative=relative)
+        return turnable(self, title, relative=relative, names=names)
 
 
 def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator = 0, *,

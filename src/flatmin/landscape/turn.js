@@ -6,7 +6,7 @@
   const box = figure.querySelector("input"), out = figure.querySelector("output");
   const n = data.x.length, m = data.y.length, W = 760, H = 520, sharp = window.devicePixelRatio || 1;
   canvas.width = W * sharp; canvas.height = H * sharp;
-  let wordy = true, turn = -0.7, tilt = 0.55, zoom = 1, log = data.log, held = null;
+  let size = 1, wordy = true, turn = -0.7, tilt = 0.55, zoom = 1, log = data.log, held = null;
   box.checked = log; box.disabled = !data.positive;
 
   const colours = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
@@ -57,7 +57,7 @@
   }
   function text(words, p, align) {
     if (!wordy) return;
-    pen.fillStyle = "#333"; pen.font = "12px system-ui, sans-serif"; pen.textAlign = align || "center";
+    pen.fillStyle = "#333"; pen.font = 12 * size + "px system-ui, sans-serif"; pen.textAlign = align || "center";
     pen.fillText(words, p[0], p[1]);
   }
   const short = v => Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(1) : String(+v.toPrecision(3));
@@ -78,7 +78,7 @@
     if (!words) corners.forEach((c, k) => line(project(...c, floor), project(...corners[(k + 1) % 4], floor), "#bbb", 1));
     for (const v of round(data.x)) text(short(v), project(unit(v, data.x), by * 1.12, floor - 0.04));
     for (const v of round(data.y)) text(short(v), project(bx * 1.12, unit(v, data.y), floor - 0.04));
-    const side = (a, b) => { const p = project(a, b, floor - 0.12); p[1] += 16; return p; };
+    const side = (a, b) => { const p = project(a, b, floor - 0.12); p[1] += 16 * size; return p; };
     text("x", side(0, by * 1.22)); text("y", side(bx * 1.22, 0));
     const post = [-bx, by].map((v, k) => k ? by : -bx);
     if (!words) line(project(...post, floor), project(...post, 0.65), "#bbb", 1);
@@ -87,9 +87,8 @@
       const right = p[0] > W / 2;
       text(short(log ? Math.pow(10, h) : h), [p[0] + (right ? 8 : -8), p[1] + 4], right ? "left" : "right");
     }
-    text("height: loss" + (log ? " (logarithmic)" : ""), [12, 20], "left");
-    text("x: " + data.labels[0], [12, 37], "left");
-    text("y: " + data.labels[1], [12, 54], "left");
+    ["height: loss" + (log ? " (logarithmic)" : ""), "x: " + data.labels[0], "y: " + data.labels[1]]
+      .forEach((words, k) => text(words, [12, 3 + 17 * (k + 1) * size], "left"));
   }
   function faces() {
     const p = data.v.map((row, i) => row.map((v, j) => {
@@ -130,17 +129,23 @@
       if (here && old) found.push({ depth: Math.min(here[2], old[2]) - front, paint: () => line(old, here, "#d62728", 2) });
       before = here;
     }
-    for (const [p, q] of data.models) {
-      const here = mark(p, q);
+    data.models.forEach(([p, q], k) => {
+      const here = mark(p, q), name = data.names[k];
       if (here) found.push({ depth: here[2] - front, paint: () => {
-        pen.beginPath(); pen.arc(here[0], here[1], 4.5, 0, 7);
+        pen.beginPath(); pen.arc(here[0], here[1], 4.5 * size, 0, 7);
         pen.fillStyle = "white"; pen.strokeStyle = "black"; pen.lineWidth = 1.2; pen.fill(); pen.stroke();
       } });
-    }
+      if (here && name) found.push({ depth: -Infinity, paint: () => {    // in front of everything
+        pen.font = "600 " + 13 * size + "px system-ui, sans-serif"; pen.textAlign = "center"; pen.lineJoin = "round";
+        pen.strokeStyle = "white"; pen.lineWidth = 4; pen.strokeText(name, here[0], here[1] - 10 * size);
+        pen.fillStyle = "#111"; pen.fillText(name, here[0], here[1] - 10 * size);
+      } });
+    });
     return found;
   }
   function draw() {
     range();
+    size = Math.min(Math.max(W / (canvas.clientWidth || W), 1), 2);      // words stay readable in a narrow figure
     pen.setTransform(sharp, 0, 0, sharp, 0, 0);
     pen.clearRect(0, 0, W, H);
     frame(false); faces(); frame(true);
@@ -176,6 +181,7 @@
     if (!step) return;
     e.preventDefault(); turn += step[0]; tilt = bound(tilt + step[1]); draw();
   });
+  window.addEventListener("resize", draw);
   box.addEventListener("change", () => { log = box.checked; draw(); });
   draw();
 })();

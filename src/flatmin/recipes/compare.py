@@ -22,9 +22,9 @@ from .. import __version__
 from ..ascent.rows import is_normalization
 from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
-from ..landscape import line
 from ..objective import Objective
 from ..sharpness import diagnose, one_step
+from . import landscape
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, batches, train
 from .methods import Method, find_methods, gradient, optimizer_for
@@ -124,6 +124,8 @@ class Comparison:
                     self._train_and_measure(method, seed)
             if "timing" not in self.record:
                 self.record["timing"] = self._time()
+            if "plane" not in self.record:
+                self.record["plane"] = self._plane()
             self.record["summary"] = summary(self.record["runs"])
             self.record["status"] = "complete"
         except BaseException:
@@ -251,7 +253,6 @@ class Comparison:
         step = one_step(objective, rho=MEASURED_RHO)
         spectrum = eigenpairs(Hessian(objective), k=1, tol=1e-3)
         logits = logits_of(model, self.data.test_inputs)
-        across = line(objective, steps=41, radius=5.0, seed=0)
         return {
             "test": classification(logits, self.data.test_targets)
             | {"stderr": standard_errors(logits, self.data.test_targets)},
@@ -259,8 +260,17 @@ class Comparison:
                           "second_order": step.second_order, "remainder": step.remainder, "samples": n},
             "hessian": {"eigenvalue": spectrum.largest, "residual": float(spectrum.residuals[-1]),
                         "converged": bool(spectrum.converged[-1]), "matvecs": spectrum.matvecs, "samples": n},
-            "line": {"x": across.x.tolist(), "values": across.values.tolist(), "direction": "random, the same for all"},
+            "line": landscape.profile(objective),
         }
+
+    def _plane(self) -> dict[str, Any]:
+        """The plane through solutions of the first seed: of the first method and the two most accurate others."""
+        self.progress.say("landscape")
+        found = summary(self.record["runs"])
+        kept = [r["method"] for r in self.record["runs"] if r["seed"] == 0 and "diverged" not in r]
+        kept = kept[:1] + sorted(kept[1:], key=lambda m: -found[m]["accuracy"]["mean"])[:2]
+        states = {m: self.folder.load_weights(f"{m}-seed0") for m in kept}
+        return landscape.plane(self.recipe, self.data, states, self.folder.path / "checkpoints") if kept else {}
 
     def _time(self, steps: int = 60) -> dict[str, Any]:
         """Seconds a step, methods alternating on the same batches; ratios to the first method, step by step."""

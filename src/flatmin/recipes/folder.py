@@ -60,6 +60,16 @@ class RunFolder:
         tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
         self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
 
+    def load_weights(self, name: str) -> dict[str, torch.Tensor]:
+        """What :meth:`save_weights` wrote."""
+        from safetensors.torch import load_file
+
+        file = self.path / "checkpoints" / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except Exception as error:
+            raise RunFolderError(f"{file} cannot be read ({type(error).__name__})") from error
+
     def save_state(self, state: dict[str, Any] | None) -> None:
         """Where a training run stands, for ``--resume``; None once it is finished."""
         if state is None:

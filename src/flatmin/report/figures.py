@@ -150,30 +150,50 @@ def scatter(r: Reading, metric: str, xlabel: str) -> str:
     return draw(paint, f"{r.test_name} in percent against {xlabel}")
 
 
+def has_units(r: Reading) -> bool:
+    """Whether every line knows the length of the weights it was drawn around."""
+    lines = [x for x in (section(x, "line") for x in r.all_runs) if x]
+    return bool(lines) and all(number(x.get("unit")) > 0 for x in lines)
+
+
 def lines(r: Reading, rise: bool) -> str:
-    """The loss along a line through each solution, every seed thin and their mean thick; or its rise over x = 0."""
+    """The loss along lines through each solution: every seed thin, their mean thick, a band of two standard errors over
+    directions. Or its rise over x = 0, in lengths of the weights where they are known."""
+    relative = rise and has_units(r)
+
+    def found(method: str) -> list[list[tuple[float, float, float]]]:
+        out = []
+        for x in (section(x, "line") for x in r.runs(method)):
+            at, values, errors = (numbers(x.get(k)) for k in ("x", "values", "stderr"))
+            if at and len(at) == len(values):
+                zero = values[min(range(len(at)), key=lambda k: abs(at[k]))] if rise else 0.0
+                unit = number(x.get("unit")) if relative else 1.0
+                errors = errors if len(errors) == len(at) else [math.nan] * len(at)
+                out.append([(a / unit, v - zero if math.isfinite(v) else math.nan, e)
+                            for a, v, e in zip(at, values, errors, strict=True)])
+        return out
 
     def paint(axes: Any) -> None:
         tops = []
         for i, m in enumerate(r.methods):
-            found = []
-            for x in (section(x, "line") for x in r.runs(m)):
-                at, values = numbers(x.get("x")), numbers(x.get("values"))
-                if at and len(at) == len(values):
-                    zero = values[min(range(len(at)), key=lambda k: abs(at[k]))] if rise else 0.0  # noqa: B023
-                    found.append((at, [v - zero if math.isfinite(v) else math.nan for v in values]))
-            same = [f for f in found if f[0] == found[0][0]]
-            for at, values in found if len(found) > 1 and len(r.methods) <= FEW else []:
-                axes.plot(at, values, color=color(i), linewidth=0.8, alpha=0.45, gid=f"s{i}")
-            if same:
-                mean = [sum(column) / len(column) for column in zip(*(f[1] for f in same), strict=True)]
-                axes.plot(same[0][0], mean, color=color(i), linewidth=_weight(r), linestyle=_style(i)[0],
-                          gid=f"s{i}|{r.label(m)}")
-                tops.append(max((v for v in mean if math.isfinite(v)), default=0.0))
+            curves = found(m)
+            for curve in curves if len(curves) > 1 and len(r.methods) <= FEW else []:
+                axes.plot(*list(zip(*curve, strict=True))[:2], color=color(i), linewidth=0.8, alpha=0.45, gid=f"s{i}")
+            same = [c for c in curves if len(c) == len(curves[0])]
+            if not same:
+                continue
+            at, mean, error = zip(*[[sum(column) / len(column) for column in zip(*points, strict=True)]
+                                    for points in zip(*same, strict=True)], strict=True)
+            if all(map(math.isfinite, (*mean, *error))):
+                axes.fill_between(at, [v - 2 * e for v, e in zip(mean, error, strict=True)],
+                                  [v + 2 * e for v, e in zip(mean, error, strict=True)], color=color(i), linewidth=0,
+                                  alpha=0.16 if len(r.methods) <= FEW else 0.05, gid=f"s{i}")
+            axes.plot(at, mean, color=color(i), linewidth=_weight(r), linestyle=_style(i)[0], gid=f"s{i}|{r.label(m)}")
+            tops.append(max((v for v in mean if math.isfinite(v)), default=0.0))
         if len(tops) > 2 and max(tops) > 6 * sorted(tops)[len(tops) // 2] > 0:  # one steep method hides the others
             axes.set_ylim(top=3 * sorted(tops)[len(tops) // 2])
         axes.axvline(0, color=RULE, linewidth=1, zorder=0.5)
-        axes.set_xlabel("distance from the solution, ‖w′ − w‖")
+        axes.set_xlabel("distance / length of the weights" if relative else "distance from the solution, ‖w′ − w‖")
         axes.margins(x=0.01)
 
     return draw(paint, "rise of the loss along a line through each solution" if rise else

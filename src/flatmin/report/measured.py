@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-import re
 import textwrap
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from .figures import RULE, color, draw
-from .page import POLICY, _count, _flat, _list, _text
+from .page import _count, _flat, _list, _text
 from .reading import number, numbers, section, significant
 from .style import sheet
+from .turning import policy, turnable
 
 NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
          "worst_case": "worst case", "average_case": "average case", "m_sharpness": "m-sharpness",
@@ -37,7 +35,6 @@ CSS = """
 padding-left:0;max-width:none}.small td,.small td span{white-space:normal}
 .ranks.measures li .name{max-width:none;font-weight:500}
 .ok{color:var(--c3)}.no{color:var(--warn);font-weight:600}dl.one{columns:1;margin-top:6px}
-.flatmin-surface figcaption{color:inherit}.flatmin-surface canvas{background:#fff;border-radius:8px}
 .ranks.measures li{grid-template-columns:1fr auto}.ranks.measures div{text-align:right}
 """
 
@@ -234,15 +231,15 @@ def _printable(text: str) -> str:
 def page(record: Mapping[str, Any]) -> str:
     """The whole HTML page of a record of ``flatmin measure``; what was not measured is left out."""
     m = Measured(record)
-    turning, script = _surface(m)
-    parts = [_hero(m), _warned(m), _sharpness(m), _spectrum(m), _density(m), _others(m), _line(m), turning, _details(m)]
-    policy = POLICY + (f"; script-src 'sha256-{script}'" if script else "")
+    parts = [_hero(m), _warned(m), _sharpness(m), _spectrum(m), _density(m), _others(m), _line(m), _surface(m),
+             _details(m)]
+    body = "\n".join(filter(None, parts))
     title = escape(f"{headline(m)} · flatmin measure, {m.name}")
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(body)}">'
             f"<title>{title}</title>\n<style>\n{sheet(4)}{CSS}</style></head>\n"
-            f"<body><main>\n{chr(10).join(filter(None, parts))}\n</main></body></html>\n")
+            f"<body><main>\n{body}\n</main></body></html>\n")
 
 
 def _hero(m: Measured) -> str:
@@ -442,29 +439,14 @@ def _line(m: Measured) -> str:
                     f'<figure style="max-width:680px">{draw(paint, "loss along a line", size=(6.6, 3.3))}</figure>')
 
 
-def _surface(m: Measured) -> tuple[str, str]:
-    """The surface as something to turn, and the hash of its script, the only one that the page lets run."""
+def _surface(m: Measured) -> str:
     r = m.result("surface")
-    x, y = numbers(r.get("x")), numbers(r.get("y"))
-    given = r.get("values")
-    values = [numbers(row) for row in given] if isinstance(given, list) else []
-    if not (x and y and len(values) == len(x) and all(len(row) == len(y) for row in values)):
-        return "", ""
-    import torch
-
-    from ..landscape import Surface
-    from ..landscape.plane import Plane
-
     names = r.get("names")
     names = [_printable(str(n)) for n in names] if isinstance(names, list) and len(names) == 2 else ["", ""]
-    grid, *axes = (torch.tensor(t, dtype=torch.float64) for t in (values, x, y))
-    found = Surface(values=grid, x=axes[0], y=axes[1], settings={},
-                    plane=Plane(origin=[], directions=[[], []], names=names, units=[1.0, 1.0]))
-    piece = found.to_html("Loss surface")
-    script = re.findall(r"<script>(.*?)</script>", piece, re.S)[-1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _section("The surface around the weights", f"The loss at {len(x)} × {len(y)} points of a plane through the "
-                    "weights; distances are true lengths in weight space. Drag it.", piece), digest
+    piece = turnable(r, "values", "Loss surface", names)
+    size = f"{len(numbers(r.get('x')))} × {len(numbers(r.get('y')))}"
+    return _section("The surface around the weights", f"The loss at {size} points of a plane through the weights; "
+                    "distances are true lengths in weight space. Drag it.", piece) if piece else ""
 
 
 def _details(m: Measured) -> str:

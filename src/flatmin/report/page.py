@@ -17,8 +17,7 @@ from .findings import headline, joined, seen, verdict, worse
 from .reading import METRICS, Reading, number, numbers, plus_minus, section
 from .style import sheet
 from .table import COLUMNS, html_table, scale, strip
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+from .turning import policy, turnable
 
 
 def write(folder: str | Path) -> Path:
@@ -55,14 +54,15 @@ def page(record: Mapping[str, Any]) -> str:
         return measured.page(record)
     r = Reading(record)
     name = str(r.data.get("name", "a run"))
-    parts = [_hero(r), _words(r), _results(r), _learning(r), _sharpness(r), _lines(r), _radii(r), _diagnosis(r),
-             _fine_print(r)]
+    parts = [_hero(r), _words(r), _results(r), _learning(r), _sharpness(r), _lines(r), _plane(r), _radii(r),
+             _diagnosis(r), _fine_print(r)]
+    body = "\n".join(filter(None, parts))
     title = escape(f"{headline(record)} · flatmin {record.get('kind', 'compare')}, {name}")
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(body)}">'
             f"<title>{title}</title>\n<style>\n{sheet(len(r.methods))}\n</style></head>\n"
-            f"<body><main>\n{chr(10).join(filter(None, parts))}\n</main></body></html>\n")
+            f"<body><main>\n{body}\n</main></body></html>\n")
 
 
 def _hero(r: Reading) -> str:
@@ -147,14 +147,39 @@ def _sharpness(r: Reading) -> str:
 
 
 def _lines(r: Reading) -> str:
-    if not any(numbers(section(x, "line").get("values")) for x in r.all_runs):
+    every = [section(x, "line") for x in r.all_runs]
+    if not any(numbers(x.get("values")) for x in every):
         return ""
-    panels = [(figures.lines(r, False), "Training loss", "along one straight line through each solution"),
-              (figures.lines(r, True), "The same, as the rise above the solution", "flat bottoms stay low")]
-    thin = "Thick: the mean over seeds; thin: every seed. " if len(r.methods) <= figures.FEW else "Means over seeds. "
-    thin = thin if _seeds(r) > 1 else ""
-    return _section(r, "The valley each method found", f"{thin}Distances are true lengths in "
-                    "weight space, and a line is one direction among very many.", panels)
+    draws = max((number(x.get("draws", 1)) for x in every), default=1)
+    panels = [(figures.lines(r, False), "Training loss", "against the distance from the solution, ‖w′ − w‖"),
+              (figures.lines(r, True), "Its rise above the solution", "against the distance in lengths of the weights, "
+               "which rescaling a network does not change" if figures.has_units(r) else "flat bottoms stay low")]
+    text = "The mean over straight lines in random directions, each filter scaled like the weights it stands on" \
+        if draws > 1 else "Along one straight line through each solution, a direction among very many"
+    text += "; bands are two standard errors over them" * (draws > 1)
+    thin = " Thick: the mean over seeds; thin: every seed." if len(r.methods) <= figures.FEW and _seeds(r) > 1 else ""
+    return _section(r, "The valley each method found", f"{text}.{thin}", panels)
+
+
+def _plane(r: Reading) -> str:
+    """Training and test loss over the plane through the solutions, as surfaces to turn."""
+    part = section(r.record, "plane")
+    methods = part.get("methods")
+    names = [r.label(str(m)) for m in methods] if isinstance(methods, list) else []
+    axes = [f"{n} − {names[0]}{', orthogonal part' * k}" for k, n in enumerate(names[1:3])]
+    axes += ["random, filter-normalised"] * 2
+    pieces = [turnable(part, key, title, axes[:2], names) for key, title in
+              (("train", "Training loss"), ("test", f"{'Clean-test' if r.noisy else 'Test'} loss"))]
+    if not (names and all(pieces)):
+        return ""
+    through = {1: "the solution", 2: "the solutions"}.get(len(names), "the three solutions")
+    steps, seed = len(numbers(part.get("x"))), _text(str(part.get("seed", 0)))
+    batch_norm = {"interpolated": " BatchNorm statistics are interpolated between the solutions.",
+                  "frozen": ""}.get(str(part.get("batch_norm")), "")
+    return (f"<section><h2>Between the solutions</h2><p>The plane through {through} of {escape(joined(names))} from "
+            f"seed {seed}, at {steps} × {steps} points; distances are true lengths in weight space. A valley of the "
+            f"training loss need not be one of the test loss.{batch_norm}</p>"
+            f'<div class="two">{"".join(pieces)}</div></section>')
 
 
 def _radii(r: Reading) -> str:

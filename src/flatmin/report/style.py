@@ -52,6 +52,7 @@ margin:0 0 28px;max-width:none}
 .worse h2{color:var(--warn)}.worse li{border-color:color-mix(in srgb,var(--warn) 22%,transparent)}
 figure{margin:0;min-width:0}
 figure svg{display:block;width:100%;height:auto;margin:6px 0 4px -4px}
+.flatmin-surface figcaption{color:inherit}.flatmin-surface canvas{background:#fff;border-radius:8px}
 svg text{font-family:var(--sans);font-variant-numeric:tabular-nums}
 .s{transition:opacity .15s}
 .key{list-style:none;display:flex;flex-wrap:wrap;gap:4px 20px;padding:0;margin:0 0 18px;font-size:14px}
