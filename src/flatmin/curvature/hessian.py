@@ -85,7 +85,8 @@ class Hessian(ObjectiveOperator):
         try:
             return super()._mean(v)
         except (RuntimeError, NotImplementedError) as error:
-            if self.product != "auto" or not any(text in str(error) for text in _NO_SECOND_DERIVATIVE):
+            batching = v.dim() == 2     # then one vector at a time is tried first
+            if self.product != "auto" or batching or not any(text in str(error) for text in _NO_SECOND_DERIVATIVE):
                 raise
             warnings.warn("the model has no second derivative, so products are differences of gradients; "
                           f"their error is in the record. ({str(error).splitlines()[0]})", stacklevel=2)

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from .. import vectors
 from ..batches import unwrapped
 from ..objective import Objective, Term
 from . import memory
 from .operator import CurvatureOperator
+from .smooth import Smooth
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
 Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
@@ -48,6 +50,7 @@ class ObjectiveOperator(CurvatureOperator):
         self.parameters = [p for _, p in chosen]
         self._linearize = linearize
         self._depth = 0
+        self._smooth = True
         self._forget()
         if parameters is not None:
             where = self.select(parameters)
@@ -164,13 +167,23 @@ class ObjectiveOperator(CurvatureOperator):
                 try:
                     return self._mean(block)
                 except RuntimeError as error:
-                    if "vmap" not in str(error) and "batching rule" not in str(error):
+                    if "vmap" not in str(error) and "batching rule" not in str(error).lower():
                         raise
                     self.vmap = False
             return torch.stack([self._mean(v) for v in block])
 
     def _mean(self, v: Tensor) -> Tensor:
         """Σ n_b A_b v / Σ n_b, for v of shape (n,) or a block (b, n)."""
+        try:
+            return self._weighted(v)
+        except CheckpointError:     # checkpointed layers run again outside ``Smooth``
+            if not self._smooth:
+                raise
+        self._smooth = False
+        self._forget()
+        return self._weighted(v)
+
+    def _weighted(self, v: Tensor) -> Tensor:
         batched = v.dim() == 2
         vs = [part.reshape(v.shape[:-1] + shape).to(dtype) for part, shape, dtype in
               zip(v.split(self.numels, -1), self.shapes, self._dtypes, strict=True)]
@@ -219,7 +232,7 @@ class ObjectiveOperator(CurvatureOperator):
 
     def _linearized(self, term: Term) -> Apply:
         assert self._room is not None
-        with torch.enable_grad():
+        with torch.enable_grad(), Smooth() if self._smooth else nullcontext():
             if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
                 return self._linearize(term, self.parameters)
             with memory.Meter() as meter:
