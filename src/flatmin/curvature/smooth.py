@@ -99,6 +99,49 @@ class _Slope(Function):
         return u * slope, u * curve, None, None
 
 
+class _Linear(Function):
+    """y = x Wᵀ + b, for x of shape (m, i) and W of shape (o, i)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.T if b is None else torch.addmm(b, x, w.T)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
+        x, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _LinearSlope.apply(g, x, w, *ctx.needs_input_grad)
+        return _linear_backward(g, x, w, *ctx.needs_input_grad)
+
+
+class _LinearSlope(Function):
+    """(g W, gᵀ x, Σ g)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, *wanted: bool) -> Any:
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
+        return _linear_backward(g, x, w, *wanted)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:    # type: ignore[override]
+        g, x, w = ctx.saved_tensors
+        to_g = None if u is None else u @ w.T
+        if a is not None:
+            to_g = x @ a.T if to_g is None else to_g.addmm_(x, a.T)
+        if c is not None:
+            to_g = c.expand_as(g) if to_g is None else to_g.add_(c)
+        to_x = g @ a if a is not None and ctx.needs_input_grad[1] else None
+        to_w = g.T @ u if u is not None and ctx.needs_input_grad[2] else None
+        return to_g, to_x, to_w, None, None, None
+
+
+def _linear_backward(g: Tensor, x: Tensor, w: Tensor, to_x: bool, to_w: bool, to_b: bool) -> Any:
+    return g @ w if to_x else None, g.T @ x if to_w else None, g.sum(0) if to_b else None
+
+
 class _LayerNorm(Function):
     """y = w x̂ + b, x̂ = (x − mean) r, over the last dimension."""
 
@@ -228,6 +271,13 @@ def _make_gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     return _SMOOTH_GELU[approximate](x)
 
 
+def _make_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if weight.dim() != 2 or x.dim() < 2 or not all(map(_plain, (x, weight) if bias is None else (x, weight, bias))):
+        return None
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], -1)
+
+
 def _make_layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
                      eps: float = 1e-5) -> Tensor | None:
     if len(shape) != 1 or weight is None or bias is None or x.dim() < 2 or not all(map(_plain, (x, weight, bias))):
@@ -247,7 +297,7 @@ def _make_batch_norm(x: Tensor, mean: Tensor | None, var: Tensor | None, weight:
 
 
 _LAYERS: dict[Any, Callable[..., Tensor | None]] = {
-    F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm}
+    F.linear: _make_linear, F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm}
 for _functions, _slope, _bend in (((torch.tanh, Tensor.tanh, F.tanh), _tanh, lambda y, d: -2 * y * d),
                                   ((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _sigmoid, lambda y, d: d * (1 - 2 * y)),
                                   ((F.silu,), _silu, _silu_bend)):
