@@ -142,3 +142,10 @@ def test_what_is_left_to_torch():
         with torch.no_grad():
             left.append(torch.tanh(x))
     assert not any("_" in name[:1] for t in left for name in graph(t))
+
+
+def test_a_loss_that_autograd_cannot_follow_is_warned_about():
+    model = nn.Linear(2, 1)
+    H = Hessian(Objective(model, lambda z, y: (z.detach() - y).square().mean(), (torch.ones(3, 2), torch.ones(3, 1))))
+    with pytest.warns(UserWarning, match="use_reentrant"):
+        assert float((H @ torch.ones(3)).norm()) == 0

@@ -96,7 +96,11 @@ class Hessian(ObjectiveOperator):
 
 
 def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
-    return derivative_of_gradient(term.loss(term.outputs()), w)
+    loss = term.loss(term.outputs())
+    if not loss.requires_grad:
+        warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, run "
+                      "under no_grad, or checkpointed with use_reentrant=True?", stacklevel=2)
+    return derivative_of_gradient(loss, w)
 
 
 def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:

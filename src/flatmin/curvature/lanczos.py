@@ -164,49 +164,48 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
 def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None],
              keep: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    checked = 0
+    due, history = k, list[tuple[int, float]]()
 
     def state(**more: Tensor) -> State:
-        return run.state(with_basis=keep.basis is None) | {"checked": checked} | more
+        return run.state(with_basis=keep.basis is None) | {"due": due, "history": history} | more
 
     def restart(s: Tensor, theta: Tensor, journal: Journal | None) -> None:
-        nonlocal checked
+        nonlocal due
         run.restart(s, theta, journal)
-        checked = run.count
+        due = run.count + 1
         keep.rewritten(state)
 
     if saved:
         run.resume(saved)
-        checked = saved["checked"]
+        due, history = saved["due"], saved["history"]
         if "s" in saved:        # killed in the middle of a restart on disk
             restart(saved["s"], saved["theta"], keep.journal())
-    history: list[tuple[int, float]] = []
     while True:
         full = run.count == run.capacity
-        if full or (run.count >= k and run.count - checked > run.count // 16):
+        if full or run.count >= due:
             theta, s, bounds = run.ritz()
             chosen = wanted(theta, k, which)
             worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
             history.append((run.matvecs, math.log(max(worst, 1e-300) / max(target, 1e-300))))
+            left = _left(history)
             report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
-                                f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}{_left(history)}")
+                                f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}"
+                                + (f", about {left} products left" if left else ""))
             if worst <= target or run.complete or run.matvecs >= limit:
                 return
+            due = run.count + max(1, run.count // (48 if worst <= 10 * target else 16))     # a check costs time too
             if full:
                 kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
                 s, theta = s[:, kept], theta[kept]
                 restart(s, theta, keep.rewriting(partial(state, s=s, theta=theta)))
-            checked = run.count
         run.step()
         keep.tick(state)
 
 
-def _left(history: list[tuple[int, float]]) -> str:
-    """How many products are left if the worst residual falls on as it did in the later half of them."""
+def _left(history: list[tuple[int, float]]) -> int:
+    """How many products are left if the worst residual falls on as it did in the later half of them; 0: unknown."""
     (before, high), (now, low) = history[len(history) // 2 - 1 if len(history) > 1 else 0], history[-1]
-    if low <= 0 or high <= low:
-        return ""
-    return f", about {math.ceil(low * (now - before) / (high - low))} products left"
+    return 0 if low <= 0 or high <= low else math.ceil(low * (now - before) / (high - low))
 
 
 def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
