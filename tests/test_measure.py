@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatmin import Objective, cli, report
+from flatmin.curvature import Hessian
 from flatmin.recipes import measure
 from flatmin.report import measured
 
@@ -244,6 +245,26 @@ def test_ctrl_c_leaves_a_folder_that_resume_continues(tmp_path, capsys, monkeypa
     assert after["status"] == "complete" and after["results"]["one_step"] == record["results"]["one_step"]
     assert "not complete" not in (tmp_path / "r" / "report.html").read_text()
     assert run("--resume", "r", "--k", "3") == 2 and run("--resume", "nosuch") == 1
+
+
+@pytest.mark.parametrize("metric", ("spectrum", "trace", "density"))
+def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, monkeypatch):
+    assert run("mine:objective", "--metrics", metric, "--out", "whole") == 0
+    calls, product = [], Hessian._mean
+
+    def dying(self, v):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return product(self, v)
+
+    monkeypatch.setattr(Hessian, "_mean", dying)
+    assert run("mine:objective", "--metrics", metric, "--out", "cut") == 130
+    assert len(list((tmp_path / "cut" / "checkpoints").glob(f"{metric}-*.pt"))) == 1
+    assert run("--resume", "cut") == 0
+    whole, cut = (record_of(tmp_path / name)["results"] for name in ("whole", "cut"))
+    assert cut == whole and len(calls) == whole[metric]["matvecs"] + 3
+    assert not list((tmp_path / "cut" / "checkpoints").iterdir())
 
 
 def test_resume_refuses_other_weights_and_other_data(tmp_path, capsys):

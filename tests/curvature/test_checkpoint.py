@@ -5,6 +5,7 @@ The tests of the algorithms see only runs that end; none would notice a state th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,9 +14,21 @@ import time
 
 import pytest
 import torch
-from nets import symmetric
+from nets import classification, symmetric
 
-from flatmin.curvature import Matrix, basis, checkpoint, eigenpairs
+from flatmin.curvature import (
+    Hessian,
+    Matrix,
+    basis,
+    checkpoint,
+    diagonal,
+    eigenpairs,
+    eigenvalues,
+    frobenius,
+    power_iteration,
+    spectral_density,
+    trace,
+)
 
 E = torch.linspace(-1, 1, 300)
 
@@ -23,8 +36,8 @@ E = torch.linspace(-1, 1, 300)
 class Dying(Matrix):
     """Raises at the product number ``at``, counted over all calls."""
 
-    def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt):
-        super().__init__(symmetric(E))
+    def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt, e: torch.Tensor = E):
+        super().__init__(symmetric(e))
         self.at, self.error, self.products = at, error, 0
 
     def _product(self, v):
@@ -159,3 +172,104 @@ def test_killed_while_certifying(tmp_path):
     whole = eigenpairs(Matrix(symmetric(torch.linspace(-1, 1, 200) ** 3)), 1, basis=20)
     assert (int(products), int(matvecs), float(value)) == (2, whole.matvecs, float(whole.eigenvalues[0]))
     assert not os.listdir(tmp_path) and time.monotonic() - start < 50
+
+
+P = torch.linspace(-0.1, 1, 300) ** 5
+RUNS = {
+    "hutchinson": (trace, {"rtol": 0.015}),
+    "hutch++": (trace, {"rtol": 0.01, "method": "hutch++"}),
+    "xtrace": (trace, {"rtol": 0.01, "method": "xtrace"}),
+    "frobenius": (frobenius, {"rtol": 0.01}),
+    "diagonal": (diagonal, {"rtol": 0.2}),
+    "power": (power_iteration, {"tol": 0.02}),
+    "magnitude": (power_iteration, {"tol": 0.005, "which": "magnitude"}),
+    "density": (spectral_density, {"probes": 3, "steps": 20}),
+    "eigenvalues": (eigenvalues, {"k": 3, "tol": 1e-4}),
+}
+"""Each takes 40 products or more."""
+
+
+def fields(record):
+    """A record as numbers that can be compared bit for bit."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.tolist()
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    return {f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+
+
+@pytest.mark.parametrize("seed", (0, "generator"))
+@pytest.mark.parametrize("at", (2, 5, 13, 27, 40))
+@pytest.mark.parametrize("name", RUNS)
+def test_every_long_run_goes_on_to_the_same_bits(name, at, seed, tmp_path):
+    run, options = RUNS[name]
+
+    def seeded():
+        return {"seed": torch.Generator().manual_seed(3) if seed else 0}
+
+    whole, operator = run(Dying(0, e=P), **options, **seeded()), Dying(at, e=P)
+    assert whole.matvecs >= 40
+    file = str(tmp_path / "run.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(operator, checkpoint=file, **options, **seeded())
+    assert os.path.exists(file) == (at > 2 or name == "density")
+    found = run(operator, checkpoint=file, **options, **seeded())
+    assert fields(found) == fields(whole)
+    unfinished = name == "xtrace" and at % 2 == 1       # two products a probe
+    assert operator.products == whole.matvecs + 3 + unfinished and not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("name", RUNS)
+def test_every_long_run_survives_an_error_at_every_product(name, tmp_path):
+    """A product that fails each third time, as on a machine that is often killed."""
+    run, options = RUNS[name]
+    whole, operator = run(Dying(0, e=P), **options), Dying(0, MemoryError, P)
+    for _ in range(whole.matvecs):
+        operator.at = operator.products + 5
+        try:
+            found = run(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+            break
+        except MemoryError:
+            pass
+    assert fields(found) == fields(whole) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("at", (5, 21, 22, 23, 40))
+def test_a_density_on_disk_goes_on(at, tmp_path):
+    """A probe takes 20 products: the next one writes over its basis."""
+    options = {"probes": 3, "steps": 20, "place": "disk", "folder": str(tmp_path)}
+    whole, operator = spectral_density(Dying(0, e=P), **options), Dying(at, MemoryError, P)
+    with pytest.raises(MemoryError):
+        spectral_density(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+    found = spectral_density(operator, checkpoint=str(tmp_path / "run.pt"), **options)
+    assert fields(found) == fields(whole) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_run_takes_up_that_of_another(name, tmp_path):
+    run, options = RUNS[name]
+    file = str(tmp_path / "run.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(Dying(20, e=P), checkpoint=file, **options)
+    others = [(run, options | {"seed": 1}), *(row for key, row in RUNS.items() if key != name)]
+    for other, wrong in others:
+        with pytest.raises(ValueError, match="another computation"):
+            other(Dying(0, e=P), checkpoint=file, **wrong)
+    assert os.path.exists(file)
+
+
+def test_products_of_a_model_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    """The graphs that a session kept are made anew."""
+    whole = trace(Hessian(classification(split=True)), rtol=0.1)
+    operator, product = Hessian(classification(split=True)), Hessian._mean
+    calls = iter(range(100))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Hessian, "_mean", lambda self, v: product(self, v) if next(calls) != 7 else _interrupt())
+        trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt"))
+    assert trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt")) == whole
+
+
+def _interrupt():
+    raise KeyboardInterrupt

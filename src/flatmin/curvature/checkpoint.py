@@ -22,16 +22,19 @@ class Checkpoint:
     """The state of a run in a file: written each minute and on Ctrl-C, taken up by the same call, removed at the end.
 
     On ranks each has its own file; they write together, and start over where their states are not of the same step.
-    A basis on disk is a part of the state that has a file of its own, ``basis``.
+    A basis on disk is a part of the state that has a file of its own, ``basis``. With a ``generator`` each state holds
+    where it is, and it is put there. ``fixed`` is what all further states hold too.
 
     Raises:
         ValueError: the file is of another computation: another matrix, method or seed.
     """
 
-    def __init__(self, file: str | None, operator: CurvatureOperator, *, on_disk: bool = False, **settings: Any):
+    def __init__(self, file: str | None, operator: CurvatureOperator, *, on_disk: bool = False,
+                 generator: torch.Generator | None = None, **settings: Any):
         self.file = file and f"{file}.{operator.rank}" if operator.rank else file
         self.operator, self.every = operator, 5 if on_disk else 60
         self.basis = f"{self.file}.basis" if self.file and on_disk else None
+        self.generator, self.fixed = generator, State()
         self._state: State | None = None
         self._saved: State | None = None
         self._written = time.monotonic()
@@ -41,16 +44,23 @@ class Checkpoint:
                          "size": (operator.size, operator.length), "of": type(operator).__name__}
             self._run = repr(sorted(settings.items())) + operator.fingerprint()
             self._saved = self._read(self.file)
+        if self._saved and generator is not None:
+            generator.set_state(self._saved["generator"])
+
+    @property
+    def saved(self) -> State:
+        """What was saved; empty at a first start."""
+        return self._saved or {}
 
     def take(self) -> State | None:
         """What was saved, once."""
         saved, self._saved = self._saved, None
         return saved
 
-    def tick(self, state: Callable[[], State]) -> None:
+    def tick(self, state: State | Callable[[], State]) -> None:
         """The state after a step; it must not change before the next ``tick`` or ``changing``."""
         if self.file:
-            self._state = state()
+            self._hold(state)
             if self.operator.agree(int(time.monotonic() - self._written < self.every)) == 0:
                 self.write()
 
@@ -71,20 +81,25 @@ class Checkpoint:
         if self.basis is None:
             return None
         _remove(f"{self.basis}.journal")
-        self._state = state()
+        self._hold(state)
         self.write()
         return self.journal()
 
     def rewritten(self, state: Callable[[], State]) -> None:
-        """The basis has been rewritten, and this is the state that fits it; for one on disk, the file too."""
+        """The state from here on, since that in the file does not fit what the basis on disk holds or will hold."""
         if self.file:
-            self._state = state()
+            self._hold(state)
         if self.basis:
             self.write()
             _remove(f"{self.basis}.journal")
 
     def journal(self) -> Journal:
         return Journal(f"{self.basis}.journal")
+
+    def _hold(self, state: State | Callable[[], State]) -> None:
+        self._state = self.fixed | (state() if callable(state) else state)
+        if self.generator is not None:
+            self._state["generator"] = self.generator.get_state()
 
     def _read(self, file: str) -> State | None:
         """What was saved, if every rank has the same."""

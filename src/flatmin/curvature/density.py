@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import vectors
 from ..results import Scalar
 from .basis import Basis, Place
+from .checkpoint import Checkpoint, State
 from .krylov import Krylov
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
@@ -90,7 +92,7 @@ class SpectralDensity:
 
 def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int = 60, zero: float = 1e-4,
                      seed: int | torch.Generator = 0, place: Place = "device", folder: str | None = None,
-                     progress: Progress = False) -> SpectralDensity:
+                     progress: Progress = False, checkpoint: str | None = None) -> SpectralDensity:
     """The spectral density φ(t) = (1/n) Σ_i δ(t − λ_i), by stochastic Lanczos quadrature.
 
     From each random unit vector v, ``steps`` of Lanczos with full re-orthogonalisation give nodes θ_j and weights
@@ -103,6 +105,8 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
         zero: |λ| up to ``zero`` times the largest |λ| counts as zero for ``mass_at_zero``.
         seed: of the probes.
         place, folder: where the vectors are, as for ``eigenpairs``.
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+            same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
     >>> d = spectral_density(Matrix(torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0]))), probes=200)
@@ -115,18 +119,33 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
         raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
     generator = vectors.seeded(seed)
     steps = min(steps, operator.size)
-    nodes, weights, used = [], [], 0
-    with operator.session(), reporter(progress, "spectral density") as report:
-        V = Basis(operator, steps + 1, place, folder)
-        for _ in range(probes):
-            run = Krylov(operator, V, generator)
+    with operator.session(), reporter(progress, "spectral density") as report, \
+            Checkpoint(checkpoint, operator, on_disk=place == "disk", generator=generator, method="density",
+                       probes=probes, steps=steps, seed=seed) as keep:
+        V, saved = Basis(operator, steps + 1, place, folder, keep.basis), keep.take() or {}
+        nodes, weights, used = saved.get("nodes", []), saved.get("weights", []), saved.get("used", 0)
+
+        def state(run: Krylov | None = None) -> State:
+            part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
+            return part | {"nodes": list(nodes), "weights": list(weights), "used": used,
+                           "matvecs": used + (run.matvecs if run else 0)}
+
+        part: State | None = saved.get("run")
+        while len(nodes) < probes:
+            if part is None:
+                keep.rewritten(state)
+            run = Krylov(operator, V, generator, start=part is None)
+            if part is not None:
+                run.resume(part)
+                part = None
             while run.count < run.capacity and not run.breakdowns:
                 run.step()
+                keep.tick(partial(state, run))
                 report(used + run.matvecs, f"of {probes * steps}")
             theta, s, _ = run.ritz()
+            used += run.matvecs
             nodes.append(theta / run.unit)
             weights.append(s[0] ** 2)
-            used += run.matvecs
     top = max(float(t.abs().max()) for t in nodes)
     n, settings = operator.size, operator.describe() | {"probes": probes, "steps": steps}
     at_zero = [float(w[t.abs() <= zero * top].sum()) for t, w in zip(nodes, weights, strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..results import Scalar
+from .checkpoint import Checkpoint
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
 
@@ -32,7 +33,7 @@ class PowerIteration(Scalar):
 
 def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magnitude"] = "largest", *,
                     tol: float = 1e-3, max_matvecs: int = 1000, seed: int | torch.Generator = 0,
-                    progress: Progress = False) -> PowerIteration:
+                    progress: Progress = False, checkpoint: str | None = None) -> PowerIteration:
     """One eigenpair by v ← (A + σI) v / ‖·‖.
 
     Plain power iteration (σ = 0, "magnitude") finds the eigenvalue of largest |λ|, which for a Hessian may well be a
@@ -45,6 +46,8 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
         tol: stop when ‖Av − λv‖ is at most ``tol`` · max(|λ|, σ).
         max_matvecs: products at most; beyond, a warning, and ``converged`` is False.
         seed: of the start vector.
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+            same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
     >>> p = power_iteration(Matrix(torch.diag(torch.tensor([1.0, -5.0]))), tol=1e-6)
@@ -61,7 +64,11 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     rate = math.nan
     converged = False
     used = 0
-    with operator.session(), reporter(progress, "power iteration") as report:
+    with operator.session(), reporter(progress, "power iteration") as report, \
+            Checkpoint(checkpoint, operator, method="power", which=which, tol=tol, seed=seed) as keep:
+        if saved := keep.take():
+            v, start = (saved[name].to(operator.device) for name in ("v", "start"))
+            value, residual, top, rate, used = (saved[name] for name in ("value", "residual", "top", "rate", "matvecs"))
         while used < max_matvecs and not converged:
             w = operator._product(v)
             used += 1
@@ -80,6 +87,8 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
             elif which == "largest":
                 w.add_(v, alpha=top)
             v = w.div_(operator.norm(w))
+            keep.tick({"v": v, "start": start, "value": value, "residual": residual, "top": top, "rate": rate,
+                       "matvecs": used})
     if not converged:
         warnings.warn(f"power iteration did not converge in {used} products (residual {residual:.1e}, falling by "
                       f"{rate:.3f} a step): eigenpairs() needs fewer", stacklevel=2)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from ..results import Scalar
+from .checkpoint import Checkpoint, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +58,25 @@ def enough(mean: float, stderr: float, rtol: float, confidence: float, n: int) -
     return n > 1 and quantile(confidence, n - 1) * stderr <= rtol * abs(mean)
 
 
-def adaptive(sample: Callable[[], float], cost: int, *, rtol: float, confidence: float, spent: int, most: int,
-             offset: float = 0.0, report: Callable[[int, str], None] = lambda done, text: None,
-             pilot: int = 10) -> tuple[list[float], int]:
+def adaptive(sample: Callable[[], float], cost: int, keep: Checkpoint, *, rtol: float, confidence: float, spent: int,
+             most: int, report: Callable[[int, str], None], offset: float = 0.0, pilot: int = 10
+             ) -> tuple[list[float], int]:
     """Samples until the interval of ``offset`` + their mean is narrow enough, and the products foretold.
 
     A pilot gives the variance, which gives the number of samples; these are drawn in at most a few rounds rather than
     by looking after every sample, since stopping at the first lucky look would make the stated error too small.
     """
-    samples: list[float] = []
-    foretold, goal = 0, pilot
+    samples: list[float] = keep.saved.get("samples", [])
+    foretold, goal = keep.saved.get("foretold", 0), keep.saved.get("goal", pilot)
+
+    def state() -> State:
+        return {"samples": list(samples), "foretold": foretold, "goal": goal, "matvecs": spent + cost * len(samples)}
+
     while True:
         goal = max(1, min(goal, (most - spent) // cost))
         while len(samples) < goal:
             samples.append(sample())
+            keep.tick(state)
             report(spent + cost * len(samples), f"of about {spent + cost * goal}")
         mean, stderr = moments(samples)
         if enough(offset + mean, stderr, rtol, confidence, len(samples)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from .. import vectors
 from .basis import Basis
+from .checkpoint import Checkpoint, State
 from .operator import CurvatureOperator
 from .progress import Progress, reporter
-from .sampling import Estimate, adaptive, enough, estimate, moments
+from .sampling import Estimate, adaptive, estimate, moments
+from .xtrace import append, xtrace
 
 ONE_SIGMA = 0.6827
 Method = Literal["hutchinson", "hutch++", "xtrace"]
@@ -22,7 +23,7 @@ Method = Literal["hutchinson", "hutch++", "xtrace"]
 
 def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float = ONE_SIGMA,
           method: Method = "hutchinson", seed: int | torch.Generator = 0, sketch: int | None = None,
-          max_matvecs: int = 10_000, progress: Progress = False) -> Estimate:
+          max_matvecs: int = 10_000, progress: Progress = False, checkpoint: str | None = None) -> Estimate:
     """tr A, to a relative error: probes are drawn until the interval at ``confidence`` is ± ``rtol`` · |tr A|.
 
     * "hutchinson": the mean of zᵀAz over signs z; its variance is 2(‖A‖_F² − Σ A_ii²) a probe.
@@ -39,6 +40,8 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
         sketch: for "hutch++", how many vectors Q holds (10 by default). For "xtrace" 2 vectors a probe are held.
         max_matvecs: products at most; where they do not suffice a warning says how many would.
         seed: of the probes.
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+            same result; removed with it.
 
     Returns:
         ``.value .stderr .interval .matvecs .foretold .converged``.
@@ -53,18 +56,17 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     """
     if method not in ("hutchinson", "hutch++", "xtrace"):
         raise ValueError(f'method must be "hutchinson", "hutch++" or "xtrace", got {method!r}')
+    if sketch is not None and method != "hutch++":
+        raise ValueError('sketch= is for method="hutch++"')
+    size = min(10 if sketch is None else sketch, max(1, max_matvecs // 3), operator.size) if method == "hutch++" else 0
     generator = vectors.seeded(seed)
     settings = operator.describe() | {"method": method, "rtol": rtol}
-    with operator.session(), reporter(progress, "trace") as report:
+    with operator.session(), reporter(progress, "trace") as report, \
+            Checkpoint(checkpoint, operator, generator=generator, method=method, rtol=rtol, confidence=confidence,
+                       sketch=size, seed=seed) as keep:
         if method == "xtrace":
-            return _xtrace(operator, rtol, confidence, generator, max_matvecs, report, settings)
-        Q, exact, spent = None, 0.0, 0
-        if method == "hutch++":
-            size = min(10 if sketch is None else sketch, max(1, max_matvecs // 3), operator.size)
-            Q, exact = _range(operator, size, generator)
-            spent = 2 * size
-        elif sketch is not None:
-            raise ValueError('sketch= is for method="hutch++"')
+            return xtrace(operator, rtol, confidence, generator, max_matvecs, report, settings, keep)
+        Q, exact = _range(operator, size, generator, keep) if size else (None, 0.0)
 
         def sample() -> float:
             z = operator.random(generator, "rademacher")
@@ -72,100 +74,43 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
                 Q.remove(z, len(Q))
             return operator.dot(z, operator._product(z))
 
-        if Q is not None and len(Q) == operator.size:
-            samples, foretold = [0.0, 0.0], spent
+        if size == operator.size:
+            samples, foretold = [0.0, 0.0], 2 * size
         else:
-            samples, foretold = adaptive(sample, 1, rtol=rtol, confidence=confidence, spent=spent, most=max_matvecs,
-                                         offset=exact, report=report, pilot=10 if Q is None else 20)
-            spent += len(samples)
+            samples, foretold = adaptive(sample, 1, keep, rtol=rtol, confidence=confidence, spent=2 * size,
+                                         most=max_matvecs, offset=exact, report=report, pilot=20 if size else 10)
+    spent = 2 * size + (len(samples) if size < operator.size else 0)
     mean, stderr = moments(samples)
     return estimate(exact + mean, stderr, len(samples), matvecs=spent, foretold=foretold, rtol=rtol,
                     confidence=confidence, settings=settings, name="the trace")
 
 
-def _range(operator: CurvatureOperator, size: int, generator: torch.Generator) -> tuple[Basis, float]:
+def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, keep: Checkpoint
+           ) -> tuple[Basis, float]:
     """An orthonormal basis of A applied to random vectors, and the trace of A on it."""
-    Q = Basis(operator, size)
-    for i in range(size):
-        append(operator, Q, i, operator._product(operator.random(generator, "rademacher")), generator)
-    return Q, math.fsum(operator.dot(Q[i], operator._product(Q[i])) for i in range(size))
+    Q, parts = Basis(operator, size), keep.saved.get("parts", [])
+    done = len(keep.saved.get("Q", ()))
+    if done:
+        Q.rows[:done].copy_(keep.saved["Q"])
 
+    def state() -> State:
+        return {"Q": Q.rows[:done], "parts": list(parts), "matvecs": done + len(parts)}
 
-def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
-    """Row i of Q ← y made orthonormal to the rows before (or a random vector, where y depends on them).
-
-    Returns the coefficients (i + 1,) of y along the rows, the last one 0 where y was dependent.
-    """
-    before = operator.norm(y)
-    c = Q.remove(y, i)
-    c = c + Q.remove(y, i)
-    length = operator.norm(y)
-    dependent = length <= 100 * torch.finfo(operator.dtype).eps * before
-    if dependent:
-        y = operator.random(generator)
-        for _ in range(3):
-            y.div_(operator.norm(y))
-            Q.remove(y, i)
-    Q.put(i, y, 1 / operator.norm(y))
-    return torch.cat([c, torch.tensor([0.0 if dependent else length], dtype=torch.float64)])
-
-
-def _xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
-            report: Callable[[int, str], None], settings: dict[str, Any]) -> Estimate:
-    """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
-    limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
-    goal, done, foretold = min(16, limit), 0, 0
-    probes: list[Tensor] = []
-    q: list[Tensor] = []
-    R, H, W, square = (torch.zeros(0, 0, dtype=torch.float64) for _ in range(4))
-    while True:
-        Q = Basis(operator, goal)
-        for i, row in enumerate(q):
-            Q.put(i, row)
-        R, H, square = (torch.nn.functional.pad(t, (0, goal - done, 0, goal - done)) for t in (R, H, square))
-        for i in range(done, goal):
-            z = operator.random(generator)
-            y = operator._product(z)
-            square[i, i] = operator.dot(z, y)
-            R[:i + 1, i] = append(operator, Q, i, y, generator)
-            probes.append(z)
-            az = operator._product(Q[i])
-            H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
-            report(2 * (i + 1), f"of about {2 * goal}")
-        W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
-        q, done = list(Q.rows), goal
-        lengths = torch.tensor([operator.norm(z) ** 2 for z in probes], dtype=torch.float64)
-        samples = _leave_one_out(R, H, W, square.diagonal(), lengths, operator.size)
-        mean, stderr = moments(samples)
-        if enough(mean, stderr, rtol, confidence, done):
-            break
-        foretold = foretold or int(min(2 * done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2, 2**62))
-        if done >= limit:
-            break
-        goal = min(2 * goal, limit)
-    return estimate(mean, stderr, done, matvecs=2 * done, foretold=foretold or 2 * done, rtol=rtol,
-                    confidence=confidence, settings=settings, name="the trace")
-
-
-def _leave_one_out(R: Tensor, H: Tensor, W: Tensor, zaz: Tensor, lengths: Tensor, n: int) -> list[float]:
-    """The XTrace estimates, one a probe: QᵢQᵢᵀ = Q(I − s sᵀ)Qᵀ is the range without probe i, s ∝ R⁻ᵀ eᵢ.
-
-    With p the coordinates of the projected probe, μ = z − Qp: tr QᵢᵀAQᵢ + (n − N + 1) μᵀAμ / ‖μ‖², the last factor
-    because only the direction of a normal probe matters.
-    """
-    size = len(R)
-    scale = R.diagonal().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    safe = R + torch.diag(torch.where(R.diagonal().abs() < 1e-12 * scale, scale * 1e-12, 0.0))
-    S = torch.linalg.solve_triangular(safe.T, torch.eye(size, dtype=torch.float64), upper=False)
-    S = S / torch.linalg.vector_norm(S, dim=0)
-    P = W - S * (S * W).sum(0)
-    rest = zaz - 2 * (P * R).sum(0) + (P * (H @ P)).sum(0)
-    mu = (lengths - (P * P).sum(0)).clamp(min=1e-300)
-    return (H.trace() - (S * (H @ S)).sum(0) + (n - size + 1) * rest / mu).tolist()
+    while done < size:
+        append(operator, Q, done, operator._product(operator.random(generator, "rademacher")), generator)
+        done += 1
+        keep.tick(state)
+    while len(parts) < size:
+        q = Q[len(parts)]
+        parts.append(operator.dot(q, operator._product(q)))
+        keep.tick(state)
+    keep.fixed = {"Q": Q.rows, "parts": parts}
+    return Q, math.fsum(parts)
 
 
 def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float = ONE_SIGMA,
-              seed: int | torch.Generator = 0, max_matvecs: int = 10_000, progress: Progress = False) -> Estimate:
+              seed: int | torch.Generator = 0, max_matvecs: int = 10_000, progress: Progress = False,
+              checkpoint: str | None = None) -> Estimate:
     """‖A‖_F = (E ‖Az‖²)^½ over random z, to a relative error; arguments as for ``trace``.
 
     >>> from flatmin.curvature import Matrix
@@ -173,10 +118,12 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
     5.0
     """
     generator = vectors.seeded(seed)
-    with operator.session(), reporter(progress, "Frobenius norm") as report:
+    with operator.session(), reporter(progress, "Frobenius norm") as report, \
+            Checkpoint(checkpoint, operator, generator=generator, method="frobenius", rtol=rtol, confidence=confidence,
+                       seed=seed) as keep:
         samples, foretold = adaptive(
-            lambda: operator.norm(operator._product(operator.random(generator, "rademacher"))) ** 2, 1, rtol=2 * rtol,
-            confidence=confidence, spent=0, most=max_matvecs, report=report)
+            lambda: operator.norm(operator._product(operator.random(generator, "rademacher"))) ** 2, 1, keep,
+            rtol=2 * rtol, confidence=confidence, spent=0, most=max_matvecs, report=report)
     mean, stderr = moments(samples)
     value = math.sqrt(mean)
     return estimate(value, stderr / (2 * value) if value else 0.0, len(samples), matvecs=len(samples),
@@ -200,10 +147,11 @@ class Diagonal:
 
 
 def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torch.Generator = 0,
-             max_matvecs: int = 1000, progress: Progress = False) -> Diagonal:
+             max_matvecs: int = 1000, progress: Progress = False, checkpoint: str | None = None) -> Diagonal:
     """diag A = E[z ∘ Az] over signs z, until ‖stderr‖ is at most ``rtol`` · ‖diag A‖ or the products are spent.
 
-    The variance of entry i is Σ_{j≠i} A_ij² a probe, so that single entries are hard where rows are full.
+    The variance of entry i is Σ_{j≠i} A_ij² a probe, so that single entries are hard where rows are full. Arguments as
+    for ``trace``.
 
     >>> from flatmin.curvature import Matrix
     >>> diagonal(Matrix(torch.diag(torch.tensor([3.0, -1.0])))).values[0].tolist()
@@ -215,15 +163,22 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
     mean = torch.zeros(operator.length, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(mean)
     used, error, goal = 0, math.inf, min(8, max_matvecs)
-    with operator.session(), reporter(progress, "diagonal") as report:
+    with operator.session(), reporter(progress, "diagonal") as report, \
+            Checkpoint(checkpoint, operator, generator=generator, method="diagonal", rtol=rtol, seed=seed) as keep:
+        if saved := keep.take():
+            used, goal = saved["matvecs"], min(saved["goal"], max_matvecs)
+            mean.copy_(saved["mean"])
+            square.copy_(saved["square"])
         while True:
             while used < goal:      # Welford's update
                 z = operator.random(generator, "rademacher")
                 sample = operator._product(z).mul_(z)
+                keep.changing()
                 used += 1
                 sample.sub_(mean)
                 mean.add_(sample, alpha=1 / used)
                 square.addcmul_(sample, sample, value=1 - 1 / used)
+                keep.tick({"mean": mean, "square": square, "goal": goal, "matvecs": used})
                 report(used, f"of about {goal}")
             spread = math.sqrt(float(operator.reduce(square.sum(dtype=torch.float64))) / (max(used - 1, 1) * used))
             length = operator.norm(mean)

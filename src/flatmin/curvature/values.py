@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from .checkpoint import Checkpoint
 from .krylov import unit_for
 from .lanczos import Which, wanted
 from .operator import CurvatureOperator
@@ -34,7 +35,7 @@ class Eigenvalues:
 
 def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest", *, tol: float = 1e-3,
                 max_matvecs: int | None = None, seed: int | torch.Generator = 0,
-                progress: Progress = False) -> Eigenvalues:
+                progress: Progress = False, checkpoint: str | None = None) -> Eigenvalues:
     """k distinct eigenvalues at an end of the spectrum, for a model so large that no basis can be held.
 
     Plain Lanczos: w = A vⱼ − βⱼ₋₁ vⱼ₋₁, αⱼ = vⱼᵀw, three vectors. Without re-orthogonalisation the tridiagonal T has
@@ -49,6 +50,8 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
         tol: stop when each error is at most ``tol`` · max |θ|.
         max_matvecs: products at most (default 30k + 200); beyond, a warning and ``converged`` False.
         seed: of the start vector.
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+            same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
     >>> [round(x, 3) for x in eigenvalues(Matrix(torch.diag(torch.tensor([4.0, 1.0, -5.0]))), k=2).values.tolist()]
@@ -69,7 +72,12 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     eps = torch.finfo(operator.dtype).eps
     found = None
     checked = 0
-    with operator.session(), reporter(progress, "eigenvalues") as report:
+    with operator.session(), reporter(progress, "eigenvalues") as report, \
+            Checkpoint(checkpoint, operator, method="eigenvalues", k=k, which=which, tol=tol, seed=seed) as keep:
+        if saved := keep.take():
+            alphas, betas = saved["alphas"], saved["betas"]
+            v, old = (saved[name].to(operator.device) for name in ("v", "old"))
+            beta, scale, unit, checked = (saved[name] for name in ("beta", "scale", "unit", "checked"))
         while True:
             w = operator._product(v)
             unit = unit if alphas else unit_for(operator, w)
@@ -95,6 +103,8 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
                     break
             betas.append(beta)
             old, v = v, w.div_(beta)
+            keep.tick({"alphas": list(alphas), "betas": list(betas), "v": v, "old": old, "beta": beta,
+                       "scale": scale, "unit": unit, "checked": checked, "matvecs": m})
     converged, values, errors = errors <= tol * top, values / unit, errors / unit
     if not bool(converged.all()):
         warnings.warn(f"{int((~converged).sum())} of {k} eigenvalues did not converge to {tol:g} of the largest in "

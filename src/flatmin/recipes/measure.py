@@ -194,11 +194,12 @@ def _spectrum(job: Measurement) -> Any:
 
 def _trace(job: Measurement) -> Any:
     return trace(Hessian(job.objective), rtol=TRACE_ERROR, max_matvecs=TRACE_PRODUCTS, seed=job.settings.seed,
-                 progress=job.show)
+                 progress=job.show, checkpoint=job.file("trace"))
 
 
 def _density(job: Measurement) -> Any:
-    found = spectral_density(Hessian(job.objective), seed=job.settings.seed, progress=job.show)
+    found = spectral_density(Hessian(job.objective), seed=job.settings.seed, progress=job.show,
+                             checkpoint=job.file("density"))
     x, density, error = found.density()
     return plain(found) | {"x": x, "density": density, "density_stderr": error, "nodes": found.nodes,
                            "weights": found.weights}

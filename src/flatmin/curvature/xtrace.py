@@ -1,0 +1,94 @@
+"""XTrace: the trace from probes each of which serves the range and the rest in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .basis import Basis
+from .checkpoint import Checkpoint, State
+from .operator import CurvatureOperator
+from .sampling import Estimate, enough, estimate, moments
+
+
+def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Row i of Q ← y made orthonormal to the rows before (or a random vector, where y depends on them).
+
+    Returns the coefficients (i + 1,) of y along the rows, the last one 0 where y was dependent.
+    """
+    before = operator.norm(y)
+    c = Q.remove(y, i)
+    c = c + Q.remove(y, i)
+    length = operator.norm(y)
+    dependent = length <= 100 * torch.finfo(operator.dtype).eps * before
+    if dependent:
+        y = operator.random(generator)
+        for _ in range(3):
+            y.div_(operator.norm(y))
+            Q.remove(y, i)
+    Q.put(i, y, 1 / operator.norm(y))
+    return torch.cat([c, torch.tensor([0.0 if dependent else length], dtype=torch.float64)])
+
+
+def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
+            report: Callable[[int, str], None], settings: dict[str, Any], keep: Checkpoint) -> Estimate:
+    """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
+    limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
+    saved, none = keep.saved, torch.zeros(0, 0, dtype=torch.float64)
+    goal, foretold = saved.get("goal", min(16, limit)), saved.get("foretold", 0)
+    probes: list[Tensor] = [z.to(operator.device) for z in saved.get("probes", [])]
+    q: list[Tensor] = list(saved.get("Q", []))
+    R, H, square = saved.get("R", none), saved.get("H", none), saved.get("square", none)
+
+    def state() -> State:
+        return {"goal": goal, "foretold": foretold, "probes": list(probes), "Q": Q.rows[:len(probes)], "R": R, "H": H,
+                "square": square, "matvecs": 2 * len(probes)}
+
+    while True:
+        Q = Basis(operator, goal)
+        for i, row in enumerate(q):
+            Q.put(i, row.to(operator.device))
+        R, H, square = (torch.nn.functional.pad(t, (0, goal - len(t), 0, goal - len(t))) for t in (R, H, square))
+        for i in range(len(probes), goal):
+            z = operator.random(generator)
+            y = operator._product(z)
+            square[i, i] = operator.dot(z, y)
+            R[:i + 1, i] = append(operator, Q, i, y, generator)
+            az = operator._product(Q[i])
+            H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
+            probes.append(z)
+            keep.tick(state)
+            report(2 * (i + 1), f"of about {2 * goal}")
+        W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
+        q, done = list(Q.rows), goal
+        lengths = torch.tensor([operator.norm(z) ** 2 for z in probes], dtype=torch.float64)
+        samples = _leave_one_out(R, H, W, square.diagonal(), lengths, operator.size)
+        mean, stderr = moments(samples)
+        if enough(mean, stderr, rtol, confidence, done):
+            break
+        foretold = foretold or int(min(2 * done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2, 2**62))
+        if done >= limit:
+            break
+        goal = min(2 * goal, limit)
+    return estimate(mean, stderr, done, matvecs=2 * done, foretold=foretold or 2 * done, rtol=rtol,
+                    confidence=confidence, settings=settings, name="the trace")
+
+
+def _leave_one_out(R: Tensor, H: Tensor, W: Tensor, zaz: Tensor, lengths: Tensor, n: int) -> list[float]:
+    """The XTrace estimates, one a probe: QᵢQᵢᵀ = Q(I − s sᵀ)Qᵀ is the range without probe i, s ∝ R⁻ᵀ eᵢ.
+
+    With p the coordinates of the projected probe, μ = z − Qp: tr QᵢᵀAQᵢ + (n − N + 1) μᵀAμ / ‖μ‖², the last factor
+    because only the direction of a normal probe matters.
+    """
+    size = len(R)
+    scale = R.diagonal().abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    safe = R + torch.diag(torch.where(R.diagonal().abs() < 1e-12 * scale, scale * 1e-12, 0.0))
+    S = torch.linalg.solve_triangular(safe.T, torch.eye(size, dtype=torch.float64), upper=False)
+    S = S / torch.linalg.vector_norm(S, dim=0)
+    P = W - S * (S * W).sum(0)
+    rest = zaz - 2 * (P * R).sum(0) + (P * (H @ P)).sum(0)
+    mu = (lengths - (P * P).sum(0)).clamp(min=1e-300)
+    return (H.trace() - (S * (H @ S)).sum(0) + (n - size + 1) * rest / mu).tolist()
