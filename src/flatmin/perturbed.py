@@ -208,7 +208,8 @@ def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], scale: float | Tensor = 1.0) -> Iterator[None]:
+def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor],
+              scale: float | Tensor = 1.0) -> Iterator[Displacement]:
     """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
     w = [vectors.local(p.detach()) for p in parameters]
     d = [vectors.local(t) for t in direction]
@@ -216,6 +217,6 @@ def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor], scale: 
     try:
         with torch.no_grad():
             displacement.move(w, d, torch.as_tensor(scale), own=False)
-        yield
+        yield displacement
     finally:
         displacement.restore()

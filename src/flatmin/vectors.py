@@ -275,6 +275,19 @@ def _gathered(tensors: Sequence[Tensor]) -> list[list[int]]:
     return out
 
 
+def part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a whole tensor that is sharded like ``parameter``, sharing its memory."""
+    if not is_sharded(parameter) or is_sharded(whole):
+        return local(whole)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec = cast(Any, parameter)
+    size, offset = compute_local_shape_and_global_offset(parameter.shape, spec.device_mesh, spec.placements)
+    for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
+        whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
+    return whole
+
+
 def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     shape = tuple(parameter.shape)
@@ -287,14 +300,7 @@ def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
         whole = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
     else:
         raise ValueError(f'kind must be "normal", "rademacher" or "uniform", got {kind!r}')
-    if is_sharded(parameter):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        spec = cast(Any, parameter)
-        size, offset = compute_local_shape_and_global_offset(parameter.shape, spec.device_mesh, spec.placements)
-        for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
-            whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
-    return whole.to(parameter.device, parameter.dtype).contiguous()
+    return part(whole, parameter).to(parameter.device, parameter.dtype).contiguous()
 
 
 def _shard_groups(parameter: Tensor) -> tuple[Any, ...]:

@@ -60,8 +60,9 @@ def random_direction(parameters: Sequence[Tensor], seed: int | torch.Generator =
     if normalize is None:
         return _against(space, d, orthogonal_to)
     for i, p in enumerate(parameters):
-        if p.dim() > 1 and vectors.local(p).shape[1:] != p.shape[1:]:
-            raise ValueError("a filter is spread over ranks: shard along dimension 0, or use directions=\"random\"")
+        if vectors.is_sharded(p) and (normalize == "layer" or vectors.local(p).shape[1:] != p.shape[1:]):
+            way_out = 'use "filter" or' if normalize == "layer" else "shard along dimension 0, or use"
+            raise ValueError(f'a {normalize} is spread over ranks: {way_out} "random" directions')
         others = [other[i] for other in orthogonal_to]
         d[i] = _normalized(d[i], wide(p), others, normalize == "filter") if p.dim() > 1 else torch.zeros_like(d[i])
     if float(space.norm(d)) == 0:
@@ -144,5 +145,5 @@ def given(space: vectors.Space, direction: Sequence[Any]) -> list[Tensor]:
     if [getattr(t, "shape", None) for t in d] != [p.shape for p in space.parameters]:
         raise ValueError(f"the direction needs one tensor for each of the {len(space.parameters)} parameters that "
                          f"require a gradient, of their shapes; got {len(d)} tensors")
-    return [wide(t).to(vectors.local(p).device, wide(p).dtype, copy=True)
+    return [wide(vectors.part(t, p)).to(vectors.local(p).device, wide(p).dtype, copy=True)
             for t, p in zip(d, space.parameters, strict=True)]

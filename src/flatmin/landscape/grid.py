@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import vectors
 from ..errors import RunFolderError
 from ..objective import Objective
+from ..sharpness.cautions import warn_of_rounded_step
 from .plane import BatchNorm, Plane, Standing
 
 FORMAT = "flatmin.landscape 1"
@@ -50,7 +51,11 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
         key = "" if checkpoint is None and ranks.size == 1 else \
             fingerprint(plane, points, (batch_norm, objective.mode, objective.seed))
         ranks.agree(key)
-        file = _File(checkpoint, key, origin, len(points), ranks, seconds)
+        moved = points.norm(dim=1)
+        if bool(moved.any()):       # where rounding is worst
+            nearest = points[moved.where(moved > 0, torch.inf).argmin()].tolist()
+            warn_of_rounded_step(objective, standing.realised(nearest), stacklevel=5)
+        file = _kept(objective, checkpoint, key, origin, len(points), ranks, seconds)
         mine = torch.tensor_split(file.missing(), ranks.size)[ranks.rank].tolist()
         rows, error = points.tolist(), None
         try:
@@ -63,6 +68,25 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
         finally:
             file.save()
         return file.finish(error)
+
+
+def _kept(objective: Objective, checkpoint: str | os.PathLike[str] | None, key: str, origin: float, n: int,
+          ranks: _Ranks, seconds: float) -> _File:
+    """The file of a grid; where the model's own ranks evaluate each point together, the first of them keeps it."""
+    own = objective.ranks
+    if not own or checkpoint is None:
+        return _File(checkpoint, key, origin, n, ranks, seconds)
+    key = str(own.total(*(float(int(key[i:i + 12], 16)) for i in (0, 12))))
+    first, file, error = own.least(own.rank) == own.rank, _File(None, key, origin, n, ranks, seconds), None
+    try:
+        file = _File(checkpoint, key, origin, n, ranks, seconds) if first else file
+    except RunFolderError as e:
+        error = e
+    if not own.least(int(error is None)):
+        raise error or RunFolderError(f"{checkpoint} cannot be gone on with; the first rank says why")
+    file.values = own.sum_(file.values if first else torch.zeros(n, dtype=torch.float64))
+    file.done = own.sum_(file.done.double()) > 0
+    return file
 
 
 class _Ranks:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
+from .. import perturbed, vectors
 from ..batches import unwrapped
 from ..objective import Objective
 from .fast import faster, values
@@ -81,6 +81,17 @@ class Standing:
             self._statistics.put(coordinates)
         if self._reestimate:
             self._measure_statistics()
+
+    def realised(self, coordinates: Sequence[float]) -> list[Tensor]:
+        """What rounding makes of the displacement Σ_k c_k d_k in half-precision weights, as displacements note it."""
+        half = [i for i, t in enumerate(self._w) if t.dtype in perturbed.HALF]
+        if half:
+            self.put(coordinates)
+        out = []
+        for i in half:
+            asked = sum((c * d[i] for c, d in zip(coordinates, self.plane.directions, strict=True)), torch.zeros(()))
+            out.append(perturbed._realised([self._w[i]], [self.plane.origin[i]], [asked]))
+        return out
 
     def _start(self, coordinates: Sequence[float]) -> Sequence[Tensor]:
         """w + Σ c_k d_k over all directions but the last, kept while these coordinates stay the same."""

@@ -14,7 +14,7 @@ from .. import perturbed, vectors
 from ..curvature import Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of
+from .cautions import warn_of, warn_of_rounded_step
 from .gradient import gradient
 from .worst_case import worst_case
 
@@ -99,11 +99,13 @@ def _rises(objective: Objective, H: Hessian, g: list[Tensor], loss: float,
     if length == 0:
         return 0.0, [0.0] * len(radii), [0.0] * len(radii)
     direction = [(t / length).to(p.dtype) for t, p in zip(g, w, strict=True)]
-    curvature = float(space.dot(direction, H.matvec(direction)))
-    rises = []
+    curvature = float(space.dot(direction, [vectors.local(t) for t in H.matvec(direction)]))
+    rises, realised = [], []
     for r in radii:
-        with perturbed.displaced(w, direction, r):
+        with perturbed.displaced(w, direction, r) as displacement:
             rises.append(float(objective.value()) - loss)
+        realised = displacement.realised
+    warn_of_rounded_step(objective, realised, stacklevel=4)     # of the smallest step
     return length, rises, [r * length + 0.5 * r * r * curvature for r in radii]
 
 

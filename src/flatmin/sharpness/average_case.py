@@ -11,7 +11,7 @@ from .. import perturbed, vectors
 from ..curvature.sampling import moments
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import samples_in, warn_of
+from .cautions import samples_in, warn_of, warn_of_rounded_step, warn_of_rounding
 from .scaling import Adaptive, check_p, scaled, scales
 
 
@@ -65,7 +65,7 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
     with objective.session():
         loss, seen = _value(objective)
         c = scales(w, adaptive)
-        draws = []
+        draws, realised = [], []
         for _ in range(count):
             u = space.random(generator, "normal" if p == 2 else "uniform")
             if p == math.inf:
@@ -74,11 +74,13 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
             direction = scaled(c, u)
             rises = []
             for sign in (1, -1) if antithetic else (1,):
-                with perturbed.displaced(w, direction, sign * rho):
+                with perturbed.displaced(w, direction, sign * rho) as displacement:
                     rises.append(float(objective.value()) - loss)
+                realised += displacement.realised
             draws.append(math.fsum(rises) / len(rises))
     mean, stderr = mean_and_error(draws)
     found = warn_of(objective, loss=loss, samples=seen)
+    found += warn_of_rounded_step(objective, realised)[1] or warn_of_rounding(objective, mean, loss)
     return AverageCase(value=mean, stderr=stderr, loss=loss, draws=tuple(draws), warnings=tuple(found),
                        evaluations=1 + count * (2 if antithetic else 1),
                        settings={"rho": rho, "p": p, "adaptive": adaptive, "samples": samples,
@@ -114,13 +116,15 @@ def largest_random(objective: Objective, rho: float = 0.05, *, adaptive: Adaptiv
     with objective.session():
         loss, seen = _value(objective)
         c = scales(w, adaptive)
-        rises = []
+        rises, realised = [], []
         for _ in range(draws):
             u = space.random(generator)
             vectors.scale(1 / space.norm(u), u)
-            with perturbed.displaced(w, scaled(c, u), rho):
+            with perturbed.displaced(w, scaled(c, u), rho) as displacement:
                 rises.append(float(objective.value()) - loss)
+            realised += displacement.realised
     warn_of(objective, loss=loss, samples=seen)
+    warn_of_rounded_step(objective, realised)
     mean, stderr = mean_and_error(rises)
     return LargestRandom(value=max(rises), stderr=stderr, loss=loss, mean=mean, draws=tuple(rises),
                          settings={"rho": rho, "adaptive": adaptive, "draws": draws, "mode": objective.mode})
@@ -132,8 +136,8 @@ def _value(objective: Objective) -> tuple[float, int]:
     with torch.no_grad():
         for term in objective.terms():
             losses.append((term.loss(term.outputs()), term.weight))
-            seen += samples_in(term.batch)
-    return float(objective._total(losses)), seen
+            seen += samples_in(term.batch) if term.weight > 0 else 0
+    return float(objective._total(losses)), int(objective.ranks.total(seen)[0])
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

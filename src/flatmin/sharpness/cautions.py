@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,6 +91,26 @@ def warn_of(objective: Objective, *, loss: float, samples: int | None = None, mi
     for kind, text in found:
         warnings.warn(text, kind, stacklevel=stacklevel + 1)
     return [kind.__name__ for kind, _ in found]
+
+
+def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stacklevel: int = 3) -> \
+        tuple[float, list[str]]:
+    """The share of the length asked for that half-precision weights really moved, and a warning where much was lost.
+
+    ``realised`` is what displacements noted (:class:`flatmin.perturbed.Displacement`): nothing in full precision.
+    """
+    if not realised:
+        return 1.0, []
+    sums = torch.stack([t.cpu() for t in realised]).sum(0).double().tolist()
+    asked, done, both = objective.ranks.total(*sums) if objective.ranks.in_step else sums
+    cosine = both / math.sqrt(asked * done) if asked * done > 0 else 0.0
+    ratio = math.sqrt(done / asked) if asked > 0 else 0.0
+    if abs(ratio - 1) <= 0.1 and cosine >= 0.95:
+        return ratio, []
+    warnings.warn(f"half-precision weights rounded the step: {100 * ratio:.0f} % of its length is left, at a cosine of "
+                  f"{cosine:.2f} to the direction asked for. Measure a float32 copy, or take a larger step",
+                  RoundingWarning, stacklevel=stacklevel + 1)
+    return ratio, ["RoundingWarning"]
 
 
 def warn_of_rounding(objective: Objective, rise: float, loss: float, stacklevel: int = 3) -> list[str]:

@@ -6,14 +6,16 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .. import perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of
+from .cautions import warn_of, warn_of_rounded_step
 from .gradient import gradient
 
 
@@ -65,12 +67,14 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
             loss, direction = float(objective.value()), [vectors.local(t.detach()) for t in update]
         if [t.shape for t in direction] != [vectors.local(p.detach()).shape for p in w]:
             raise ValueError(f"the update needs one tensor for each of the {len(w)} parameters that require a gradient")
-        length = float(vectors.Space(w).norm(direction))
+        length, realised = float(vectors.Space(w).norm(direction)), []
         if not (math.isfinite(length) and length > 0):
             raise ValueError(f"the update has length {length}")
 
         def rise(eta: float) -> float:
-            with perturbed.displaced(w, direction, -eta):
+            nonlocal realised
+            with perturbed.displaced(w, direction, -eta) as displacement:
+                realised = displacement.realised
                 return float(objective.value()) - loss
 
         noise = 4 * max(torch.finfo(p.dtype).eps for p in w) * abs(loss)
@@ -79,6 +83,7 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
             middle = math.sqrt(low * high)
             low, high, used = (low, middle, used + 1) if not rise(middle) <= 0 else (middle, high, used + 1)
     warn_of(objective, loss=loss)
+    warn_of_rounded_step(objective, realised)       # of the last step looked at
     rate = math.sqrt(low * high) if 0 < low and math.isfinite(high) else (0.0 if low == 0 else math.inf)
     value = 2 / rate if rate else math.inf
     return CriticalSharpness(value=value, critical_rate=rate, bracket=(low, high), evaluations=used,
@@ -123,7 +128,9 @@ def update_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor] | N
     [1.0]
     """
     owned = [p for group in optimizer.param_groups for p in group["params"]]
-    twin = copy.deepcopy(optimizer)
+    state = [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in state}       # deepcopy does not know sharded tensors
+    twin = copy.deepcopy(optimizer, memo | {id(p): p.detach().clone().requires_grad_(p.requires_grad) for p in owned})
     copies = [p for group in twin.param_groups for p in group["params"]]
     for p, q in zip(owned, copies, strict=True):
         q.grad = None if p.grad is None else p.grad.detach().clone()

@@ -53,7 +53,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
             standard error; the relatives set negative entries of the estimate of h to 0 (``clipped``), and have none.
 
     Raises:
-        ValueError: an unknown kind, fewer than two samples, or sharded parameters.
+        ValueError: an unknown kind, fewer than two samples, or rows and columns of sharded parameters.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -65,22 +65,24 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
         raise ValueError(f'kind must be "element", "row", "column" or "row_column", got {kind!r}')
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
-    w = [p.detach() for p in objective.parameters]
-    if any(map(vectors.is_sharded, w)):
-        raise ValueError("normalized flatness needs whole parameters; gather them first")
+    space = vectors.Space(objective.parameters)
+    w = [vectors.local(p.detach()) for p in objective.parameters]
+    if space.sharded and kind != "element":
+        raise ValueError(f"kind={kind!r} needs whole parameters, and these are spread over ranks: gather the model, "
+                         'or use kind="element"')
     names = [name for name, p in objective.model.named_parameters() if p.requires_grad]
     with objective.session():
         loss, seen = _value(objective)
         H = Hessian(objective)
-        exact = H.size <= samples
+        exact = H.size <= samples and not space.sharded
         stderr, clipped, products = math.nan, 0.0, H.size if exact else samples
         if exact:
             h = H.split(H.dense().diagonal())
         else:
-            h, stderr = _estimate(H, w, samples, vectors.seeded(seed), weighted=kind == "element")
+            h, stderr = _estimate(H, space, w, samples, vectors.seeded(seed), weighted=kind == "element")
         if kind == "element":
-            parts = [float((d.double() * (t.double().square() if exact else 1)).sum()) for d, t in
-                     zip(h, w, strict=True)]
+            each = [(d.double() * (t.double().square() if exact else 1)).sum() for d, t in zip(h, w, strict=True)]
+            parts = space.reduce_each(torch.stack(each)).tolist()
         else:
             size = math.fsum(float(d.abs().sum()) for d in h)
             clipped = math.fsum(float(d.clamp(max=0).abs().sum()) for d in h) / size if size else 0.0
@@ -91,19 +93,18 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
-def _estimate(H: Hessian, w: Sequence[Tensor], samples: int, generator: torch.Generator,
+def _estimate(H: Hessian, space: vectors.Space, w: Sequence[Tensor], samples: int, generator: torch.Generator,
               weighted: bool) -> tuple[list[Tensor], float]:
     """The diagonal of H (of WHW where weighted) from random signs, and the standard error of its sum."""
-    space = vectors.Space(w)
     total = [torch.zeros_like(t) for t in w]
     sums = []
     with H.session():
         for _ in range(samples):
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, w, strict=True)] if weighted else z
-            row = [a * b for a, b in zip(v, H.matvec(v), strict=True)]
+            row = [a * vectors.local(b) for a, b in zip(v, H.matvec(v), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
-            sums.append(math.fsum(float(t.sum(dtype=torch.float64)) for t in row))
+            sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
     return total, mean_and_error(sums)[1]
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import vectors
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import RoundingWarning, warn_of, warn_of_rounding
+from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 from .gradient import gradient, stepped
 
 
@@ -104,19 +103,21 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     with objective.session():
         at = gradient(objective)
         length = space.norm(at.gradient)
-        second, moved, radius = None, at.loss, 0.0
+        second, moved, realised = None, at.loss, None
         if second_order:
             second = 0.5 * rho**2 * _curvature(objective, space, at.gradient, length) if length > 0 else 0.0
         if not bool(length == 0):
             with stepped(w, at.gradient, rho / length) as displacement:
                 moved = objective.value()
-            radius = realised_radius(displacement, rho)
+            realised = displacement.realised
     rise, loss = float(moved - at.loss), float(at.loss)
     found = warn_of(objective, loss=loss, samples=at.samples, missing=at.missing)
-    found += warn_of_rounding(objective, rise, loss)
+    ratio, rounded = warn_of_rounded_step(objective, realised or ())
+    found += rounded or warn_of_rounding(objective, rise, loss)
     settings = {"rho": rho, "mode": objective.mode, "samples": at.samples}
-    return OneStep(value=rise, first_order=rho * float(length), second_order=second, loss=loss, radius=radius,
-                   perturbed_loss=float(moved), gradient_norm=float(length), warnings=tuple(found),
+    return OneStep(value=rise, first_order=rho * float(length), second_order=second, loss=loss,
+                   radius=0.0 if realised is None else rho * ratio, perturbed_loss=float(moved),
+                   gradient_norm=float(length), warnings=tuple(found),
                    settings=settings | ({"epsilon": epsilon} if adaptive_epsilon else {}))
 
 
@@ -154,18 +155,6 @@ def _curvature(objective: Objective, space: vectors.Space, g: list[Tensor], leng
 
     direction = [t.to(p.dtype) for t, p in zip(torch._foreach_div(g, length.to(g[0].device)), space.parameters,
                                                strict=True)]
-    return float(space.dot(direction, Hessian(objective).matvec(direction)))
+    product = [vectors.local(t) for t in Hessian(objective).matvec(direction)]
+    return float(space.dot(direction, product))
 
-
-def realised_radius(displacement: perturbed.Displacement, rho: float) -> float:
-    """The length of the step really taken; warns where half-precision weights rounded much of it away."""
-    if not displacement.realised:
-        return rho
-    asked, done, both = torch.stack([t.cpu() for t in displacement.realised]).sum(0).double().tolist()
-    cosine = both / math.sqrt(asked * done) if asked * done > 0 else 0.0
-    radius = rho * math.sqrt(done / asked) if asked > 0 else 0.0
-    if abs(radius / rho - 1) > 0.1 or cosine < 0.95:
-        warnings.warn(f"half-precision weights rounded the step: length {radius:.3g} instead of {rho:.3g}, cosine "
-                      f"{cosine:.2f} to the direction asked for. Measure a float32 copy, or take a larger rho",
-                      RoundingWarning, stacklevel=4)
-    return radius

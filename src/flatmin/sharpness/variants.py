@@ -43,13 +43,14 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
 
     Args:
         objective: L; batches are tensors (or pairs, or mappings of them) whose first dimension counts samples.
-        m: samples in a chunk, any number; chunks run across batches, and the last may be smaller.
+        m: samples in a chunk, any number; chunks run across batches, and the last may be smaller. Under DDP or FSDP2 a
+            chunk takes m / ranks samples from each rank, which must hold equally many.
         rho: the radius.
         measure: "worst_case", "one_step", "average_case", or a function ``(objective, rho, **options) -> Scalar``.
         options: of the measure. ``one_step`` is taken without its second-order part unless told otherwise.
 
     Raises:
-        ValueError: m < 1, an unknown measure, or batches that cannot be cut.
+        ValueError: m < 1, an unknown measure, batches that cannot be cut, or ranks that cannot share a chunk.
 
     >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -67,13 +68,16 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     function = MEASURES[measure] if isinstance(measure, str) else measure
     if function is one_step:
         options = {"second_order": False} | options
+    world = _world(objective)
+    if m % world:
+        raise ValueError(f"m = {m} samples cannot be shared evenly by {world} ranks: make it a multiple of {world}")
     values, weights = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SmallBatchWarning)      # m is asked for
-        for chunk in chunks(objective, m):
+        for chunk in _in_step(objective, chunks(objective, m // world)):
             part = on_data(objective, chunk)
             values.append(float(function(part, rho, **options)))
-            weights.append(math.fsum(objective.weight(b) for b in chunk))
+            weights.append(objective.ranks.total(math.fsum(objective.weight(b) for b in chunk))[0])
     total = math.fsum(weights)
     mean = math.fsum(v * n for v, n in zip(values, weights, strict=True)) / total
     k = len(values)
@@ -81,6 +85,26 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     name = measure if isinstance(measure, str) else getattr(measure, "__name__", str(measure))
     return MSharpness(value=mean, stderr=math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan, chunks=tuple(values),
                       weights=tuple(weights), settings={"m": m, "rho": rho, "measure": name, **options})
+
+
+def _world(objective: Objective) -> int:
+    """How many ranks share the data: along all dimensions of their mesh."""
+    return int(objective.ranks.total(1.0)[0])
+
+
+def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """The same chunks, which all ranks must have equally many of, with equally many samples in each."""
+    world = _world(objective)
+    while True:
+        chunk = next(found, None)
+        n = 0 if chunk is None else sum(map(samples_in, chunk))
+        total, least = objective.ranks.total(n)[0], objective.ranks.least(n)
+        if total != least * world:
+            raise ValueError("the ranks hold different numbers of samples, so that they cannot share chunks of m: give "
+                             "each as many")
+        if chunk is None:
+            return
+        yield chunk
 
 
 def on_data(objective: Objective, data: list[Any]) -> Objective:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of, warn_of_rounding
+from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 from .gradient import gradient
 from .scaling import Adaptive, check_p, project, scaled, scales, steepest
 from .trust_region import trust_region
@@ -97,7 +97,8 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
         direction = scaled(ball.c, best.u)
         length = float(ball.space.norm(direction))
     found = warn_of(objective, loss=base, samples=at.samples, missing=at.missing)
-    found += warn_of_rounding(objective, best.value, base)
+    rounded = warn_of_rounded_step(objective, ball.realised)[1]     # of the last step
+    found += rounded or warn_of_rounding(objective, best.value, base)
     kind = adaptive if isinstance(adaptive, str) else "element" if adaptive else "none"
     return WorstCase(value=best.value, loss=base, perturbed_loss=base + best.value, norm=norm, displacement=length,
                      start=best.start, iteration=best.iteration, runs=tuple(r for r in runs if r is not None),
@@ -107,12 +108,12 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
 
 
 class _Ball:
-    """The ball and the loss on it: ``rise(u)`` is L(w + c∘u) − L(w), ``climb(u)`` also its gradient at that point."""
+    """The ball and the loss on it: ``climb(u)`` is L(w + c∘u) − L(w) and the gradient at that point."""
 
     def __init__(self, objective: Objective, space: vectors.Space, c: list[Tensor] | None, rho: float, p: float,
                  base: float):
         self.objective, self.space, self.c, self.rho, self.p, self.base = objective, space, c, rho, p, base
-        self.evaluations = 0
+        self.evaluations, self.realised = 0, []
 
     def zeros(self) -> list[Tensor]:
         return [torch.zeros_like(vectors.local(t.detach())) for t in self.space.parameters]
@@ -129,8 +130,9 @@ class _Ball:
 
     def climb(self, u: list[Tensor]) -> tuple[float, list[Tensor]]:
         self.evaluations += 1
-        with perturbed.displaced(self.space.parameters, scaled(self.c, u)):
+        with perturbed.displaced(self.space.parameters, scaled(self.c, u)) as displacement:
             at = gradient(self.objective)
+        self.realised = displacement.realised
         return float(at.loss) - self.base, [g.to(t.dtype) for g, t in zip(at.gradient, u, strict=True)]
 
 
