@@ -27,6 +27,7 @@ _MEASURE = """examples:
   flatmin measure my_module:objective                         one-step sharpness, spectrum, trace, density
   flatmin measure my_module:objective --checkpoint model.safetensors --k 10
   flatmin measure my_module:objective --metrics one_step,worst_case,surface --rho 0.1
+  flatmin measure my_module:objective --checkpoint a.safetensors --against b.safetensors       which of two is sharper
   flatmin measure --resume runs/measure                       go on after Ctrl-C; what is done is not repeated
 
 my_module:objective is a flatmin.Objective, a function that returns one, or a function that returns (model, data) or
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
                                epilog=_MEASURE, formatter_class=raw)
     measure.add_argument("objective", nargs="?", metavar="module:objective", help="what to measure, see below")
     measure.add_argument("--checkpoint", metavar="FILE", help="weights for its model (default: as the module made it)")
+    measure.add_argument("--against", metavar="FILE", help="other weights to compare with, by every measure")
     measure.add_argument("--metrics", help="comma-separated, or all (default one_step,spectrum,trace,density)")
     measure.add_argument("--k", type=int, help="how many of the largest eigenvalues (default 5)")
     measure.add_argument("--rho", type=float, help="radius of the sharpness measures (default 0.05)")

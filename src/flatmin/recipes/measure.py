@@ -6,6 +6,7 @@ Each measure is written to the record as soon as it is there, so that an interru
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -30,7 +31,7 @@ from ..errors import RunFolderError
 from ..landscape import line, models, surface
 from ..objective import Objective
 from ..results import plain
-from ..sharpness import agreement, average_case, m_sharpness, normalized_flatness, one_step, worst_case
+from ..sharpness import agreement, average_case, compare, m_sharpness, normalized_flatness, one_step, worst_case
 from ..sharpness.cautions import samples_in
 from ..tensorscope import objective_for
 from .folder import RunFolder
@@ -52,6 +53,7 @@ class MeasureSettings:
         rho: the radius of the sharpness measures.
         tol: residual of the eigenvalues, relative to the largest.
         seed: of random starts, probes and directions, and of torch before the user's code is called.
+        against: a file of other weights, to be compared with on the same data.
     """
 
     objective: str
@@ -61,6 +63,7 @@ class MeasureSettings:
     rho: float = 0.05
     tol: float = 1e-3
     seed: int = 0
+    against: str | None = None
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -78,7 +81,7 @@ class MeasureSettings:
 
 
 _KINDS: dict[str, Any] = {"objective": str, "checkpoint": (str, type(None)), "metrics": str, "k": int,
-                          "rho": (int, float), "tol": (int, float), "seed": int}
+                          "rho": (int, float), "tol": (int, float), "seed": int, "against": (str, type(None))}
 
 
 class Measurement:
@@ -91,6 +94,8 @@ class Measurement:
         self.objective = find_objective(settings.objective, settings.seed)
         if settings.checkpoint is not None:
             load_checkpoint(self.objective.model, settings.checkpoint)
+        self.other = None if settings.against is None else _with_weights(self.objective, settings.against)
+        self.metrics += [] if self.other is None else ["comparison"]
         new = self._new_record()
         self.record = new if record is None else self._taken_up(record, new)
 
@@ -121,7 +126,7 @@ class Measurement:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                result = METRICS[name](self)
+                result = (METRICS | {"comparison": _comparison})[name](self)
         except KeyboardInterrupt:
             self.show.end("interrupted")
             raise
@@ -168,7 +173,8 @@ class Measurement:
             "model": {"name": type(model).__name__, "parameters": sum(p.numel() for p in objective.parameters),
                       "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
                       "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in objective.parameters})),
-                      "device": str(objective.device), "norm": _norm(objective)},
+                      "device": str(objective.device), "norm": _norm(objective),
+                      **({} if self.other is None else {"against_norm": _norm(self.other)})},
             "data": {"name": self.settings.objective, "batches": len(samples), "samples": sum(samples), "loss": loss,
                      "mode": objective.mode},
             "results": {}, "timing": {}, "warnings": {}, "failed": {},
@@ -176,7 +182,8 @@ class Measurement:
 
     def _taken_up(self, record: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         old, new = record["model"], now["model"]  # norms: a user's own training may differ in rounding
-        if old.get("parameters") != new["parameters"] or not _close(old.get("norm"), new["norm"]):
+        norms = ("norm", "against_norm") if "against_norm" in new else ("norm",)
+        if old.get("parameters") != new["parameters"] or not all(_close(old.get(k), new[k]) for k in norms):
             raise RunFolderError(f"the weights are not those that {self.folder.path} began with: bring them back, or "
                                  "start a new run with --out")
         a, b = record["data"], now["data"]
@@ -213,6 +220,18 @@ def _m_sharpness(job: Measurement) -> Any:
 def _surface(job: Measurement) -> Any:
     found = surface(job.objective, seed=job.settings.seed, checkpoint=job.file("surface"))
     return plain(found) | {"names": found.plane.names, "units": found.units}
+
+
+def _comparison(job: Measurement) -> Any:
+    """Both models side by side, and the loss on the straight line from one to the other."""
+    assert job.other is not None and job.settings.against is not None
+    names = Path(job.settings.checkpoint or job.settings.objective).name, Path(job.settings.against).name
+    names = names if names[0] != names[1] else (str(job.settings.checkpoint), job.settings.against)
+    found = plain(compare(job.objective, job.other, job.settings.rho, names=names, seed=job.settings.seed))
+    if all(map(torch.equal, job.objective.parameters, job.other.parameters)):
+        return found
+    path = line(job.objective, models=[job.objective.model, job.other.model], steps=31, margin=0.25)
+    return found | {"path": {"x": path.x.tolist(), "values": plain(path.values), "models": plain(path.models)}}
 
 
 METRICS: dict[str, Callable[[Measurement], Any]] = {
@@ -282,6 +301,14 @@ def find_objective(name: str, seed: int = 0) -> Objective:
         raise ValueError(f"{name!r} is not a flatmin.Objective, nor a function that returns one, (model, data) or "
                          f"(model, data, loss_fn) (found {type(value).__name__})")
     return value
+
+
+def _with_weights(objective: Objective, path: str) -> Objective:
+    """The same objective of a copy of its model that holds the weights of a file."""
+    other = copy.copy(objective)
+    other.model = copy.deepcopy(objective.model)
+    load_checkpoint(other.model, path)
+    return other
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

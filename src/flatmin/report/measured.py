@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from . import versus
 from .figures import RULE, color, draw
 from .page import _count, _flat, _list, _text
 from .reading import number, numbers, section, significant
 from .style import sheet
 from .turning import policy, turnable
+from .versus import printable as _printable
 
 NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
          "worst_case": "worst case", "average_case": "average case", "m_sharpness": "m-sharpness",
@@ -207,6 +209,7 @@ def summary(record: Mapping[str, Any]) -> str:
     lines = [f"{m.name} · {_size(m)}", "─" * max(40, sum(widths) + 4)]
     lines += [f"{what:<{widths[0]}}  {value:<{widths[1]}}  {how}".rstrip() for what, value, how in table]
     pictures = [NAMES[name] for name in ("density", "line", "surface") if m.result(name)]
+    lines += versus.summary(m.result("comparison"))
     lines += [f"pictures in the report: {', '.join(pictures)}"] if pictures else []
     told = _printable(str(m.result("agreement").get("sentence", "")))
     lines += ["", *textwrap.wrap(f"{sentence(m)} {told}", 100)]
@@ -224,14 +227,11 @@ def _size(m: Measured) -> str:
     return ", ".join(parts + ([f"loss {significant(loss, 4)}"] if math.isfinite(loss) else []))
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def page(record: Mapping[str, Any]) -> str:
     """The whole HTML page of a record of ``flatmin measure``; what was not measured is left out."""
     m = Measured(record)
-    parts = [_hero(m), _warned(m), _sharpness(m), _spectrum(m), _density(m), _others(m), _line(m), _surface(m),
+    parts = [_hero(m), _warned(m), _sharpness(m), _spectrum(m), _density(m), _others(m),
+             versus.html(m.result("comparison")), _line(m), _surface(m),
              _details(m)]
     body = "\n".join(filter(None, parts))
     title = escape(f"{headline(m)} · flatmin measure, {m.name}")

@@ -143,4 +143,4 @@ def _sentence(rows: dict[str, Side], names: tuple[str, str], scale: float) -> st
         text += " The measures disagree, which they may: they are different quantities."
     if scale > SAME_SCALE and any(not row.invariant for row in rows.values()):
         text += " The weights differ in scale, so only the invariant measures compare the functions."
-    return text[0].upper() + text[1:]
+    return text
