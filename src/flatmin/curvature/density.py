@@ -141,7 +141,7 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
             while run.count < run.capacity and not run.breakdowns:
                 run.step()
                 keep.tick(partial(state, run))
-                report(used + run.matvecs, f"of {probes * steps}")
+                report(used + run.matvecs, f"of {probes * steps}", probes * steps - used - run.matvecs)
             theta, s, _ = run.ritz()
             used += run.matvecs
             nodes.append(theta / run.unit)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +16,7 @@ from .basis import Basis, Place
 from .checkpoint import Checkpoint, Journal, State
 from .krylov import Krylov
 from .operator import CurvatureOperator
-from .progress import Progress, reporter
+from .progress import Progress, Report, left, reporter
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
@@ -161,13 +159,13 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
     return theta.abs().argsort(descending=True)[:k].sort().values
 
 
-def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Callable[[int, str], None],
+def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Report,
              keep: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    due, history = k, list[tuple[int, float]]()
+    due, history = k, list[tuple[int, float, float]]()
 
     def state(**more: Tensor) -> State:
-        return run.state(with_basis=keep.basis is None) | {"due": due, "history": history} | more
+        return run.state(with_basis=keep.basis is None) | {"due": due} | more
 
     def restart(s: Tensor, theta: Tensor, journal: Journal | None) -> None:
         nonlocal due
@@ -177,7 +175,7 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
 
     if saved:
         run.resume(saved)
-        due, history = saved["due"], saved["history"]
+        due = saved["due"]
         if "s" in saved:        # killed in the middle of a restart on disk
             restart(saved["s"], saved["theta"], keep.journal())
     while True:
@@ -186,11 +184,9 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
             theta, s, bounds = run.ritz()
             chosen = wanted(theta, k, which)
             worst, target = float(bounds[chosen].max()), 0.9 * tol * float(theta.abs().max())
-            history.append((run.matvecs, math.log(max(worst, 1e-300) / max(target, 1e-300))))
-            left = _left(history)
+            history.append((run.matvecs, worst, target))
             report(run.matvecs, f"{int((bounds[chosen] <= target).sum())} of {k} converged, worst residual "
-                                f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}"
-                                + (f", about {left} products left" if left else ""))
+                                f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}", left(history))
             if worst <= target or run.complete or run.matvecs >= limit:
                 return
             due = run.count + max(1, run.count // (48 if worst <= 10 * target else 16))     # a check costs time too
@@ -200,12 +196,6 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
                 restart(s, theta, keep.rewriting(partial(state, s=s, theta=theta)))
         run.step()
         keep.tick(state)
-
-
-def _left(history: list[tuple[int, float]]) -> int:
-    """How many products are left if the worst residual falls on as it did in the later half of them; 0: unknown."""
-    (before, high), (now, low) = history[len(history) // 2 - 1 if len(history) > 1 else 0], history[-1]
-    return 0 if low <= 0 or high <= low else math.ceil(low * (now - before) / (high - low))
 
 
 def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,

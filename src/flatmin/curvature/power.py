@@ -14,7 +14,7 @@ from .. import vectors
 from ..results import Scalar
 from .checkpoint import Checkpoint
 from .operator import CurvatureOperator
-from .progress import Progress, reporter
+from .progress import Progress, left, reporter
 
 PLAIN = 10
 """Plain steps before the shift is known."""
@@ -63,7 +63,7 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     top = 0.0
     rate = math.nan
     converged = False
-    used = 0
+    used, history = 0, list[tuple[int, float, float]]()
     with operator.session(), reporter(progress, "power iteration") as report, \
             Checkpoint(checkpoint, operator, method="power", which=which, tol=tol, seed=seed) as keep:
         if saved := keep.take():
@@ -77,7 +77,8 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
             residual = operator.norm(w - value * v)
             rate = residual / before if before < math.inf and before > 0 else rate
             converged = residual <= tol * top and (which == "magnitude" or used > PLAIN or value >= top * (1 - tol))
-            report(used, f"{value:.6g}, residual {residual:.1e}")
+            history.append((used, residual, tol * top))
+            report(used, f"{value:.6g}, residual {residual:.1e}, wanted {tol * top:.1e}", left(history))
             if converged:
                 break
             if length == 0:

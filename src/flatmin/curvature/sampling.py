@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 from ..results import Scalar
 from .checkpoint import Checkpoint, State
+from .progress import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def enough(mean: float, stderr: float, rtol: float, confidence: float, n: int) -
 
 
 def adaptive(sample: Callable[[], float], cost: int, keep: Checkpoint, *, rtol: float, confidence: float, spent: int,
-             most: int, report: Callable[[int, str], None], offset: float = 0.0, pilot: int = 10
+             most: int, report: Report, offset: float = 0.0, pilot: int = 10
              ) -> tuple[list[float], int]:
     """Samples until the interval of ``offset`` + their mean is narrow enough, and the products foretold.
 
@@ -77,7 +78,7 @@ def adaptive(sample: Callable[[], float], cost: int, keep: Checkpoint, *, rtol: 
         while len(samples) < goal:
             samples.append(sample())
             keep.tick(state)
-            report(spent + cost * len(samples), f"of about {spent + cost * goal}")
+            report(spent + cost * len(samples), f"of about {spent + cost * goal}", cost * (goal - len(samples)))
         mean, stderr = moments(samples)
         if enough(offset + mean, stderr, rtol, confidence, len(samples)):
             return samples, foretold or spent + cost * len(samples)

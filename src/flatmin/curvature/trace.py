@@ -179,7 +179,7 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
                 mean.add_(sample, alpha=1 / used)
                 square.addcmul_(sample, sample, value=1 - 1 / used)
                 keep.tick({"mean": mean, "square": square, "goal": goal, "matvecs": used})
-                report(used, f"of about {goal}")
+                report(used, f"of about {goal}", goal - used)
             spread = math.sqrt(float(operator.reduce(square.sum(dtype=torch.float64))) / (max(used - 1, 1) * used))
             length = operator.norm(mean)
             error = spread / length if length else (0.0 if spread == 0 else math.inf)

@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .krylov import unit_for
 from .lanczos import Which, wanted
 from .operator import CurvatureOperator
-from .progress import Progress, reporter
+from .progress import Progress, left, reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     beta = scale = 0.0
     eps = torch.finfo(operator.dtype).eps
     found = None
-    checked = 0
+    checked, history = 0, list[tuple[int, float, float]]()
     with operator.session(), reporter(progress, "eigenvalues") as report, \
             Checkpoint(checkpoint, operator, method="eigenvalues", k=k, which=which, tol=tol, seed=seed) as keep:
         if saved := keep.take():
@@ -98,7 +98,8 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
                 found = _genuine(torch.tensor(alphas), torch.tensor(betas), 0.0 if exhausted else beta, eps * scale)
                 values, errors, copies = (t[wanted(found[0], k, which)] for t in found)
                 worst, top = float(errors.max()), float(found[0].abs().max())
-                report(m, f"worst error {worst:.1e}, wanted {tol * top:.1e}")
+                history.append((m, worst, tol * top))
+                report(m, f"worst error {worst:.1e}, wanted {tol * top:.1e}", left(history))
                 if exhausted or m >= limit or (len(values) == k and worst <= tol * top):
                     break
             betas.append(beta)

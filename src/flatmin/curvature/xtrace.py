@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from .basis import Basis
 from .checkpoint import Checkpoint, State
 from .operator import CurvatureOperator
+from .progress import Report
 from .sampling import Estimate, enough, estimate, moments
 
 
@@ -34,7 +34,7 @@ def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: 
 
 
 def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
-            report: Callable[[int, str], None], settings: dict[str, Any], keep: Checkpoint) -> Estimate:
+            report: Report, settings: dict[str, Any], keep: Checkpoint) -> Estimate:
     """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
     limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
     saved, none = keep.saved, torch.zeros(0, 0, dtype=torch.float64)
@@ -61,7 +61,7 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
             H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
             probes.append(z)
             keep.tick(state)
-            report(2 * (i + 1), f"of about {2 * goal}")
+            report(2 * (i + 1), f"of about {2 * goal}", 2 * (goal - i - 1))
         W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
         q, done = list(Q.rows), goal
         lengths = torch.tensor([operator.norm(z) ** 2 for z in probes], dtype=torch.float64)
