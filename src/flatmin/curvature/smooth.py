@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
+
+from . import layers
 
 Slope = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """x ↦ f(x), f′(x) and the tensor that ``Bend`` wants."""
@@ -99,135 +102,6 @@ class _Slope(Function):
         return u * slope, u * curve, None, None
 
 
-class _Linear(Function):
-    """y = x Wᵀ + b, for x of shape (m, i) and W of shape (o, i)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.T if b is None else torch.addmm(b, x, w.T)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
-        x, w = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _LinearSlope.apply(g, x, w, *ctx.needs_input_grad)
-        return _linear_backward(g, x, w, *ctx.needs_input_grad)
-
-
-class _LinearSlope(Function):
-    """(g W, gᵀ x, Σ g)."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, *wanted: bool) -> Any:
-        ctx.save_for_backward(g, x, w)
-        ctx.set_materialize_grads(False)
-        return _linear_backward(g, x, w, *wanted)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, u: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:    # type: ignore[override]
-        g, x, w = ctx.saved_tensors
-        to_g = None if u is None else u @ w.T
-        if a is not None:
-            to_g = x @ a.T if to_g is None else to_g.addmm_(x, a.T)
-        if c is not None:
-            to_g = c.expand_as(g) if to_g is None else to_g.add_(c)
-        to_x = g @ a if a is not None and ctx.needs_input_grad[1] else None
-        to_w = g.T @ u if u is not None and ctx.needs_input_grad[2] else None
-        return to_g, to_x, to_w, None, None, None
-
-
-def _linear_backward(g: Tensor, x: Tensor, w: Tensor, to_x: bool, to_w: bool, to_b: bool) -> Any:
-    return g @ w if to_x else None, g.T @ x if to_w else None, g.sum(0) if to_b else None
-
-
-class _LayerNorm(Function):
-    """y = w x̂ + b, x̂ = (x − mean) r, over the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
-        y, mean, r = torch.native_layer_norm(x, x.shape[-1:], w, b, eps)
-        ctx.save_for_backward(x, w, b, mean, r)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
-        x, w, b, mean, r = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_LayerNormSlope.apply(g, x, w, b, mean, r), None
-        return *torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, r, w, b, [True] * 3), None
-
-
-class _LayerNormSlope(Function):
-    """(r P (w g), Σ g x̂, Σ g), with P the projection P u = u − mean u − x̂ mean(x̂ u)."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, r: Tensor) -> Any:
-        out = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], mean, r, w, b, [True] * 3)
-        hat = (x - mean) * r
-        ctx.save_for_backward(g, x, w, mean, r, hat, out[0], (g * w * hat).mean(-1, keepdim=True))
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, u: Tensor, a: Tensor, c: Tensor) -> Any:    # type: ignore[override]
-        g, x, w, mean, r, hat, n, m = ctx.saved_tensors
-        d = x.shape[-1]
-
-        def projected(z: Tensor) -> Tensor:
-            return torch.ops.aten.native_layer_norm_backward(z, x, x.shape[-1:], mean, r, None, None,
-                                                             [True, False, False])[0]
-
-        pu = projected(u)
-        to_x = hat * ((u * n).sum(-1, keepdim=True) / d) + pu * m + n * ((u * hat).sum(-1, keepdim=True) / d)
-        to_x = projected(a * g) - r * to_x
-        to_g = torch.addcmul(torch.addcmul(c, hat, a), pu, w)
-        return to_g, to_x, (g * pu).reshape(-1, d).sum(0), None, None, None
-
-
-class _BatchNorm(Function):
-    """y = w x̂ + b, x̂ = (x − mean) r a channel, with fixed statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, w, mean, var)
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, w, b, eps=eps)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
-        x, w, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_BatchNormSlope.apply(g, x, w, mean, var, ctx.eps), None, None, None
-        return *_batch_norm_backward(g, x, w, mean, var, ctx.eps), None, None, None
-
-
-class _BatchNormSlope(Function):
-    """(r w g, Σ g x̂, Σ g)."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, mean: Tensor, var: Tensor, eps: float) -> Any:
-        ctx.save_for_backward(g, x, w, mean, var)
-        ctx.eps = eps
-        return _batch_norm_backward(g, x, w, mean, var, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, u: Tensor, a: Tensor, c: Tensor) -> Any:    # type: ignore[override]
-        g, x, w, mean, var = ctx.saved_tensors
-        r = torch.rsqrt(var + ctx.eps)
-        row = (1, -1) + (1,) * (x.dim() - 2)
-        to_g = F.batch_norm(x, mean, var, a, c, eps=ctx.eps).addcmul_(u, (w * r).view(row))
-        along = _batch_norm_backward(u, g, None, torch.zeros_like(r), torch.ones_like(r), 0.0, [False, True, False])[1]
-        return to_g, g * (a * r).view(row), r * along, None, None, None
-
-
-def _batch_norm_backward(g: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-                         wanted: list[bool] | None = None) -> Any:
-    return torch.ops.aten.native_batch_norm_backward(g, x, w, mean, var, None, None, False, eps, wanted or [True] * 3)
-
-
 class Smooth(TorchFunctionMode):
     """Inside, layers are taken from this module where they are known here."""
 
@@ -248,7 +122,7 @@ def _device(args: Any) -> str:
 def _plain(x: Tensor) -> bool:
     """Whether autograd alone looks at x: neither a subclass nor inside a transform of ``torch.func``."""
     return (type(x) in (Tensor, torch.nn.Parameter) and x.is_floating_point() and torch.is_grad_enabled()
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x))
+            and not is_functorch_wrapped_tensor(x))
 
 
 def _pointwise(slope: Slope, bend: Bend) -> Callable[..., Tensor | None]:
@@ -274,7 +148,7 @@ def _make_gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
 def _make_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if weight.dim() != 2 or x.dim() < 2 or not all(map(_plain, (x, weight) if bias is None else (x, weight, bias))):
         return None
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    out: Tensor = layers.Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -282,7 +156,7 @@ def _make_layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: 
                      eps: float = 1e-5) -> Tensor | None:
     if len(shape) != 1 or weight is None or bias is None or x.dim() < 2 or not all(map(_plain, (x, weight, bias))):
         return None
-    out: Tensor = _LayerNorm.apply(x, weight, bias, eps)
+    out: Tensor = layers.LayerNorm.apply(x, weight, bias, eps)
     return out
 
 
@@ -292,7 +166,7 @@ def _make_batch_norm(x: Tensor, mean: Tensor | None, var: Tensor | None, weight:
     if training or mean is None or var is None or weight is None or bias is None \
             or not all(map(_plain, (x, weight, bias))):
         return None
-    out: Tensor = _BatchNorm.apply(x, weight, bias, mean, var, eps)
+    out: Tensor = layers.BatchNorm.apply(x, weight, bias, mean, var, eps)
     return out
 
 
