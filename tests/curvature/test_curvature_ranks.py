@@ -184,6 +184,62 @@ def differences(kind, rank, dtype):
     return max(off(product, b @ v), off(as_list, b @ v)), 3 * a.describe()["product_error"]
 
 
+def differences_of_outputs(kind, rank, dtype):
+    """What goes through the outputs, where the model's own outputs carry the hooks that gather weights."""
+    worst, allowed = 0.0, 0.0
+    for around in (False, True):
+        ours, theirs = objectives(kind, rank, dtype, around)
+        before = full(ours.model.parameters())
+        for make in (GaussNewton, FunctionalPart, lambda o, **k: Fisher(o, kind="exact", **k),
+                     lambda o, **k: Fisher(o, kind="empirical", **k)):
+            a, b = make(ours, **({"product": "finite_difference"} if kind == "ddp" else {})), make(theirs)
+            assert a.product == "finite_difference"
+            v, u = (o.random(torch.Generator().manual_seed(3)) for o in (b, a))
+            product = whole(a, a @ u)
+            agreed(product)
+            worst, allowed = max(worst, off(product, b @ v)), max(allowed, 3 * a.describe()["product_error"])
+        assert torch.equal(full(ours.model.parameters()), before), "weights were not restored"
+    return worst, allowed
+
+
+class OwnLoss(nn.Module):
+    """A model whose forward returns its loss beside the logits, both outputs of the wrapped module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, labels):
+        logits = self.inner(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def a_model_with_its_own_loss(kind, rank, dtype):
+    from torch.distributed.fsdp import fully_shard
+
+    data = [[{"x": x, "labels": y} for x, y in rows] for rows in parts(dtype)]
+    model = OwnLoss(net(dtype))
+    fully_shard(model.inner)
+    ours = Objective(fully_shard(model), None, data[rank])
+    theirs = Objective(OwnLoss(net(dtype)), None, data[0] + data[1])
+    worst, allowed = 0.0, 0.0
+    for make in (GaussNewton, Fisher, FunctionalPart, Hessian):
+        a, b = make(ours), make(theirs)
+        v, u = (o.random(torch.Generator().manual_seed(3)) for o in (b, a))
+        worst = max(worst, off(whole(a, a @ u), b @ v))
+        allowed = max(allowed, 3 * a.describe()["product_error"])
+    return worst, allowed
+
+
+def sharded_gauss_newton(kind, rank, dtype):
+    ours, theirs = objectives(kind, rank, dtype)
+    tol = 1e-5 if dtype == torch.float64 else 1e-2
+    a, b = eigenpairs(GaussNewton(ours), 2, tol=tol), eigenpairs(GaussNewton(theirs), 2, tol=1e-5)
+    assert a.settings["product"] == "finite_difference" and bool(a.converged.all())
+    agreed(a.eigenvalues, a.residuals)
+    return off(a.eigenvalues, b.eigenvalues), 2 * a.settings["product_error"] + tol**2
+
+
 def sharded_spectrum(kind, rank, dtype):
     ours, theirs = objectives(kind, rank, dtype)
     tol = 1e-5 if dtype == torch.float64 else 1e-2
@@ -206,9 +262,9 @@ def sharded_trace(kind, rank, dtype):
 
 def exact_is_refused(kind, rank, dtype):
     ours, _ = objectives(kind, rank, dtype)
-    for make in (lambda: Hessian(ours, product="cached"), lambda: GaussNewton(ours), lambda: Fisher(ours)):
-        with pytest.raises(ValueError, match="no exact products under FSDP2"):
-            make()
+    for make in (Hessian, GaussNewton, Fisher, FunctionalPart):
+        with pytest.raises(ValueError, match='no exact products under FSDP2.*product="auto" takes differences'):
+            make(ours, product="cached")
     with pytest.raises(ValueError, match="no rank can hold the dense matrix"):
         Hessian(ours).dense()
     return 0.0, 0.0
@@ -233,6 +289,9 @@ def training_goes_on(kind, rank, dtype):
             nn.functional.cross_entropy(ours.model(x), y).backward()
             if measured:
                 eigenpairs(Hessian(ours), tol=0.1)
+                for make in (GaussNewton, FunctionalPart):
+                    a = make(ours, product="finite_difference")
+                    a @ a.random(torch.Generator().manual_seed(3))
                 ours.gradient()
             optimizer.step()
             optimizer.zero_grad()
@@ -258,11 +317,12 @@ def a_rank_without_data(kind, rank, dtype):
                abs(float(ours.value() / theirs.value()) - 1)), exactly(dtype)
 
 
-EVERYWHERE = [value_and_gradient, gradient_of_a_measure, differences, sums_of_losses, training_goes_on,
-              a_rank_without_data]
+EVERYWHERE = [value_and_gradient, gradient_of_a_measure, differences, differences_of_outputs, sums_of_losses,
+              training_goes_on, a_rank_without_data]
 CHECKS = {"ddp": [*EVERYWHERE, products, spectrum, estimates],
-          "fsdp": [*EVERYWHERE, sharded_spectrum, sharded_trace, exact_is_refused],
-          "mesh": [value_and_gradient, differences, sharded_spectrum]}
+          "fsdp": [*EVERYWHERE, sharded_spectrum, sharded_gauss_newton, sharded_trace, a_model_with_its_own_loss,
+                   exact_is_refused],
+          "mesh": [value_and_gradient, differences, differences_of_outputs, sharded_spectrum]}
 CASES = [(kind, name, check) for kind in CHECKS for name in DTYPES for check in CHECKS[kind]]
 
 

@@ -6,11 +6,11 @@ detached branch, another mode, another batch. Differences know nothing of graphs
 
 import pytest
 import torch
-from nets import classification, mlp, samples
+from nets import classification, mlp, ragged, samples
 from torch import nn
 
 from flatmin import Objective, perturbed
-from flatmin.curvature import Hessian
+from flatmin.curvature import Fisher, FunctionalPart, GaussNewton, Hessian, eigenpairs, trace
 
 
 def test_second_differences_of_the_loss():
@@ -49,6 +49,66 @@ def test_the_stated_error_is_of_the_right_size_in_single_precision():
     assert error < 0.02 and error < 3 * H.error
 
 
+THROUGH_OUTPUTS = {
+    "Gauss-Newton": GaussNewton, "functional": FunctionalPart, "exact": Fisher,
+    "empirical": lambda o, **options: Fisher(o, kind="empirical", **options),
+    "monte_carlo": lambda o, **options: Fisher(o, kind="monte_carlo", **options),
+}
+
+
+@pytest.mark.parametrize("mode", ("eval", "train"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("name", THROUGH_OUTPUTS)
+def test_differences_of_outputs(name, dtype, mode):
+    """With batches of unequal weight, batch statistics and dropout, for vectors of any length."""
+    x, y = samples()
+    model = mlp(dtype=dtype)
+    model.insert(1, nn.BatchNorm1d(8, dtype=dtype))
+    model.insert(3, nn.Dropout(0.3))
+    objective = Objective(model, nn.CrossEntropyLoss(), ragged(x.to(dtype), y), mode=mode)
+    before = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    exact, rough = (THROUGH_OUTPUTS[name](objective, **o) for o in ({}, {"product": "finite_difference"}))
+    for length in (1.0, 1e4, 1e-6):
+        v = torch.randn(exact.size, dtype=dtype) * length
+        truth = exact @ v
+        error = float((rough @ v - truth).norm() / truth.norm())
+        assert error < 10 * rough.error and error < (1e-7 if dtype == torch.float64 else 0.01)
+    assert 0 < rough.describe()["product_error"] == rough.error
+    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *model.buffers()), strict=True))
+    block = rough.restrict(rough.names[:2])
+    assert block.product == "finite_difference"
+    u = torch.randn(block.size, dtype=dtype)
+    truth = exact.restrict(exact.names[:2]) @ u
+    assert (block @ u - truth).norm() < (1e-7 if dtype == torch.float64 else 0.01) * truth.norm()
+
+
+@pytest.mark.parametrize("make", (GaussNewton, FunctionalPart))
+def test_a_step_too_long_for_the_outputs_is_made_shorter(make):
+    """z = sin(50 w₀): the step of a smooth model spans whole periods."""
+    class Sharp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((1000,), 3.0, dtype=torch.float32))
+
+        def forward(self, x):
+            return torch.sin(50 * (self.w[:1] - 3) + 1) * x
+
+    data = torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float32)
+    objective = Objective(Sharp(), nn.MSELoss(), data)
+    exact, rough = make(objective), make(objective, product="finite_difference")
+    v = torch.zeros(1000, dtype=torch.float32)
+    v[0] = 1
+    assert (rough @ v)[0] == pytest.approx(float((exact @ v)[0]), rel=0.02) and rough.error < 0.05
+
+
+def test_spectra_and_traces_of_differences_of_outputs():
+    objective = classification(split=True)
+    exact, rough = GaussNewton(objective), GaussNewton(objective, product="finite_difference")
+    a, b = (eigenpairs(o, 3, tol=1e-6) for o in (exact, rough))
+    assert torch.allclose(a.eigenvalues, b.eigenvalues, rtol=1e-7) and b.settings["product_error"] < 1e-6
+    assert trace(rough).value == pytest.approx(trace(exact).value, rel=1e-7)
+
+
 def test_no_second_derivative_falls_back_and_says_so():
     class Once(torch.autograd.Function):
         @staticmethod
@@ -80,3 +140,10 @@ def test_no_second_derivative_falls_back_and_says_so():
     assert torch.allclose(found, Hessian(twin).dense(), atol=1e-6)
     with pytest.raises(RuntimeError):
         Hessian(H.objective, product="cached").dense()
+    for name, make in THROUGH_OUTPUTS.items():
+        operator = make(H.objective)
+        with pytest.warns(UserWarning, match="no second derivative"):
+            found = operator.dense()
+        assert operator.product == "finite_difference", name
+        known = {} if name in ("Gauss-Newton", "functional") else {"likelihood": "softmax"}
+        assert torch.allclose(found, make(twin, **known).dense(), atol=1e-6), name

@@ -57,8 +57,7 @@ class Differences:
         if length == 0:
             return operator.empty().zero_()
         with self._restored() as w:
-            if self._value is None:
-                self._value = float(operator.objective.value())
+            self._prepare()
             eps = max(torch.finfo(p.dtype).eps for p in w)
             size = float(operator.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
             reach = eps ** (1 / 3) * (1 + size) / length
@@ -72,6 +71,11 @@ class Differences:
         if not keep:
             self._copy = self._value = None
         return out
+
+    def _prepare(self) -> None:
+        """What all products at these weights need."""
+        if self._value is None:
+            self._value = float(self.operator.objective.value())
 
     def _fitting(self, v: Tensor, w: list[Tensor], reach: float, eps: float) -> Tensor:
         """The difference with a step that is small enough for v."""
@@ -89,10 +93,10 @@ class Differences:
         assert self._value is not None
         operator, objective = self.operator, self.operator.objective
         out, values = operator.empty() if out is None else out, []
-        add, empty = _adder(out.split(operator.numels))
+        add, empty = adder(out.split(operator.numels))
         first = normalizer = 1.0
         for sign in (1, -1):
-            _move(self.parameters, w, v.split(operator.numels), sign * h)
+            move(self.parameters, w, v.split(operator.numels), sign * h)
             losses: list[tuple[Tensor, float]] = []
             for term in objective.terms():
                 first = first if losses or sign < 0 else term.total
@@ -158,7 +162,7 @@ class Differences:
 
 
 @torch.no_grad()
-def _move(parameters: Sequence[nn.Parameter], w: Sequence[Tensor], v: Sequence[Tensor], h: float) -> None:
+def move(parameters: Sequence[nn.Parameter], w: Sequence[Tensor], v: Sequence[Tensor], h: float) -> None:
     """Parameters ← w + h v, block by block."""
     for p, start, step in zip(parameters, w, v, strict=True):
         target = vectors.local(p.detach())
@@ -170,7 +174,7 @@ def _move(parameters: Sequence[nn.Parameter], w: Sequence[Tensor], v: Sequence[T
                     t.copy_(a.to(d.dtype).add_(d, alpha=h))
 
 
-def _adder(pieces: Sequence[Tensor]) -> tuple[Add, Callable[[], list[Tensor]]]:
+def adder(pieces: Sequence[Tensor]) -> tuple[Add, Callable[[], list[Tensor]]]:
     """A function that adds to pieces of unwritten memory, and one for those to which nothing was added."""
     seen: set[int] = set()
 

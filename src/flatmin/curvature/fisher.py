@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from .. import batches
 from ..objective import Objective, Term
 from .gauss_newton import loss_curvature, outputs_and_loss, sandwich
-from .products import Apply, ObjectiveOperator, Product
+from .inexact import Inexact
+from .outputs import Middle, TangentDifferences
+from .products import Apply, Product
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 Likelihood = Literal["softmax", "gaussian", "bernoulli"]
 
 
-class Fisher(ObjectiveOperator):
+class Fisher(Inexact):
     """F = (1/N) Σ_n J_nᵀ E[r rᵀ] J_n with r = ∂ℓ_n/∂z_n, over the N terms whose mean the loss is.
 
     ``kind`` says what the expectation is over:
@@ -55,8 +57,9 @@ class Fisher(ObjectiveOperator):
         self.seed = seed
         if isinstance(batches.option(objective.loss_fn, "weight"), Tensor):
             raise ValueError("Fisher has no meaning for a loss with weights on classes; take GaussNewton")
-        super().__init__(objective, self._linearize_batch, parameters=parameters, product=product,
-                         products=("auto", "cached", "recomputed"))
+        super().__init__(objective, self._linearize_batch,
+                         lambda operator: TangentDifferences(operator, self._expectation), parameters=parameters,
+                         product=product, products=("auto", "cached", "recomputed"))
 
     def _again(self, names: list[str]) -> Fisher:
         return Fisher(self.objective, kind=self.kind, likelihood=self.likelihood, seed=self.seed, parameters=names,
@@ -67,9 +70,13 @@ class Fisher(ObjectiveOperator):
 
     def _linearize_batch(self, term: Term, w: list[nn.Parameter]) -> Apply:
         z, loss = outputs_and_loss(term)
+        return sandwich(z, w, self._expectation(term, z, loss))
+
+    def _expectation(self, term: Term, z: Tensor, loss: Tensor) -> Middle:
+        """u ↦ E[r rᵀ] u, times the number of terms."""
         exact = loss_curvature(z, loss)
-        if self.kind == "exact" or not z.requires_grad:
-            return sandwich(z, w, exact)
+        if self.kind == "exact":
+            return exact
         c, = torch.autograd.grad(loss, z, retain_graph=True)
         rows = _Rows(z, self._classes_second(z))
         n = term.weight / (1 if self.likelihood == "softmax" or self.objective.sums else rows.of(z).shape[-1])
@@ -78,7 +85,7 @@ class Fisher(ObjectiveOperator):
         else:       # ignored terms are those without a gradient
             r = self._drawn(rows.of(z.detach()), rows.of(exact(torch.ones_like(z))), n, term.index)
             r = r * (rows.of(c) != 0).any(-1, keepdim=True)
-        return sandwich(z, w, lambda u: rows.back(r * (r * rows.of(u)).sum(-1, keepdim=True) / n))
+        return lambda u: rows.back(r * (r * rows.of(u)).sum(-1, keepdim=True) / n)
 
     def _classes_second(self, z: Tensor) -> bool:
         loss = batches.base_function(self.objective.loss_fn)

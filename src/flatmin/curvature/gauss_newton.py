@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ..objective import Objective, Term
 from .hessian import derivative_of_gradient, differentiable_again
-from .products import Apply, ObjectiveOperator, Product, on_module
+from .inexact import Inexact
+from .outputs import FrozenDifferences, Middle, TangentDifferences
+from .products import Apply, Product, on_module
 
-Middle = Callable[[Tensor], Tensor]
-"""A symmetric linear map on the space of one batch's outputs."""
 
-
-class GaussNewton(ObjectiveOperator):
+class GaussNewton(Inexact):
     """G = Σ_b n_b Jᵀ (∂²L_b/∂z²) J / Σ_b n_b, with J = ∂z/∂w the Jacobian of the outputs z.
 
     The part of the Hessian that goes through the curvature of the loss in the outputs (the *logit* path); positive
@@ -26,8 +25,9 @@ class GaussNewton(ObjectiveOperator):
     Args:
         objective: L.
         parameters: only a block: names of parameters or of modules, or modules.
-        product: "auto" or "cached" (graphs stay while an algorithm runs), "recomputed", or "forward" (Jv by forward
-            differentiation).
+        product: "cached" (graphs stay while an algorithm runs), "recomputed", "forward" (Jv by forward
+            differentiation), or "finite_difference": Jv = (z(w + hv) − z(w − hv)) / 2h, the rest as before, with the
+            relative error of the product estimated in ``error`` and in records. "auto": as for ``Hessian``.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -38,23 +38,25 @@ class GaussNewton(ObjectiveOperator):
 
     def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
                  product: Product = "auto"):
-        super().__init__(objective, _forward if product == "forward" else _linearize, parameters=parameters,
-                         product=product, products=("auto", "cached", "recomputed", "forward"))
+        super().__init__(objective, _forward if product == "forward" else _linearize,
+                         lambda operator: TangentDifferences(operator, lambda _, z, loss: loss_curvature(z, loss)),
+                         parameters=parameters, product=product, products=("auto", "cached", "recomputed", "forward"))
 
 
-class FunctionalPart(ObjectiveOperator):
+class FunctionalPart(Inexact):
     """H − G = Σ_c (∂L/∂z_c) ∇²z_c: the part of the Hessian from the curvature of the model (the *functional* path).
 
     It is the Hessian of ⟨∂L/∂z held fixed, z(w)⟩, exact where the loss depends on w through z alone.
 
     Args:
         objective: L.
-        parameters, product: as for ``GaussNewton`` (without "forward").
+        parameters, product: as for ``GaussNewton`` (without "forward"); "finite_difference" is one of the gradients of
+            ⟨∂L/∂z, z(w)⟩.
     """
 
     def __init__(self, objective: Objective, *, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
                  product: Product = "auto"):
-        super().__init__(objective, _functional, parameters=parameters, product=product,
+        super().__init__(objective, _functional, FrozenDifferences, parameters=parameters, product=product,
                          products=("auto", "cached", "recomputed"))
 
 
@@ -117,4 +119,5 @@ def _functional(term: Term, w: list[nn.Parameter]) -> Apply:
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
     c, = torch.autograd.grad(loss, z, retain_graph=True)
-    return derivative_of_gradient((c.detach() * z).sum(), w)
+    c.requires_grad_()      # else what is once_differentiable takes the gradient for a constant, in silence
+    return derivative_of_gradient((c * z).sum(), w)

@@ -61,9 +61,8 @@ class ObjectiveOperator(CurvatureOperator):
         self.rank = objective.ranks.rank
         if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
                                                                                   self.parameters))):
-            raise ValueError(f"torch has no exact products under FSDP2 (its gathered weights are gone when a gradient "
-                             f"is differentiated again): Hessian(objective) takes differences of gradients there, and "
-                             f"{type(self).__name__} can be measured on the model under DDP or in one process")
+            raise ValueError('torch has no exact products under FSDP2 (its gathered weights are gone when a gradient '
+                             'is differentiated again): product="auto" takes differences there, "finite_difference"')
 
     def _shard(self) -> Sequence[Any]:
         """Vectors sharded as the parameters are; the process groups that hold the other shards."""

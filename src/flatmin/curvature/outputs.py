@@ -1,0 +1,165 @@
+"""Products of matrices that go through the outputs z of a model, from first derivatives alone.
+
+For what has no second derivative, and for weights that are sharded by FSDP2, where torch refuses one. What the loss
+does with z is small and local, and differentiated exactly.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import vectors
+from ..objective import Term
+from .differences import Add, Differences, adder, move
+from .products import ObjectiveOperator
+
+Middle = Callable[[Tensor], Tensor]
+"""A symmetric linear map on the space of one batch's outputs."""
+
+Curvature = Callable[[Term, Tensor, Tensor], Middle]
+"""A batch, its outputs z and their loss ↦ what stands between Jᵀ and J."""
+
+At = Callable[[float], None]
+
+
+class OutputDifferences(Differences):
+    """Differences along v that are made batch by batch, so that outputs of one batch only are held."""
+
+    def __init__(self, operator: ObjectiveOperator):
+        super().__init__(operator, on_disk=False, folder=None)
+
+    def _prepare(self) -> None:
+        pass
+
+    def _central(self, v: Tensor, w: list[Tensor], h: float, eps: float,
+                 out: Tensor | None = None) -> tuple[Tensor, float, float]:
+        operator, objective = self.operator, self.operator.objective
+        out = operator.empty() if out is None else out
+        add, empty = adder(out.split(operator.numels))
+        weights: list[float] = []
+        sums, first = [0.0, 0.0, 0.0], 1.0
+
+        def at(t: float) -> None:
+            objective.ranks.reshard()
+            move(self.parameters, w, v.split(operator.numels), t)
+
+        for term in objective.terms():
+            first = first if weights else term.total
+            weights.append(term.weight)
+            found = self._batch(term, at, h, lambda i, g, c, share=term.total / first: add(i, g, c * share))
+            sums = [s + n * term.weight for s, n in zip(sums, found, strict=True)]
+        for piece in empty():
+            piece.zero_()
+        normalizer = objective.normalizer(weights)
+        out.mul_(first / normalizer)
+        if not objective.ranks.in_step:
+            objective.ranks.sum_(out)
+        if operator.norm(out) == 0:
+            return out, 0.0, 0.0
+        return out, *self._judge([s / normalizer for s in objective.ranks.total(*sums)], v, out, h, eps)
+
+    @abstractmethod
+    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+        """Add one batch's part of the product; what ``_judge`` wants, to be averaged over batches."""
+
+    @abstractmethod
+    def _judge(self, means: list[float], v: Tensor, out: Tensor, h: float, eps: float) -> tuple[float, float]:
+        """By what part the product is off; what rounding adds to that."""
+
+    def _pull(self, z: Tensor, u: Tensor, term: Term, add: Add, factor: float = 1.0) -> None:
+        """Add factor · Jᵀu."""
+        ranks = self.operator.objective.ranks
+        if ranks.in_step:
+            rows = ranks.backward((z * u).sum() * (term.weight / term.total), self.parameters)
+        else:
+            rows = torch.autograd.grad(z, self.parameters, u, allow_unused=True)
+        for i, row in enumerate(rows):
+            if row is not None:
+                add(i, row.to_dense() if row.layout is not torch.strided else row, factor)
+
+
+class TangentDifferences(OutputDifferences):
+    """v ↦ Jᵀ M (z(w + hv) − z(w − hv)) / 2h.
+
+    With r = ‖z₊ − 2z + z₋‖ / ‖z₊ − z₋‖ the difference is off by about ⅔r² (by just that where z is an exponential).
+    """
+
+    def __init__(self, operator: ObjectiveOperator, curvature: Curvature):
+        super().__init__(operator)
+        self.curvature = curvature
+
+    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+        with torch.no_grad():
+            at(h)
+            upper = term.logits(term.outputs())
+            at(-h)
+            lower = term.logits(term.outputs())
+        at(0)
+        with torch.enable_grad():
+            outputs = term.outputs()
+            z = term.logits(outputs)
+            if not z.requires_grad:
+                return 0.0, 0.0, 0.0
+            loss = term.loss(outputs)
+            with _unhooked(z, loss):    # a batch without weight keeps other ranks company
+                middle = self.curvature(term, z, loss) if term.weight else torch.zeros_like
+                u = middle((upper - lower) / (2 * h)).detach()
+            self._pull(z, u, term, add)
+        z = z.detach()
+        return _square(upper - 2 * z + lower), _square(upper - lower), _square(z)
+
+    def _judge(self, means: list[float], v: Tensor, out: Tensor, h: float, eps: float) -> tuple[float, float]:
+        bend, change, size = means
+        return 2 / 3 * bend / change, 2 / 3 * (4 * eps) ** 2 * size / change
+
+
+class FrozenDifferences(OutputDifferences):
+    """v ↦ (J(w + hv)ᵀc − J(w − hv)ᵀc) / 2h with c = ∂L/∂z at w: the Hessian of ⟨c, z(w)⟩."""
+
+    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+        at(0)
+        with torch.enable_grad():
+            outputs = term.outputs()
+            start = term.logits(outputs)
+            if not start.requires_grad:
+                return 0.0, 0.0, 0.0
+            loss = term.loss(outputs)
+            with _unhooked(start, loss):
+                c, = torch.autograd.grad(loss, start)
+        start = start.detach()
+        del outputs, loss
+        bend = 0.0
+        for sign in (1, -1):
+            at(sign * h)
+            with torch.enable_grad():
+                z = term.logits(term.outputs())
+                self._pull(z, c, term, add, sign / (2 * h))
+            bend += float((c * (z.detach() - start)).sum())
+        return bend, float((c * start).abs().sum()), 0.0
+
+    def _judge(self, means: list[float], v: Tensor, out: Tensor, h: float, eps: float) -> tuple[float, float]:
+        bend, size, _ = means
+        scale = self.operator.norm(v) * self.operator.norm(out)
+        return abs(self.operator.dot(v, out) - bend / h**2) / scale, 4 * eps * size / h**2 / scale
+
+
+def _square(t: Tensor) -> float:
+    return float(vectors.sums_of_squares([t]).sum())
+
+
+@contextmanager
+def _unhooked(*tensors: Tensor) -> Iterator[None]:
+    """Inside, hooks on tensors do not run: those of FSDP2 take any gradient there for a pass through the model."""
+    kept = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.update(own)
