@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from . import layers
