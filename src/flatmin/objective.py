@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import batches, perturbed, vectors
+from .evaluation import EMPTY, Batchwise, Term
 from .ranks import Ranks
 
 Mode = Literal["eval", "train", "batch_statistics", "as_is"]
 
-EMPTY = ("the data gave no batch with anything to average. If they can be iterated only once, pass list(data) or the "
-         "DataLoader itself")
 
-
-@dataclass(frozen=True)
-class Term:
-    """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms.
-
-    ``total`` is the weight of the batches that other ranks evaluate in the same pass, this one included.
-    """
-
-    objective: Objective
-    batch: Any
-    weight: float
-    index: int
-    total: float = 0.0
-
-    def outputs(self) -> Any:
-        return self.objective._outputs(self.batch, self.index)
-
-    def loss(self, outputs: Any) -> Tensor:
-        return self.objective._loss(outputs, self.batch)
-
-    def logits(self, outputs: Any) -> Tensor:
-        """The tensor through which the loss depends on the weights."""
-        return batches.logits(outputs)
-
-
-class Objective:
+class Objective(Batchwise):
     """The mean loss of a model over data, L(w) = Σ_b n_b L_b(w) / Σ_b n_b, with n_b the terms that batch b averages.
 
     Where the model is or contains DDP or FSDP2 modules, every rank passes its own share of the data and calls the same
@@ -85,19 +58,8 @@ class Objective:
             raise ValueError(f'mode must be "eval", "train", "batch_statistics" or "as_is", got {mode!r}')
         if forward is not None and loss_fn is None:
             raise ValueError("forward= needs a loss: loss_fn(outputs, batch)")
-        self.model, self.loss_fn, self.mode, self.seed = model, loss_fn, mode, seed
-        self.data = batches.as_data(data, any_form=forward is not None)
-        self._forward, self._weight, self._check = forward, weight, check
-        self._shift = batches.predicts_next_label(model)
-        self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
-        self._depth = 0
-        self._model_seed = seed
-        self._ranks: Ranks | None = None
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that share the data."""
-        return Ranks(self.model) if self._ranks is None else self._ranks
+        super().__init__(model, loss_fn, batches.as_data(data, any_form=forward is not None), forward, weight, seed)
+        self.mode, self._check = mode, check
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -110,15 +72,6 @@ class Objective:
     def single(self) -> bool:
         """Whether the data are one batch, as far as can be told without reading them."""
         return hasattr(self.data, "__len__") and len(self.data) == 1
-
-    @property
-    def devices(self) -> list[torch.device]:
-        return list({p.device: None for p in self.model.parameters()})
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are moved: the device of the first parameter."""
-        return next(iter(self.devices), torch.device("cpu"))
 
     def value(self) -> Tensor:
         """L(w): a 0-d float64 tensor (batches are summed in float64)."""
@@ -157,56 +110,6 @@ class Objective:
         if not loss.requires_grad:
             return [torch.zeros_like(p) for p in w]
         return torch.autograd.grad(loss, w, allow_unused=True, materialize_grads=True)
-
-    def terms(self) -> Iterator[Term]:
-        """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
-        assert self._depth, "terms() outside session()"
-        _seed(self.seed, self.devices)
-        ranks = self.ranks
-        if ranks.in_step:
-            yield from self._in_step(ranks)
-            return
-        empty = True
-        for index, batch, n in self._weighted():
-            empty = False
-            yield Term(self, batches.move(batch, self.device), n, index * ranks.world + ranks.rank, n)
-        if empty and not ranks:
-            raise ValueError(EMPTY)
-
-    def _weighted(self) -> Iterator[tuple[int, Any, float]]:
-        for index, batch in enumerate(self.data):
-            n = self.weight(batch)
-            if n > 0:
-                yield index, batch, n
-
-    def _in_step(self, ranks: Ranks) -> Iterator[Term]:
-        """As many batches on every rank: one that has no more repeats its last one, with weight 0."""
-        found = self._weighted()
-        item = None
-        try:
-            while True:
-                following = next(found, None)
-                item = item if following is None else following
-                n = 0.0 if following is None else following[2]
-                total, without = ranks.total(n, float(item is None))
-                if total == 0 and not without:
-                    return
-                if item is None or without:
-                    raise ValueError(EMPTY if total == 0 else "under FSDP2 all ranks run the model together, and a "
-                                     "rank has no batch with anything to average: give each at least one")
-                yield Term(self, batches.move(item[1], self.device), n, item[0] * ranks.world + ranks.rank, total)
-        finally:
-            ranks.reshard()
-
-    def weight(self, batch: Any) -> float:
-        """n_b: how many terms the loss of a batch is a mean of."""
-        if self._weight is not None:
-            n = float(self._weight(batch))
-        else:
-            n = batches.terms(batch, self.loss_fn, self._shift)
-        if not (math.isfinite(n) and n >= 0):
-            raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
-        return 1.0 if self.sums and n > 0 else n
 
     def normalizer(self, weights: Iterable[float]) -> float:
         """Σ n_b over all ranks, or 1 where the loss is a sum."""
@@ -261,47 +164,12 @@ class Objective:
                 self._model_seed = self.seed
         self._check = False
 
-    def _outputs(self, batch: Any, index: int) -> Any:
-        state = perturbed.RandomState(self.devices)
-        _seed(self._model_seed + index, self.devices)
-        try:
-            if self._forward is not None:
-                return self._forward(self.model, batch)
-            return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
-        finally:
-            state.set()
-
-    def _loss(self, outputs: Any, batch: Any) -> Tensor:
-        if self._forward is not None:
-            loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
-        elif isinstance(batch, Mapping):
-            loss = batches.own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, batch)
-        elif self.loss_fn is None:
-            raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
-        else:
-            loss = self.loss_fn(outputs, batch[1])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("the loss of a batch must be one number, its mean over the batch "
-                             f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")
-        return loss.reshape(())
-
     def _total(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
         rows = [(value.detach().to("cpu", torch.float64) * n, n) for value, n in losses if n > 0]
         total = torch.stack([part for part, _ in rows]).sum() if rows else torch.zeros((), dtype=torch.float64)
         if self.ranks:
             total = torch.tensor(self.ranks.total(float(total))[0], dtype=torch.float64)
         return total / self.normalizer(n for _, n in rows)
-
-
-def _seed(seed: int, devices: Iterable[torch.device]) -> None:
-    """``torch.manual_seed`` for these devices only; it also asks every absent backend, which takes 0.1 ms."""
-    torch.default_generator.manual_seed(seed)
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.init()
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        elif device.type not in ("cpu", "meta"):
-            getattr(torch, device.type).manual_seed(seed)
 
 
 def accumulate(total: list[Tensor] | None, g: Iterable[Tensor], weight: float) -> list[Tensor]:

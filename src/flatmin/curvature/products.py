@@ -16,6 +16,7 @@ from ..batches import unwrapped
 from ..objective import Objective, Term
 from . import memory
 from .operator import CurvatureOperator
+from .parameters import OverParameters
 from .smooth import Smooth
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
@@ -27,7 +28,7 @@ Linearize = Callable[[Term, list[nn.Parameter]], Apply]
 """A batch and parameters ↦ the linear map of that batch."""
 
 
-class ObjectiveOperator(CurvatureOperator):
+class ObjectiveOperator(OverParameters):
     """A = Σ_b n_b A_b / Σ_b n_b over the batches of an objective, each A_b a linear map that autograd makes.
 
     Inside ``session()`` the maps (their graphs) are made once and kept as far as half of the free memory allows,
@@ -39,78 +40,17 @@ class ObjectiveOperator(CurvatureOperator):
                  products: tuple[str, ...]):
         if product not in products:
             raise ValueError(f"product must be one of {', '.join(products)}, got {product!r}")
-        objective.ranks.reshard()
-        chosen = [(n, p) for n, p in objective.model.named_parameters() if p.requires_grad]
-        dtypes = [p.dtype for _, p in chosen]
-        super().__init__([p.shape for _, p in chosen], _widest(dtypes), objective.device,
-                         [n for n, _ in chosen], dtypes)
-        self.objective = objective
+        super().__init__(objective, parameters)
         self.product: Product = product
         self.vmap = False
-        self.parameters = [p for _, p in chosen]
         self._linearize = linearize
         self._depth = 0
         self._smooth = True
         self._forget()
-        if parameters is not None:
-            where = self.select(parameters)
-            self.parameters = [self.parameters[i] for i in where]
-            super().__init__([self.shapes[i] for i in where], _widest([dtypes[i] for i in where]), objective.device,
-                             [self.names[i] for i in where], [dtypes[i] for i in where])
-        self._groups = self._shard()
-        self.rank = objective.ranks.rank
         if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
                                                                                   self.parameters))):
             raise ValueError('torch has no exact products under FSDP2 (its gathered weights are gone when a gradient '
                              'is differentiated again): product="auto" takes differences there, "finite_difference"')
-
-    def _shard(self) -> Sequence[Any]:
-        """Vectors sharded as the parameters are; the process groups that hold the other shards."""
-        local = [vectors.local(p.detach()) for p in self.parameters]
-        self.numels, self.length = [t.numel() for t in local], sum(t.numel() for t in local)
-        groups = {vectors._shard_groups(p) for p in self.parameters}
-        if len(groups) > 1:
-            raise ValueError("some parameters are sharded over other ranks than others, or not at all: pass "
-                             "parameters= with those of one kind")
-        return groups.pop()
-
-    def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
-        for group in self._groups:
-            dist = torch.distributed
-            dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
-        return t
-
-    def agree(self, number: int) -> int:
-        return self.objective.ranks.least(number)
-
-    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
-        if not vectors.is_sharded(self.parameters[i]):
-            return super()._draw(i, generator, kind)
-        return vectors.Space([self.parameters[i]]).random(generator, kind)[0].reshape(-1)
-
-    def join(self, vs: Sequence[Tensor]) -> Tensor:
-        if not any(map(vectors.is_sharded, self.parameters)):
-            return super().join(vs)
-        pairs = list(zip(vs, self.parameters, strict=True))
-        if any(v.shape not in (p.shape, vectors.local(p).shape) for v, p in pairs):
-            raise ValueError("expected one tensor for each parameter that requires a gradient, sharded as it is")
-        return torch.cat([vectors.local(v.detach()).reshape(-1).to(self.device, self.dtype) for v, _ in pairs])
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        return [vectors.like(part.view(vectors.local(p).shape).to(dtype), p) for part, p, dtype in
-                zip(flat.split(self.numels), self.parameters, self._dtypes, strict=True)]
-
-    def select(self, parameters: str | nn.Module | Sequence[str | nn.Module]) -> list[int]:
-        wanted = [parameters] if isinstance(parameters, (str, nn.Module)) else list(parameters)
-        inside: set[int] = set()
-        names = [name for name in wanted if isinstance(name, str)]
-        for module in wanted:
-            if isinstance(module, nn.Module):
-                ids = {id(p) for p in module.parameters()}
-                inside |= {i for i, p in enumerate(self.parameters) if id(p) in ids}
-        if len(names) < len(wanted) and not inside:
-            raise ValueError("none of the modules holds a parameter of this operator")
-        return sorted(inside.union(super().select(names) if names else []))
 
     def restrict(self, parameters: Any) -> CurvatureOperator:
         names = [self.names[i] for i in self.select(parameters)]
@@ -262,13 +202,6 @@ def on_module(term: Term, w: list[nn.Parameter], function: Callable[[Term], Any]
         return torch.func.functional_call(module, dict(zip(keys, values, strict=True)), (term,))
 
     return pure, tuple(p.detach() for p in w)
-
-
-def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
-    out = dtypes[0] if dtypes else torch.float32
-    for dtype in dtypes[1:]:
-        out = torch.promote_types(out, dtype)
-    return out
 
 
 @contextmanager
