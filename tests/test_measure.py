@@ -360,7 +360,7 @@ def test_the_flags_are_these():
     """A new flag is a decision: it fails here first."""
     verbs = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     flags = sorted(o for a in verbs["measure"]._actions for o in a.option_strings if o.startswith("--"))
-    assert flags == ["--against", "--checkpoint", "--help", "--k", "--metrics", "--out", "--quiet", "--resume", "--rho", "--seed",
-                     "--tol"]
+    assert flags == ["--against", "--checkpoint", "--help", "--k", "--metrics", "--out", "--quiet", "--resume", "--rho",
+                     "--seed", "--tol"]
     shown = verbs["measure"].format_help()
     assert "examples:" in shown and all(name in shown for name in measure.METRICS)

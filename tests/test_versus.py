@@ -55,7 +55,7 @@ def compared(other, out="r"):
 
 def test_a_rescaled_twin_is_the_same_function_and_plain_measures_are_warned_of(capsys):
     record = compared("rescaled.safetensors")
-    found, shown = record["results"]["comparison"], capsys.readouterr().out
+    found, shown = record["results"]["comparison"], " ".join(capsys.readouterr().out.split())
     assert found["scale"] == pytest.approx(8) and found["same_scale"] is False
     rows = found["rows"]
     assert rows["normalized_flatness"]["a"] == pytest.approx(rows["normalized_flatness"]["b"], rel=1e-3)

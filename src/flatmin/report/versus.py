@@ -77,5 +77,6 @@ def _path(path: Mapping[str, Any], ends: tuple[str, str]) -> str:
         axes.set_xlabel("distance along the straight line")
         axes.margins(x=0.01)
 
-    return (f'<figure style="max-width:680px;margin-top:28px"><h3>Loss from one to the other</h3><figcaption>on the straight line, and '
-            f"beyond</figcaption>{draw(paint, 'loss on the line between two models', size=(6.6, 3.3))}</figure>")
+    picture = draw(paint, "loss on the line between two models", size=(6.6, 3.3))
+    return (f'<figure style="max-width:680px;margin-top:28px"><h3>Loss from one to the other</h3><figcaption>on the '
+            f"straight line, and beyond</figcaption>{picture}</figure>")
