@@ -37,8 +37,10 @@ my_module:objective is a flatmin.Objective, a function that returns one, or a fu
   def objective():                                            def objective():
       return flatmin.Objective(net, loss_fn, loader)              return model, [{"input_ids": ids}]
 
-metrics: one_step, spectrum, trace, density (the default), worst_case, average_case, m_sharpness, normalized_flatness,
-agreement, line, surface, or all. A checkpoint is a .safetensors file, or a torch file of tensors."""
+metrics: one_step, spectrum, trace, density (the default), worst_case, adaptive_worst_case, average_case, m_sharpness,
+normalized_flatness, critical_sharpness, agreement, line, surface, or all.
+
+A checkpoint is a .safetensors file, or a torch file of tensors."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,3 +133,13 @@ def test_a_good_measurement_warns_of_nothing():
 @pytest.mark.parametrize(("size", "least"), [(10**8, 8), (15 * 10**8, 4), (5 * 10**9, 2), (10**10, 1)])
 def test_the_table_of_batch_sizes(size, least):
     assert cautions.batch_sizes(size) == (least, 2 * least, 4 * least)
+
+
+def test_a_step_too_short_to_be_seen_is_within_rounding():
+    """The loss does not change at all in float32, although the gradient says that it should."""
+    torch.manual_seed(0)
+    data = torch.randn(40, 3), torch.randn(40, 1)
+    objective = Objective(torch.nn.Linear(3, 1).float(), torch.nn.MSELoss(), [t.float() for t in data])
+    with pytest.warns(cautions.RoundingWarning):
+        found = one_step(objective, 1e-12)
+    assert found.first_order > 0 and "RoundingWarning" in found.warnings

@@ -31,7 +31,16 @@ from ..errors import RunFolderError
 from ..landscape import line, models, surface
 from ..objective import Objective
 from ..results import plain
-from ..sharpness import agreement, average_case, compare, m_sharpness, normalized_flatness, one_step, worst_case
+from ..sharpness import (
+    agreement,
+    average_case,
+    compare,
+    critical_sharpness,
+    m_sharpness,
+    normalized_flatness,
+    one_step,
+    worst_case,
+)
 from ..sharpness.cautions import samples_in
 from ..tensorscope import objective_for
 from .folder import RunFolder
@@ -240,10 +249,13 @@ METRICS: dict[str, Callable[[Measurement], Any]] = {
     "trace": _trace,
     "density": _density,
     "worst_case": lambda job: worst_case(job.objective, job.settings.rho, seed=job.settings.seed),
+    "adaptive_worst_case": lambda job: worst_case(job.objective, job.settings.rho, adaptive="element",
+                                                  seed=job.settings.seed),
     "average_case": lambda job: average_case(job.objective, job.settings.rho
                                              / math.sqrt(job.record["model"]["parameters"]), seed=job.settings.seed),
     "m_sharpness": _m_sharpness,
     "normalized_flatness": lambda job: normalized_flatness(job.objective, seed=job.settings.seed),
+    "critical_sharpness": lambda job: critical_sharpness(job.objective),
     "agreement": lambda job: agreement(job.objective, job.settings.rho, seed=job.settings.seed),
     "line": lambda job: line(job.objective, "filter", draws=3, seed=job.settings.seed),
     "surface": _surface,

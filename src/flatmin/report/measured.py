@@ -17,11 +17,14 @@ from .turning import policy, turnable
 from .versus import printable as _printable
 
 NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
-         "worst_case": "worst case", "average_case": "average case", "m_sharpness": "m-sharpness",
+         "worst_case": "worst case", "adaptive_worst_case": "adaptive worst case",
+         "critical_sharpness": "critical sharpness", "average_case": "average case", "m_sharpness": "m-sharpness",
          "normalized_flatness": "normalized flatness", "agreement": "agreement", "line": "line", "surface": "surface"}
 LARGEST, AT_ZERO = "largest eigenvalue", "share of eigenvalues next to 0"
 FIRST = ("one-step", LARGEST, "trace", AT_ZERO, "worst case")                # what stands beside the headline
 PARTS = (("first_order", "slope, ρ‖g‖"), ("second_order", "curvature, ½ρ²ĝᵀHĝ"), ("remainder", "remainder"))
+OTHERS = ("worst_case", "adaptive_worst_case", "average_case", "m_sharpness", "normalized_flatness",
+          "critical_sharpness")
 CARE = (
     "Every number is of this model on these data and this loss; another sample of data gives another number. The "
     "errors are those of the computation on the data given, not of the data.",
@@ -102,7 +105,10 @@ def sentence(m: Measured) -> str:
             f"from {significant(loss)} " if math.isfinite(loss) else "") + f"by {significant(abs(value))}"
         top = max(parts, key=lambda p: abs(p[2]), default=None)
         total = sum(abs(p[2]) for p in parts)
-        if top is not None and total > 0 and len(parts) == 3:
+        named = m.result("one_step").get("warnings")
+        if isinstance(named, list) and "RoundingWarning" in named:
+            moved += ", which is within rounding: take a larger ρ"
+        elif top is not None and total > 0 and len(parts) == 3:
             share = f"{100 * abs(top[2]) / total:.0f} %"
             moved += {"first_order": f", mostly by the slope ({share}): the gradient leads, so this is not yet the "
                                      "sharpness of a minimum",
@@ -122,7 +128,7 @@ def sentence(m: Measured) -> str:
     zero = number(section(m.result("density"), "mass_at_zero").get("value"))
     if math.isfinite(zero) and math.isfinite(low):
         error = 100 * number(section(m.result("density"), "mass_at_zero").get("stderr"))
-        out.append(f"{100 * zero:.0f}{f' ± {error:.0f}' if math.isfinite(error) else ''} % of all eigenvalues are next "
+        out.append(f"{100 * zero:.0f}{f' ± {error:.2g}' if math.isfinite(error) else ''} % of all eigenvalues are next "
                    "to zero.")
     return " ".join(out) or "Nothing was measured yet."
 
@@ -152,7 +158,7 @@ def rows(m: Measured) -> list[tuple[str, str, str, str]]:
         mark = {True: "converged", False: "NOT CONVERGED", None: ""}[done]
         out.append((f"eigenvalue {i}" if i > 1 else LARGEST, significant(value, 5), significant(error, 2),
                     f"residual; {mark}"))
-    for name in ("trace", "average_case", "m_sharpness", "normalized_flatness", "worst_case"):
+    for name in ("trace", *OTHERS):
         if m.result(name):
             out.append((_title(name, m), significant(m.get(name)), _error(m.get(name, "stderr")), _how(name, m)))
     zero = section(m.result("density"), "mass_at_zero")
@@ -178,6 +184,8 @@ def _title(name: str, m: Measured) -> str:
     size = number(section(m.result(name), "settings").get("m"))
     return {"trace": "trace of the Hessian", "average_case": f"average case, σ = {at:.3g} a weight",
             "m_sharpness": f"m-sharpness, m = {size:g}, ρ = {at:g}", "worst_case": f"worst case, ρ = {at:g}",
+            "adaptive_worst_case": f"adaptive worst case, ρ = {at:g}",
+            "critical_sharpness": "critical sharpness, 2/η_c",
             "normalized_flatness": "normalized flatness, Σ w²H"}[name]
 
 
@@ -186,7 +194,9 @@ def _how(name: str, m: Measured) -> str:
     if name == "trace":
         unmet = "" if r.get("converged") else ", NOT to the error asked for"
         return f"{number(r.get('matvecs')):.0f} products{unmet}"
-    if name == "worst_case":
+    if name == "critical_sharpness":
+        return f"the loss falls along −g up to η_c = {significant(number(r.get('critical_rate')))}"
+    if name in ("worst_case", "adaptive_worst_case"):
         return f"a lower bound, {number(r.get('evaluations')):.0f} evaluations"
     if name == "average_case":
         return f"{number(r.get('evaluations')):.0f} evaluations"
@@ -399,14 +409,12 @@ def _pm(scalar: Mapping[str, Any]) -> str:
 
 
 def _others(m: Measured) -> str:
-    names = [n for n in ("worst_case", "average_case", "m_sharpness", "normalized_flatness", "agreement")
-             if m.result(n)]
-    if not names:
+    if not any(m.result(name) for name in (*OTHERS, "agreement")):
         return ""
     found = {what: (value, error, how) for what, value, error, how in rows(m)}
     body, told = "", str(m.result("agreement").get("sentence", ""))
     for what, (value, error, how) in found.items():
-        if what.startswith(("worst", "average", "m-", "normalized", "agreement")):
+        if what.startswith(("worst", "adaptive", "average", "m-", "normalized", "critical", "agreement")):
             body += (f"<tr><th>{_text(what)}</th><td><b>{escape(value)}</b>"
                      f"{f' <span>± {escape(error)}</span>' if error else ''}</td><td>{_text(how)}</td></tr>")
     return _section("Other measures", "The average case moves every weight by a normal draw, so that the length of a "

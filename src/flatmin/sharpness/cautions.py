@@ -113,10 +113,14 @@ def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stack
     return ratio, ["RoundingWarning"]
 
 
-def warn_of_rounding(objective: Objective, rise: float, loss: float, stacklevel: int = 3) -> list[str]:
-    """Warn where a rise of the loss is not much larger than the rounding of the losses it is a difference of."""
+def warn_of_rounding(objective: Objective, rise: float, loss: float, expected: float = 0.0,
+                     stacklevel: int = 3) -> list[str]:
+    """Warn where a rise of the loss is not much larger than the rounding of the losses it is a difference of.
+
+    No rise at all is nothing to warn of, unless one was ``expected``.
+    """
     eps = max((torch.finfo(p.dtype).eps for p in objective.parameters), default=0.0)
-    if rise == 0 or abs(rise) > 10 * eps * abs(loss):
+    if rise == expected == 0 or abs(rise) > 10 * eps * abs(loss):
         return []
     warnings.warn(f"the loss changes by {rise:.1e}, which is within the rounding of a loss of {loss:.3g} in "
                   f"{str(objective.parameters[0].dtype).removeprefix('torch.')}: take a larger rho, or float64",

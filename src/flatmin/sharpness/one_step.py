@@ -113,7 +113,7 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     rise, loss = float(moved - at.loss), float(at.loss)
     found = warn_of(objective, loss=loss, samples=at.samples, missing=at.missing)
     ratio, rounded = warn_of_rounded_step(objective, realised or ())
-    found += rounded or warn_of_rounding(objective, rise, loss)
+    found += rounded or warn_of_rounding(objective, rise, loss, expected=float(length))
     settings = {"rho": rho, "mode": objective.mode, "samples": at.samples}
     return OneStep(value=rise, first_order=rho * float(length), second_order=second, loss=loss,
                    radius=0.0 if realised is None else rho * ratio, perturbed_loss=float(moved),
