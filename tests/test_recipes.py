@@ -10,7 +10,7 @@ from torch import nn
 
 import flatmin.recipes.compare as module
 from flatmin import cli
-from flatmin.recipes import CompareSettings, Comparison, Data, Recipe
+from flatmin.recipes import CompareSettings, Comparison, Data, Recipe, find_recipe, timing
 from flatmin.recipes.compare import summary
 from flatmin.recipes.folder import RunFolder
 from flatmin.recipes.loop import Diverged
@@ -183,3 +183,35 @@ def test_a_setting_of_the_wrong_type_is_named(line, says, tmp_path, capsys):
     (tmp_path / "c.toml").write_text(line)
     assert cli.main(["compare", "--config", str(tmp_path / "c.toml"), "--quiet"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_radius_is_chosen_on_no_more_examples_than_the_recipe_says(monkeypatch, tmp_path):
+    recipe = dataclasses.replace(find_recipe("digits"), epochs=1, folds=1, tuning_samples=100, noise=0.0,
+                                 rhos={"sam": (0.05, 0.1)})
+    monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
+    job = module.Comparison(module.CompareSettings(methods="sgd,sam", seeds=2), RunFolder.create(tmp_path / "run"),
+                            quiet=True)
+    (kept, held), = job._folds()
+    assert len(kept) == 80 and len(held) == 20 and not set(kept.tolist()) & set(held.tolist())
+    assert job._steps() == {"sgd": 2 * 32, "sam": 2 * 3 + 2 * 32}       # ⌈80 / 32⌉ a radius, ⌈1000 / 32⌉ a seed
+    assert job._criterion() == "mean accuracy over a held-out fifth of 100 examples of the training data"
+    job.run()
+    assert job.record["data"]["held_out"] == 20 and not any(job._steps().values())
+
+
+def test_the_time_of_a_comparison_is_foretold(monkeypatch, tmp_path, capsys):
+    """A step that takes a known time: as many of them as are left; nothing is said where nothing is left or wanted."""
+    recipe = dataclasses.replace(find_recipe("digits"), epochs=1)
+    monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    methods = module.find_methods("sgd,sam")
+    assert timing.foretold(recipe, recipe.data(None), methods, {"sgd": 7, "sam": 5}) == 12
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
+    folder = RunFolder.create(tmp_path / "run")
+    job = module.Comparison(module.CompareSettings(methods="sgd", seeds=1), folder)
+    job.run()
+    assert "32 training steps, about 0:0" in capsys.readouterr().err
+    module.Comparison(module.CompareSettings(methods="sgd", seeds=1), folder, job.record).run()
+    assert "training steps" not in capsys.readouterr().err

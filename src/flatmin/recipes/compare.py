@@ -11,8 +11,6 @@ import datetime
 import math
 import platform
 import statistics
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,75 +22,17 @@ from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..objective import Objective
 from ..sharpness import diagnose, one_step
-from . import landscape
+from . import landscape, timing
 from .folder import RunFolder
-from .loop import Diverged, Plan, accuracy, batches, train
-from .methods import Method, find_methods, gradient, optimizer_for
+from .loop import Diverged, Plan, accuracy, train
+from .methods import Method, find_methods
 from .metrics import classification, logits_of, standard_errors
-from .progress import Progress
+from .progress import Progress, clock
 from .recipe import Data, Recipe, find_recipe
+from .settings import CompareSettings, fixed_radii
 
 MEASURED_RHO = 0.05
 """The radius at which one-step sharpness is measured, the same for every method."""
-
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("recipe", "methods", "rho", "data"), (str, "text")),
-    **dict.fromkeys(("seeds", "epochs", "threads"), (int, "a whole number")), "noise": ((int, float), "a number"),
-}
-
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """Settings of a comparison; None takes the recipe's own."""
-
-    recipe: str = "digits"
-    methods: str = "sgd,sam,asam"
-    seeds: int = 3
-    noise: float | None = None
-    epochs: int | None = None
-    rho: str | None = None
-    data: str | None = None
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name, (kind, what) in _KINDS.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be {what}, got {value!r}")
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
-        if self.noise is not None and not 0 <= self.noise <= 1:
-            raise ValueError(f"--noise is a share from 0 to 1, got {self.noise}")
-        if self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {self.threads}")
-        find_methods(self.methods)
-        fixed_radii(self.rho)
-
-
-def fixed_radii(text: str | None) -> dict[str, float]:
-    """``"0.1"`` for all methods (under the key ``""``), or ``"sam=0.1,asam=1"``.
-
-    Raises:
-        ValueError: not a number, negative, or an unknown method.
-    """
-    out: dict[str, float] = {}
-    for part in (text or "").split(","):
-        name, _, number = part.rpartition("=")
-        if not part.strip():
-            continue
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"--rho takes a number or method=number, got {part!r}") from None
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--rho must not be negative, got {number.strip()}")
-        if name.strip():
-            find_methods(name)
-        out[name.strip()] = value
-    return out
 
 
 class Comparison:
@@ -113,17 +53,23 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """Do what is left; the record is saved after every piece of work, also when interrupted."""
-        self.progress = Progress(self._steps(), self.quiet)
+        steps = self._steps()
+        self.progress = Progress(sum(steps.values()), self.quiet)
         try:
             self.record["status"] = "running"
             self.folder.save_record(self.record)
+            if not self.quiet and any(steps.values()):
+                left = timing.foretold(self.recipe, self.data, self.methods, steps)
+                self.progress.announce(f"{sum(steps.values())} training steps, about {clock(left)} on this machine")
             for method in self.methods:
                 self._choose(method)
             for seed in range(self.settings.seeds):
                 for method in self.methods:
                     self._train_and_measure(method, seed)
             if "timing" not in self.record:
-                self.record["timing"] = self._time()
+                self.progress.say("timing")
+                self.record["timing"] = timing.side_by_side(self.recipe, self.data, self.methods,
+                                                            {m.name: self._rho(m) for m in self.methods})
             if "plane" not in self.record:
                 self.record["plane"] = self._plane()
             self.record["summary"] = summary(self.record["runs"])
@@ -178,7 +124,7 @@ class Comparison:
     def _folds(self) -> list[tuple[Tensor, Tensor]]:
         """(kept, held-out) index pairs; one fifth is held out each time."""
         n = len(self.data.train_targets)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(77))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(77))[:self.recipe.tuning_samples]
         parts = [order[i::5] for i in range(5)]
         return [(torch.cat([p for j, p in enumerate(parts) if j != i]), parts[i]) for i in range(self.recipe.folds)]
 
@@ -188,7 +134,7 @@ class Comparison:
             return
         entry = self.record["selection"].setdefault(method.name, {
             "grid": list(grid), "scores": [], "stderr": [], "chosen": None,
-            "criterion": f"mean accuracy over {self.recipe.folds} held-out parts of the training data, noisy labels"})
+            "criterion": self._criterion()})
         for rho in grid[len(entry["scores"]):]:
             self.progress.say(f"choosing ρ for {method.name}: {rho:g}")
             found = [self._held_out_score(method, rho, i, *fold) for i, fold in enumerate(self._folds())]
@@ -197,6 +143,13 @@ class Comparison:
             self.folder.save_record(self.record)
         best = max(range(len(grid)), key=lambda i: (entry["scores"][i], -grid[i]))
         entry["chosen"] = grid[best]
+
+    def _criterion(self) -> str:
+        kept, held = self._folds()[0]
+        some = f" {len(kept) + len(held)} examples of" if self.recipe.tuning_samples else ""
+        noisy = ", noisy labels" if self.noise else ""
+        parts = f"{self.recipe.folds} held-out parts" if self.recipe.folds > 1 else "a held-out fifth"
+        return f"mean accuracy over {parts} of{some} the training data{noisy}"
 
     def _held_out_score(self, method: Method, rho: float, fold: int, kept: Tensor, held: Tensor) -> float:
         x, y = self.data.train_inputs, self.data.train_targets
@@ -272,46 +225,17 @@ class Comparison:
         states = {m: self.folder.load_weights(f"{m}-seed0") for m in kept}
         return landscape.plane(self.recipe, self.data, states, self.folder.path / "checkpoints") if kept else {}
 
-    def _time(self, steps: int = 60) -> dict[str, Any]:
-        """Seconds a step, methods alternating on the same batches; ratios to the first method, step by step."""
-        self.progress.say("timing")
-        trained = []
-        for method in self.methods:
-            torch.manual_seed(0)
-            model = self.recipe.model()
-            optimizer = optimizer_for(method.base, model, self.recipe)
-            trained.append((model, optimizer, method.sharpener(model, optimizer, self._rho(method))))
-        times: list[list[float]] = [[] for _ in trained]
-        index = list(batches(len(self.data.train_inputs), self.recipe.batch_size, 0, 0))
-        for i in range(steps + 5):
-            x, y = (t[index[i % len(index)]] for t in (self.data.train_inputs, self.data.train_targets))
-            for (model, optimizer, sharpener), seconds in zip(trained, times, strict=True):
-                start = time.perf_counter()
-                gradient(sharpener, model, self.recipe, x, y)
-                optimizer.step()
-                optimizer.zero_grad()
-                if i >= 5:
-                    seconds.append(time.perf_counter() - start)
+    def _steps(self) -> dict[str, int]:
+        """Training steps that are left, by method."""
+        full = self.epochs * math.ceil(len(self.data.train_targets) / self.recipe.batch_size)
+        part = self.epochs * math.ceil(len(self._folds()[0][0]) / self.recipe.batch_size)
         out = {}
-        for method, seconds in zip(self.methods, times, strict=True):
-            ratios = [a / b for a, b in zip(seconds, times[0], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            out[method.name] = {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios),
-                                "mean_ratio": sum(seconds) / sum(times[0]), "quartiles": [quartiles[0], quartiles[2]],
-                                "relative_to": self.methods[0].name}
-        return out
-
-    def _steps(self) -> int:
-        """Training steps that are left."""
-        n = len(self.data.train_targets)
-        full = self.epochs * math.ceil(n / self.recipe.batch_size)
-        part = self.epochs * math.ceil(0.8 * n / self.recipe.batch_size)
-        total = 0
         for method in self.methods:
             grid = () if method.name in self.radii or "" in self.radii else method.grid(self.recipe)
-            done = len(self.record["selection"].get(method.name, {}).get("scores", []))
-            total += (len(grid) - done) * self.recipe.folds * part
-        return total + full * (len(self.methods) * self.settings.seeds - len(self.record["runs"]))
+            tried = len(self.record["selection"].get(method.name, {}).get("scores", []))
+            done = sum(r["method"] == method.name for r in self.record["runs"])
+            out[method.name] = (len(grid) - tried) * self.recipe.folds * part + full * (self.settings.seeds - done)
+        return out
 
 
 def steps_of(run: dict[str, Any]) -> list[dict[str, Any]]:

@@ -90,5 +90,6 @@ def _normalized(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
 
 
 digits = Recipe("digits", digits_model, digits_data, noise=0.6, folds=5)
-fashion_mnist = Recipe("fashion-mnist", fashion_model, fashion_data, epochs=5, batch_size=128, lr=0.05)
-cifar10 = Recipe("cifar10", cifar10_model, cifar10_data, epochs=10, batch_size=128, lr=0.05)
+fashion_mnist = Recipe("fashion-mnist", fashion_model, fashion_data, epochs=5, batch_size=128, lr=0.05,
+                       tuning_samples=10_000)
+cifar10 = Recipe("cifar10", cifar10_model, cifar10_data, epochs=10, batch_size=128, lr=0.05, tuning_samples=10_000)

@@ -30,8 +30,15 @@ class Progress:
             self._last = time.monotonic()
             gone = self._last - self._start
             left = gone * (self._total - self._done) / max(1, self._done)
-            print(f"{100 * self._done / self._total:3.0f} %  {self._text}  {_clock(gone)} gone, {_clock(left)} left",
+            print(f"{100 * self._done / self._total:3.0f} %  {self._text}  {clock(gone)} gone, {clock(left)} left",
                   file=sys.stderr, flush=True)
+
+    def announce(self, text: str) -> None:
+        """A line of its own, said once."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif not self._quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """What is going on now."""
@@ -44,6 +51,11 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds.
+
+    >>> clock(61.4), clock(7200)
+    ('1:01', '120:00')
+    """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

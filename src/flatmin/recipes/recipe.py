@@ -63,6 +63,7 @@ class Recipe:
         adamw_lr: of AdamW, the base of the preconditioned methods.
         noise: the share of training labels re-drawn by default.
         folds: over how many held-out parts of the training data a radius is chosen.
+        tuning_samples: training examples that a radius is chosen on, at most (None: all of them).
         rhos: radii to choose from, by method, where they differ from the library's own.
         curvature_samples: training examples that sharpness and curvature are measured on.
 
@@ -86,9 +87,9 @@ class Recipe:
     adamw_lr: float = 1e-3
     noise: float = 0.0
     folds: int = 1
+    tuning_samples: int | None = None
     rhos: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     curvature_samples: int = 1000
-
 
     def load(self, folder: str | None) -> Data:
         """The data, or a ``ValueError`` that says what is wrong with what :attr:`data` does."""
