@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import tempfile
 import traceback
 import warnings
 
@@ -317,8 +318,49 @@ def a_rank_without_data(kind, rank, dtype):
                abs(float(ours.value() / theirs.value()) - 1)), exactly(dtype)
 
 
+def goes_on_after_a_kill(kind, rank, dtype):
+    """Each rank from its own file, to the same bits; all from the start where one has lost its file."""
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    file = os.path.join(folder[0], "run.pt")
+    operator = Hessian(objectives(kind, rank, dtype)[0])
+    product, calls = operator._mean, []
+
+    def dying(v):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return product(v)
+
+    def run(checkpoint):
+        found = eigenpairs(operator, 2, tol=1e-2, checkpoint=checkpoint)
+        return torch.cat([found.eigenvalues, found.residuals, torch.tensor([float(found.matvecs)])])
+
+    operator._mean = dying
+    whole, results = None, []
+    for lost in (False, True):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(file)
+        assert os.path.exists(f"{file}.1" if rank else file)
+        dist.barrier()
+        if lost and rank:
+            os.remove(f"{file}.1")
+        dist.barrier()
+        results.append((run(file), len(calls)))
+        whole = run(None)
+        assert not os.path.exists(f"{file}.1" if rank else file)
+    dist.barrier()
+    if rank == 0:
+        os.rmdir(folder[0])
+    (found, few), (again, many) = results
+    agreed(found, again)
+    assert torch.equal(found, whole) and torch.equal(again, whole) and many > few
+    return 0.0, 0.0
+
+
 EVERYWHERE = [value_and_gradient, gradient_of_a_measure, differences, differences_of_outputs, sums_of_losses,
-              training_goes_on, a_rank_without_data]
+              training_goes_on, goes_on_after_a_kill, a_rank_without_data]
 CHECKS = {"ddp": [*EVERYWHERE, products, spectrum, estimates],
           "fsdp": [*EVERYWHERE, sharded_spectrum, sharded_gauss_newton, sharded_trace, a_model_with_its_own_loss,
                    exact_is_refused],
