@@ -75,8 +75,15 @@ class Objective(Batchwise):
 
     def value(self) -> Tensor:
         """L(w): a 0-d float64 tensor (batches are summed in float64)."""
-        with self.session(), torch.no_grad():
-            return self._total((t.loss(t.outputs()), t.weight) for t in self.terms())
+        with self.session():
+            try:
+                with torch.no_grad():
+                    return self._total((t.loss(t.outputs()), t.weight) for t in self.terms())
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            with torch.enable_grad():   # a gradient penalty differentiates inside
+                return self._total((t.loss(t.outputs()).detach(), t.weight) for t in self.terms())
 
     def gradient(self) -> list[Tensor]:
         """∇L(w), in the order of ``model.parameters()``; zeros where a parameter is unused or frozen."""

@@ -1,5 +1,7 @@
 """Layers with a cheaper second derivative: the same numbers as torch's own, by differences and by the dense Hessian."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from flatmin import Objective
 from flatmin.curvature import FunctionalPart, GaussNewton, Hessian
 from flatmin.curvature.smooth import Smooth
+from flatmin.curvature.thrice import Thrice
 
 ACTIVATIONS = {"tanh": torch.tanh, "method": torch.Tensor.tanh, "sigmoid": torch.sigmoid, "silu": F.silu,
                "gelu": F.gelu, "gelu tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -130,7 +133,67 @@ class Stubborn(torch.autograd.Function):
 def test_checkpointed_layers():
     H = Hessian(objective(checkpointed=True))
     assert torch.allclose(H.dense(), Hessian(objective()).dense(), atol=1e-14)
-    assert not H._smooth
+    assert H._modes[0] not in (Smooth, Thrice)
+
+
+NORMS = {"layer norm": nn.LayerNorm(4), "layer norm without weights": nn.LayerNorm((4, 3), elementwise_affine=False),
+         "batch norm": nn.BatchNorm1d(4), "instance norm": nn.InstanceNorm1d(4, affine=True),
+         "batch norm of statistics": nn.BatchNorm1d(4).eval()}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_normalization_from_primitives(name):
+    x = torch.randn(5, 3, 4, dtype=torch.float64) if name == "layer norm" else torch.randn(5, 4, 3, dtype=torch.float64)
+    layer = NORMS[name].double()
+    with Thrice():
+        ours = layer(x)
+    assert torch.allclose(ours, layer(x), atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_third_derivatives_of_a_gradient_penalty(name):
+    """Its Hessian goes three times through each layer: torch's own normalization is wrong there, in silence."""
+    torch.manual_seed(0)
+    shape = (3, 4) if name == "layer norm" else (4, 3)
+    model = nn.Sequential(nn.Linear(5, 12), nn.Unflatten(1, shape), NORMS[name], nn.Flatten(), nn.Tanh(),
+                          nn.Linear(12, 3)).double()
+
+    def loss(z, y):
+        g, = torch.autograd.grad(z.square().sum(), model[0].weight, create_graph=True)
+        return F.cross_entropy(z, y) + g.square().mean()
+
+    mode = "eval" if name.endswith("statistics") else "train"
+    o = Objective(model, loss, (torch.randn(6, 5).double(), torch.arange(6) % 3), mode=mode)
+    H, D = Hessian(o), Hessian(o, product="finite_difference")
+    v = torch.randn(H.size, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hv = H @ v
+    assert H._modes[0] is Thrice and H.product == "auto"
+    assert float((hv - D @ v).norm() / hv.norm()) < 1e-6
+
+
+def test_results_may_be_changed_in_place():
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64, requires_grad=True)
+    with Smooth():
+        y = F.gelu(x).mul_(2)
+        z = F.linear(x.view(1, 5), torch.eye(5, dtype=torch.float64)).add_(1)
+    g, = torch.autograd.grad(y.sum() + z.sum(), x)
+    assert torch.allclose(g, 1 + 2 * torch.autograd.grad(F.gelu(x).sum(), x)[0])
+
+
+def test_arguments_by_name():
+    x, w, b = (torch.randn(s, requires_grad=True) for s in ((2, 3), (3, 3), (3,)))
+    for mode in (Smooth, Thrice):
+        with mode():
+            F.linear(input=x, weight=w, bias=b)
+            F.layer_norm(input=x, normalized_shape=(3,), weight=b, bias=b, eps=0.1)
+            F.batch_norm(input=x, running_mean=None, running_var=None, weight=b, bias=b, training=True, momentum=0.5)
+            F.batch_norm(input=x, running_mean=b.detach(), running_var=b.detach() ** 2, weight=b, bias=b, eps=0.1)
+            F.gelu(input=x, approximate="tanh")
+            F.silu(input=x)
+            torch.tanh(input=x.detach(), out=torch.empty(2, 3))
+            F.linear(x[:0], w, b)
 
 
 def test_what_is_left_to_torch():

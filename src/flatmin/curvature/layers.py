@@ -140,3 +140,26 @@ class BatchNormSlope(Function):
 def _batch_norm_backward(g: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, eps: float,
                          wanted: list[bool] | None = None) -> Any:
     return torch.ops.aten.native_batch_norm_backward(g, x, w, mean, var, None, None, False, eps, wanted or [True] * 3)
+
+
+class Twice(Function):
+    """The identity, which can be differentiated twice and no more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
+        return TwiceSlope.apply(g) if torch.is_grad_enabled() else g
+
+
+class TwiceSlope(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor) -> Tensor:
+        return g.view_as(g)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor) -> Any:    # type: ignore[override]
+        return u

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from .. import vectors
 from ..batches import unwrapped
@@ -18,6 +17,7 @@ from . import memory
 from .operator import CurvatureOperator
 from .parameters import OverParameters
 from .smooth import Smooth
+from .thrice import Thrice
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
 Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
@@ -45,7 +45,8 @@ class ObjectiveOperator(OverParameters):
         self.vmap = False
         self._linearize = linearize
         self._depth = 0
-        self._smooth = True
+        # a gradient penalty needs the second, layers that run again in the backward pass the third
+        self._modes: tuple[Callable[[], AbstractContextManager[Any]], ...] = (Smooth, Thrice, nullcontext)
         self._forget()
         if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
                                                                                   self.parameters))):
@@ -115,12 +116,12 @@ class ObjectiveOperator(OverParameters):
         """Σ n_b A_b v / Σ n_b, for v of shape (n,) or a block (b, n)."""
         try:
             return self._weighted(v)
-        except CheckpointError:     # checkpointed layers run again outside ``Smooth``
-            if not self._smooth:
+        except RuntimeError as error:
+            if len(self._modes) == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-        self._smooth = False
+        self._modes = self._modes[1:]
         self._forget()
-        return self._weighted(v)
+        return ObjectiveOperator._mean(self, v)
 
     def _weighted(self, v: Tensor) -> Tensor:
         batched = v.dim() == 2
@@ -171,7 +172,7 @@ class ObjectiveOperator(OverParameters):
 
     def _linearized(self, term: Term) -> Apply:
         assert self._room is not None
-        with torch.enable_grad(), Smooth() if self._smooth else nullcontext():
+        with torch.enable_grad(), self._modes[0]():
             if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
                 return self._linearize(term, self.parameters)
             with memory.Meter() as meter:

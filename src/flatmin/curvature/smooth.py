@@ -71,20 +71,21 @@ def _gelu_tanh_bend(x: Tensor, _: Tensor) -> Tensor:
 
 
 class _Pointwise(Function):
-    """f(x), given with f′."""
+    """f(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, slope: Tensor, kept: Tensor, bend: Bend) -> Tensor:
-        ctx.save_for_backward(x, slope, kept)
+    def forward(ctx: Any, x: Tensor, slope: Slope, bend: Bend) -> Tensor:
+        y, first, kept = slope(x)
+        ctx.save_for_backward(x, first, kept)
         ctx.bend = bend
-        return y.view_as(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
-        x, slope, kept = ctx.saved_tensors
+        x, first, kept = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return g * slope, None, None, None, None
-        return _Slope.apply(g, x, slope, ctx.bend(kept.detach(), slope)), None, None, None, None
+            return g * first, None, None
+        return _Slope.apply(g, x, first, ctx.bend(kept.detach(), first)), None, None
 
 
 class _Slope(Function):
@@ -107,31 +108,25 @@ class Smooth(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        make = _LAYERS.get(func)
-        if make is not None and not torch.is_autocast_enabled(_device(args)):
+        make = None if "out" in kwargs else _LAYERS.get(func)
+        if make is not None and not any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
             out = make(*args, **kwargs)
             if out is not None:
                 return out
         return func(*args, **kwargs)
 
 
-def _device(args: Any) -> str:
-    return args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether autograd alone looks at x: neither a subclass nor inside a transform of ``torch.func``."""
-    return (type(x) in (Tensor, torch.nn.Parameter) and x.is_floating_point() and torch.is_grad_enabled()
-            and not is_functorch_wrapped_tensor(x))
+def _plain(*tensors: Tensor) -> bool:
+    """Whether autograd alone looks at these, neither a subclass nor a transform of ``torch.func``, in one precision."""
+    return (torch.is_grad_enabled() and tensors[0].is_floating_point() and len({t.dtype for t in tensors}) == 1
+            and all(type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in tensors))
 
 
 def _pointwise(slope: Slope, bend: Bend) -> Callable[..., Tensor | None]:
-    def make(x: Tensor, inplace: bool = False) -> Tensor | None:
-        if inplace or not _plain(x) or not x.requires_grad:
+    def make(input: Tensor, inplace: bool = False) -> Tensor | None:
+        if inplace or not _plain(input) or not input.requires_grad:
             return None
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            y, first, kept = slope(x)
-        out: Tensor = _Pointwise.apply(x, y, first, kept, bend)
+        out: Tensor = _Pointwise.apply(input, slope, bend)
         return out
 
     return make
@@ -141,37 +136,54 @@ _SMOOTH_GELU = {"none": _pointwise(_gelu, lambda x, _: _density(x) * (2 - x * x)
                 "tanh": _pointwise(_gelu_tanh, _gelu_tanh_bend)}
 
 
-def _make_gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
-    return _SMOOTH_GELU[approximate](x)
+def _make_gelu(input: Tensor, approximate: str = "none") -> Tensor | None:
+    return _SMOOTH_GELU[approximate](input)
 
 
-def _make_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if weight.dim() != 2 or x.dim() < 2 or not all(map(_plain, (x, weight) if bias is None else (x, weight, bias))):
+def _make_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    given = (input, weight) if bias is None else (input, weight, bias)
+    if weight.dim() != 2 or input.dim() < 2 or not _plain(*given):
         return None
-    out: Tensor = layers.Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-    return out.view(*x.shape[:-1], -1)
+    out: Tensor = layers.Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return out.view(*input.shape[:-1], len(weight))
 
 
-def _make_layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+def _make_layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
                      eps: float = 1e-5) -> Tensor | None:
-    if len(shape) != 1 or weight is None or bias is None or x.dim() < 2 or not all(map(_plain, (x, weight, bias))):
-        return None
-    out: Tensor = layers.LayerNorm.apply(x, weight, bias, eps)
+    if weight is None or bias is None or len(normalized_shape) != 1 or input.dim() < 2 or \
+            not _plain(input, weight, bias):
+        return _at_most_twice(F.layer_norm(input, normalized_shape, weight, bias, eps))
+    out: Tensor = layers.LayerNorm.apply(input, weight, bias, eps)
     return out
 
 
-def _make_batch_norm(x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None = None,
-                     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
-                     eps: float = 1e-5) -> Tensor | None:
-    if training or mean is None or var is None or weight is None or bias is None \
-            or not all(map(_plain, (x, weight, bias))):
+def _make_batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+                     weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
+                     momentum: float = 0.1, eps: float = 1e-5) -> Tensor | None:
+    if training:
+        return _at_most_twice(F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps))
+    if running_mean is None or running_var is None or weight is None or bias is None or \
+            not _plain(input, weight, bias):
         return None
-    out: Tensor = layers.BatchNorm.apply(x, weight, bias, mean, var, eps)
+    out: Tensor = layers.BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
+    return out
+
+
+def _make_instance_norm(*args: Any, **kwargs: Any) -> Tensor:
+    return _at_most_twice(F.instance_norm(*args, **kwargs))
+
+
+def _at_most_twice(y: Tensor) -> Tensor:
+    """y; a third derivative, which torch would return wrong, raises (see ``thrice``)."""
+    if not _plain(y):
+        return y
+    out: Tensor = layers.Twice.apply(y)
     return out
 
 
 _LAYERS: dict[Any, Callable[..., Tensor | None]] = {
-    F.linear: _make_linear, F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm}
+    F.linear: _make_linear, F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm,
+    F.instance_norm: _make_instance_norm}
 for _functions, _slope, _bend in (((torch.tanh, Tensor.tanh, F.tanh), _tanh, lambda y, d: -2 * y * d),
                                   ((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _sigmoid, lambda y, d: d * (1 - 2 * y)),
                                   ((F.silu,), _silu, _silu_bend)):
