@@ -9,16 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
 from ..objective import Objective, Term
 from .differences import Differences
-from .products import Apply, ObjectiveOperator, Product, on_module
-
-_NO_SECOND_DERIVATIVE = ("is not implemented", "not implemented for", "does not support double backward",
-                         "once_differentiable", "double backward", "Trying to backward through a graph")
+from .inexact import Inexact
+from .products import Apply, Product, on_module
 
 
-class Hessian(ObjectiveOperator):
+class Hessian(Inexact):
     """H = ∇²L(w) over the parameters that require a gradient, in the order of ``model.parameters()``.
 
     Args:
@@ -45,54 +42,16 @@ class Hessian(ObjectiveOperator):
                  folder: str | None = None):
         if place == "disk" and product != "finite_difference":
             raise ValueError('place="disk" is for product="finite_difference"')
-        if objective.ranks.in_step and product == "auto":
-            product = "finite_difference"
         self.place: Literal["device", "disk"] = place
         self.folder = folder
-        self._asked = product
-        super().__init__(objective, _forward if product == "forward" else _reverse, parameters=parameters,
-                         product=product, products=("auto", "cached", "recomputed", "forward", "finite_difference"))
-        self.vmap = (objective.device.type != "cpu" if vmap is None else vmap) and product != "finite_difference"
-        self._differences = Differences(self, place == "disk", folder)
-
-    @property
-    def error(self) -> float | None:
-        """The relative error of differences, as far as it has been estimated."""
-        return self._differences.error
+        super().__init__(objective, _forward if product == "forward" else _reverse,
+                         lambda operator: Differences(operator, place == "disk", folder), parameters=parameters,
+                         product=product, products=("auto", "cached", "recomputed", "forward"))
+        self.vmap = self.product != "finite_difference" and (objective.device.type != "cpu" if vmap is None else vmap)
 
     def _again(self, names: list[str]) -> Hessian:
         return Hessian(self.objective, parameters=names, product=self.product, vmap=self.vmap, place=self.place,
                        folder=self.folder)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | ({} if self.error is None else {"product_error": self.error})
-
-    def fingerprint(self) -> str:
-        if self._asked != "finite_difference":
-            return super().fingerprint()
-        w = [vectors.local(p.detach()) for p in self.parameters]
-        size = float(self.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
-        return f"{float(self.objective.value()):.9e} {size:.9e}"
-
-    def _forget(self) -> None:
-        super()._forget()
-        if hasattr(self, "_differences"):
-            self._differences.forget()
-
-    def _mean(self, v: Tensor) -> Tensor:
-        if self.product == "finite_difference":
-            return self._differences.product(v, keep=self._depth > 0)
-        try:
-            return super()._mean(v)
-        except (RuntimeError, NotImplementedError) as error:
-            batching = v.dim() == 2     # then one vector at a time is tried first
-            if self.product != "auto" or batching or not any(text in str(error) for text in _NO_SECOND_DERIVATIVE):
-                raise
-            warnings.warn("the model has no second derivative, so products are differences of gradients; "
-                          f"their error is in the record. ({str(error).splitlines()[0]})", stacklevel=2)
-        self.product = "finite_difference"
-        self._forget()
-        return self._differences.product(v, keep=self._depth > 0)
 
 
 def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
