@@ -119,6 +119,8 @@ def test_a_checkpoint_of_something_else_is_refused(change, tmp_path):
         eigenpairs(Dying(0), checkpoint=file, **options | change)
     with pytest.raises(ValueError, match="another computation"):
         eigenpairs(Matrix(symmetric(E + 0.01)), checkpoint=file, **options)
+    with pytest.raises(ValueError, match="another computation"):
+        eigenpairs(-Matrix(symmetric(E)), checkpoint=file, **options)
     assert os.listdir(tmp_path) == ["run.pt"]
 
 

@@ -87,6 +87,14 @@ def test_values_alone_recognise_their_ghosts():
     assert found.converged.all()
 
 
+def test_values_alone_in_float64_are_as_exact_as_they_say():
+    e = torch.linspace(0, 1, 60, dtype=torch.float64) ** 3
+    found = eigenvalues(Matrix(symmetric(e)), 3, tol=1e-10)
+    off = (found.values - e[-3:]).abs()
+    assert found.converged.all() and float(off.max()) < 1e-11
+    assert bool((off <= found.errors + 1e-14).all())
+
+
 def test_all_copies_of_a_multiple_eigenvalue():
     e = torch.cat([torch.full((5,), 3.0), torch.full((3,), 2.0), torch.rand(300)])
     found = eigenpairs(Matrix(symmetric(e)), 7)

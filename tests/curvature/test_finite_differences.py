@@ -147,3 +147,14 @@ def test_no_second_derivative_falls_back_and_says_so():
         assert operator.product == "finite_difference", name
         known = {} if name in ("Gauss-Newton", "functional") else {"likelihood": "softmax"}
         assert torch.allclose(found, make(twin, **known).dense(), atol=1e-6), name
+
+
+def test_differences_across_kinks_are_said_to_mean_little():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 1)).float()
+    objective = Objective(model, nn.MSELoss(), (torch.randn(64, 20).float(), torch.randn(64, 1).float()))
+    exact, H = Hessian(objective), Hessian(objective, product="finite_difference")
+    v = torch.randn(H.size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    with pytest.warns(UserWarning, match="mean little"):
+        off = float((H @ v - exact @ v).norm() / (exact @ v).norm())
+    assert off > 0.2 and H.error is not None and H.error > 0.2

@@ -173,6 +173,86 @@ def test_third_derivatives_of_a_gradient_penalty(name):
     assert float((hv - D @ v).norm() / hv.norm()) < 1e-6
 
 
+def test_a_loss_that_is_linear_in_an_inner_derivative():
+    """Score matching: the gradient that comes in is a constant, and what is built on it must not become one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def forward(net, batch):
+        x = batch[0].clone().requires_grad_()
+        s = net(x)
+        divergence = sum(torch.autograd.grad(s[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(3))
+        return (divergence + s.square().sum(1) / 2).mean()
+
+    o = Objective(model, lambda out, batch: out, [(x,)], forward=forward)
+    H, D = Hessian(o), Hessian(o, product="finite_difference")
+    v = torch.randn(H.size, dtype=torch.float64)
+    assert float((H @ v - D @ v).norm() / (D @ v).norm()) < 1e-7
+
+
+@pytest.mark.parametrize("checkpointed", (False, True))
+def test_third_derivatives_that_torch_has_wrong_are_not_used(checkpointed):
+    """Where primitives cannot come in: layer norm called by another name, or run again by a checkpoint."""
+    torch.manual_seed(0)
+    first = nn.Linear(5, 4).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = first
+
+        def forward(self, x):
+            x = self.first(x)
+            return checkpoint(F.layer_norm, x, (4,), use_reentrant=False) if checkpointed else \
+                torch.native_layer_norm(x, (4,), None, None, 1e-5)[0]
+
+    def loss(z, y):
+        g, = torch.autograd.grad(z.pow(3).sum(), first.weight, create_graph=True)
+        return F.cross_entropy(z, y) + g.square().mean()
+
+    o = Objective(Model(), loss, (torch.randn(6, 5).double(), torch.arange(6) % 3))
+    H, D = Hessian(o), Hessian(o, product="finite_difference")
+    v = torch.randn(H.size, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="wrong third derivatives of NativeLayerNorm"):
+        hv = H @ v
+    assert H.product == "finite_difference" and torch.equal(hv, D @ v)
+
+
+def test_a_constant_gradient_into_a_function_that_is_once_differentiable():
+    """torch's decorator then leaves no mark in the graph, and the Hessian would be zero in silence."""
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    model = nn.Linear(2, 1, bias=False).double()
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    o = Objective(model, lambda z, y: Square.apply(z).mean(), (x, torch.zeros(2)))
+    with pytest.warns(UserWarning, match="no second derivative"):
+        assert torch.allclose(Hessian(o).dense(), torch.diag(torch.tensor([1.0, 4.0], dtype=torch.float64)), atol=1e-6)
+
+
+def test_large_and_absent_inputs():
+    x = torch.tensor([-3e4, -300.0, -60.0, 60.0, 300.0, 3e4], dtype=torch.float16)
+    for f in ACTIVATIONS.values():
+        z = x.clone().requires_grad_()
+        with Smooth():
+            y = f(z)
+        g, = torch.autograd.grad(y.sum(), z, create_graph=True)
+        h, = torch.autograd.grad(g.sum(), z)
+        assert bool(torch.isfinite(g).all()) and float(h.abs().max()) == 0
+    with Smooth():
+        assert F.batch_norm(torch.ones(0, 5, requires_grad=True), torch.zeros(5), torch.ones(5), torch.ones(5),
+                            torch.ones(5)).shape == (0, 5)
+
+
 def test_results_may_be_changed_in_place():
     x = torch.linspace(-1, 1, 5, dtype=torch.float64, requires_grad=True)
     with Smooth():

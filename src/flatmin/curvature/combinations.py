@@ -24,6 +24,10 @@ class _Over(CurvatureOperator):
         self.operators, self.numels, self.length = operators, first.numels, first.length
         self.rank = first.rank
 
+    @property
+    def exact(self) -> bool:
+        return all(operator.exact for operator in self.operators)
+
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
         with ExitStack() as stack:

@@ -6,6 +6,7 @@ sharded by FSDP2, where torch refuses a second derivative.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ from .products import ObjectiveOperator
 
 ALLOWED = 3e-3
 """The part of ‖Hv‖ by which a product may be off along v before the step is made smaller."""
+
+DOUBTFUL = 0.2
+"""The change of a product at twice the step above which a warning says that it means little."""
 
 _TRIES = 6
 
@@ -67,6 +71,10 @@ class Differences:
                 coarse, _, _ = self._central(v, w, 2 * self.scale * reach, eps, other)
                 top = operator.norm(out)
                 self.error = max(self.error or 0.0, operator.norm(coarse.sub_(out)) / top if top > 0 else 0.0)
+                if self.error > DOUBTFUL:
+                    warnings.warn(f"differences of gradients with steps h and 2h differ by {self.error:.0%}, so they "
+                                  "mean little here: the loss has kinks (ReLU), or its gradient too few digits. Use "
+                                  "float64, or exact products", stacklevel=2)
         self._estimated = True
         if not keep:
             self._copy = self._value = None

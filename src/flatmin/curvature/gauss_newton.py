@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, Term
-from .hessian import derivative_of_gradient, differentiable_again
+from .hessian import derivative_of_gradient, differentiable_again, differentiable_thrice
 from .inexact import Inexact
 from .outputs import FrozenDifferences, Middle, TangentDifferences
 from .products import Apply, Product, on_module
@@ -63,7 +63,9 @@ class FunctionalPart(Inexact):
 def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
     """z and the loss as a function of it, in one graph."""
     outputs = term.outputs()
-    return term.logits(outputs), term.loss(outputs)
+    z = term.logits(outputs)
+    differentiable_thrice(z)
+    return z, term.loss(outputs)
 
 
 def loss_curvature(z: Tensor, loss: Tensor) -> Middle:
@@ -119,5 +121,4 @@ def _functional(term: Term, w: list[nn.Parameter]) -> Apply:
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
     c, = torch.autograd.grad(loss, z, retain_graph=True)
-    c.requires_grad_()      # else what is once_differentiable takes the gradient for a constant, in silence
     return derivative_of_gradient((c * z).sum(), w)

@@ -59,12 +59,16 @@ def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
     if not loss.requires_grad:
         warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, run "
                       "under no_grad, or checkpointed with use_reentrant=True?", stacklevel=2)
+    differentiable_thrice(loss)
     return derivative_of_gradient(loss, w)
 
 
 def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
-    g = torch.autograd.grad(loss, w, create_graph=True, allow_unused=True) if loss.requires_grad else [None] * len(w)
+    if not loss.requires_grad:
+        return lambda v, keep, batched: [None] * len(w)
+    one = torch.ones_like(loss, requires_grad=True)     # of a constant once_differentiable makes constants, in silence
+    g = torch.autograd.grad(loss, w, one, create_graph=True, allow_unused=True)
     used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]
     roots: list[Any] = [g[i] for i in used]
     differentiable_again(roots)
@@ -83,17 +87,32 @@ def differentiable_again(roots: list[Tensor]) -> None:
 
     The node has no way back to the parameters, so autograd does not visit it and leaves its part out in silence.
     """
+    if _nodes(roots) & {"torch::autograd::Error", "torch::autograd::NotImplemented"}:
+        raise RuntimeError("a function of this model is marked once_differentiable, so it does not support double "
+                           "backward")
+
+
+def differentiable_thrice(z: Tensor) -> None:
+    """Raise if z holds derivatives of layers of which torch returns wrong third derivatives (see ``thrice``)."""
+    if found := {name for name in _nodes([z]) if name.startswith(_WRONG_THRICE)}:
+        raise RuntimeError(f"torch has wrong third derivatives of {', '.join(sorted(found))}, which this loss needs "
+                           "because it differentiates inside")
+
+
+_WRONG_THRICE = tuple(f"{kind}NormBackwardBackward" for kind in ("NativeLayer", "NativeBatch", "CudnnBatch",
+                                                                 "MiopenBatch"))
+
+
+def _nodes(roots: Sequence[Tensor]) -> set[str]:
+    """The names of all nodes of a graph."""
     seen: set[Any] = set()
     stack = [t.grad_fn for t in roots]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
-            raise RuntimeError("a function of this model is marked once_differentiable, so it does not support double "
-                               "backward")
-        stack.extend(following for following, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return {node.name() for node in seen}
 
 
 def _forward(term: Term, w: list[nn.Parameter]) -> Apply:

@@ -14,7 +14,8 @@ from .differences import Differences
 from .products import Linearize, ObjectiveOperator, Product
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "not implemented for", "does not support double backward",
-                         "once_differentiable", "double backward", "Trying to backward through a graph")
+                         "once_differentiable", "double backward", "Trying to backward through a graph",
+                         "wrong third derivatives")
 
 
 class Inexact(ObjectiveOperator):
@@ -34,6 +35,10 @@ class Inexact(ObjectiveOperator):
         super().__init__(objective, linearize, parameters=parameters, product=product,
                          products=(*products, "finite_difference"))
         self._differences = differences(self)
+
+    @property
+    def exact(self) -> bool:
+        return self.product != "finite_difference"
 
     @property
     def error(self) -> float | None:

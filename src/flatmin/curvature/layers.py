@@ -5,12 +5,28 @@ Each ``Function`` has a ``...Slope``, its backward pass as a function of its own
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+
+def last(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The second backward pass of a layer, after which there is no third: asked for one it raises.
+
+    (torch's ``once_differentiable`` looks at the incoming gradient only, and returns constants where that is one.)
+    """
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a third derivative was asked of a layer of flatmin.curvature.layers, which has two")
+        return backward(ctx, *grads)
+
+    return guarded
 
 
 class Linear(Function):
@@ -39,7 +55,7 @@ class LinearSlope(Function):
         return _linear_backward(g, x, w, *wanted)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @last
     def backward(ctx: Any, u: Tensor | None, a: Tensor | None, c: Tensor | None) -> Any:    # type: ignore[override]
         g, x, w = ctx.saved_tensors
         to_g = None if u is None else u @ w.T
@@ -84,7 +100,7 @@ class LayerNormSlope(Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @last
     def backward(ctx: Any, u: Tensor, a: Tensor, c: Tensor) -> Any:    # type: ignore[override]
         g, x, w, mean, r, hat, n, m = ctx.saved_tensors
         d = x.shape[-1]
@@ -127,7 +143,7 @@ class BatchNormSlope(Function):
         return _batch_norm_backward(g, x, w, mean, var, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @last
     def backward(ctx: Any, u: Tensor, a: Tensor, c: Tensor) -> Any:    # type: ignore[override]
         g, x, w, mean, var = ctx.saved_tensors
         r = torch.rsqrt(var + ctx.eps)
@@ -140,26 +156,3 @@ class BatchNormSlope(Function):
 def _batch_norm_backward(g: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, var: Tensor, eps: float,
                          wanted: list[bool] | None = None) -> Any:
     return torch.ops.aten.native_batch_norm_backward(g, x, w, mean, var, None, None, False, eps, wanted or [True] * 3)
-
-
-class Twice(Function):
-    """The identity, which can be differentiated twice and no more."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:    # type: ignore[override]
-        return TwiceSlope.apply(g) if torch.is_grad_enabled() else g
-
-
-class TwiceSlope(Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor) -> Tensor:
-        return g.view_as(g)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, u: Tensor) -> Any:    # type: ignore[override]
-        return u

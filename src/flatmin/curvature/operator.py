@@ -95,6 +95,11 @@ class CurvatureOperator(ABC):
             return torch.randn(n, generator=generator, dtype=self.dtype, device=device)
         return torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8, device=device).to(self.dtype) * 2 - 1
 
+    @property
+    def exact(self) -> bool:
+        """Whether products are exact to rounding."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
@@ -102,7 +107,8 @@ class CurvatureOperator(ABC):
     def fingerprint(self) -> str:
         """What tells this matrix from another one of the same description, for a checkpoint."""
         v = self.random(vectors.seeded(0))
-        return f"{self.norm(self._product(v)):.6e}"
+        w = self._product(v)
+        return f"{self.norm(w):.6e} {self.dot(v, w):.6e}"
 
     @overload
     def matvec(self, vectors: Tensor) -> Tensor: ...

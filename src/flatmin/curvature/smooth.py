@@ -58,13 +58,20 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _ROOT, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
+def _gelu_bend(x: Tensor, _: Tensor) -> Tensor:
+    x = x.clamp(-40, 40)        # beyond, f″ is 0 in every precision, and x² may overflow
+    return _density(x) * (2 - x * x)
+
+
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    t = torch.tanh(_ROOT * (x + _CUBIC * x**3))
-    inner = _ROOT * (1 + 3 * _CUBIC * x * x)
-    return F.gelu(x, approximate="tanh"), (1 + t + x * (1 - t * t) * inner) / 2, x
+    z = x.clamp(-12, 12)        # beyond, tanh is ±1 in every precision
+    t = torch.tanh(_ROOT * (z + _CUBIC * z**3))
+    inner = _ROOT * (1 + 3 * _CUBIC * z * z)
+    return F.gelu(x, approximate="tanh"), (1 + t + z * (1 - t * t) * inner) / 2, x
 
 
 def _gelu_tanh_bend(x: Tensor, _: Tensor) -> Tensor:
+    x = x.clamp(-12, 12)
     t = torch.tanh(_ROOT * (x + _CUBIC * x**3))
     inner, outer = _ROOT * (1 + 3 * _CUBIC * x * x), 1 - t * t
     return outer * (inner + x * (3 * _ROOT * _CUBIC * x - t * inner * inner))
@@ -97,7 +104,7 @@ class _Slope(Function):
         return g * slope
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @layers.last
     def backward(ctx: Any, u: Tensor) -> Any:    # type: ignore[override]
         slope, curve = ctx.saved_tensors
         return u * slope, u * curve, None, None
@@ -118,7 +125,8 @@ class Smooth(TorchFunctionMode):
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether autograd alone looks at these, neither a subclass nor a transform of ``torch.func``, in one precision."""
-    return (torch.is_grad_enabled() and tensors[0].is_floating_point() and len({t.dtype for t in tensors}) == 1
+    return (torch.is_grad_enabled() and tensors[0].is_floating_point() and tensors[0].numel() > 0
+            and len({t.dtype for t in tensors}) == 1
             and all(type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in tensors))
 
 
@@ -132,7 +140,7 @@ def _pointwise(slope: Slope, bend: Bend) -> Callable[..., Tensor | None]:
     return make
 
 
-_SMOOTH_GELU = {"none": _pointwise(_gelu, lambda x, _: _density(x) * (2 - x * x)),
+_SMOOTH_GELU = {"none": _pointwise(_gelu, _gelu_bend),
                 "tanh": _pointwise(_gelu_tanh, _gelu_tanh_bend)}
 
 
@@ -152,7 +160,7 @@ def _make_layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None
                      eps: float = 1e-5) -> Tensor | None:
     if weight is None or bias is None or len(normalized_shape) != 1 or input.dim() < 2 or \
             not _plain(input, weight, bias):
-        return _at_most_twice(F.layer_norm(input, normalized_shape, weight, bias, eps))
+        return None
     out: Tensor = layers.LayerNorm.apply(input, weight, bias, eps)
     return out
 
@@ -160,30 +168,15 @@ def _make_layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None
 def _make_batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
                      weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
                      momentum: float = 0.1, eps: float = 1e-5) -> Tensor | None:
-    if training:
-        return _at_most_twice(F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps))
-    if running_mean is None or running_var is None or weight is None or bias is None or \
+    if training or running_mean is None or running_var is None or weight is None or bias is None or \
             not _plain(input, weight, bias):
         return None
     out: Tensor = layers.BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
     return out
 
 
-def _make_instance_norm(*args: Any, **kwargs: Any) -> Tensor:
-    return _at_most_twice(F.instance_norm(*args, **kwargs))
-
-
-def _at_most_twice(y: Tensor) -> Tensor:
-    """y; a third derivative, which torch would return wrong, raises (see ``thrice``)."""
-    if not _plain(y):
-        return y
-    out: Tensor = layers.Twice.apply(y)
-    return out
-
-
 _LAYERS: dict[Any, Callable[..., Tensor | None]] = {
-    F.linear: _make_linear, F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm,
-    F.instance_norm: _make_instance_norm}
+    F.linear: _make_linear, F.gelu: _make_gelu, F.layer_norm: _make_layer_norm, F.batch_norm: _make_batch_norm}
 for _functions, _slope, _bend in (((torch.tanh, Tensor.tanh, F.tanh), _tanh, lambda y, d: -2 * y * d),
                                   ((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _sigmoid, lambda y, d: d * (1 - 2 * y)),
                                   ((F.silu,), _silu, _silu_bend)):

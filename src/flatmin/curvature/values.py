@@ -95,7 +95,8 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
             exhausted = beta <= 20 * eps * scale
             if exhausted or m >= limit or m - checked > max(4, m // 8):
                 checked = m
-                found = _genuine(torch.tensor(alphas), torch.tensor(betas), 0.0 if exhausted else beta, eps * scale)
+                found = _genuine(torch.tensor(alphas, dtype=torch.float64), torch.tensor(betas, dtype=torch.float64),
+                                 0.0 if exhausted else beta, eps * scale)
                 values, errors, copies = (t[wanted(found[0], k, which)] for t in found)
                 worst, top = float(errors.max()), float(found[0].abs().max())
                 history.append((m, worst, tol * top))
