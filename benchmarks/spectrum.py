@@ -104,7 +104,7 @@ def eigenthings(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: in
         found = he.lanczos(operator, k=k, max_iter=steps, which="LA", seed=0, reorthogonalize=True)
         return found.eigenvalues, found.eigenvectors
 
-    steps = max(k + 1, start - max(2, start // 10))
+    steps = max(k + 1, start * 3 // 4)
     while residual(H, *run(steps)) > TARGET:
         steps += max(1, steps // 40)
     return f"hessian-eigenthings ({steps} steps)", lambda: run(steps)

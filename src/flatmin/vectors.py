@@ -6,6 +6,7 @@ coordinates is taken over the local shard and then over the ranks that hold the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -288,14 +289,22 @@ def part(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
+def signs(n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """n random numbers ±1 on the generator's device, 64 from each draw."""
+    device = generator.device
+    words = torch.randint(-2**63, 2**63 - 1, (-(-n // 64),), generator=generator, device=device)
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    table = bits.to(dtype).mul_(2).sub_(1)      # what a byte stands for
+    return torch.nn.functional.embedding(words.view(torch.uint8).int(), table).view(-1)[:n]
+
+
 def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     shape = tuple(parameter.shape)
     if kind == "normal":
         whole = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
     elif kind == "rademacher":
-        whole = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8).to(dtype)
-        whole = whole.mul_(2).sub_(1)
+        whole = signs(math.prod(shape), generator, dtype).view(shape)
     elif kind == "uniform":
         whole = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
     else:

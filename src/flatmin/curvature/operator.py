@@ -93,7 +93,7 @@ class CurvatureOperator(ABC):
         n, device = self.shapes[i].numel(), generator.device
         if kind == "normal":
             return torch.randn(n, generator=generator, dtype=self.dtype, device=device)
-        return torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8, device=device).to(self.dtype) * 2 - 1
+        return vectors.signs(n, generator, self.dtype)
 
     @property
     def exact(self) -> bool:
