@@ -5,7 +5,8 @@ system and zeroed anew for every point) as on arithmetic. Inside ``faster`` the 
 takes (samples, features) work on two buffers that stay, bit for bit as before; in float32 on a CPU with AVX-512 they
 run through oneDNN, a few hundred samples at a time, which differs by rounding (1e-7) and depends on nothing but the
 shapes. Where that is the whole model and the data are in memory, ``values`` also leaves out what an evaluation does
-about random numbers and loaders.
+about random numbers and loaders, and takes the first layer's output, which is affine in the coordinates of a plane,
+from one product a direction (equal to rounding, and a function of the point alone).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .. import batches
+from .. import batches, perturbed
 from ..objective import Objective
 
 KNOWN = (nn.Linear, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Identity, nn.Flatten,
@@ -44,17 +45,72 @@ def faster(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def values(objective: Objective) -> Callable[[], Tensor]:
-    """``objective.value``, or an equal that asks less. Inside a session and ``faster``, without gradients."""
-    if not _chain_on_data(objective):
-        return objective.value
-    terms = list(objective.terms())
+def values(objective: Objective, origin: Sequence[Tensor] = (), directions: Sequence[Sequence[Tensor]] = ()
+           ) -> Callable[[Sequence[float]], Tensor]:
+    """Coordinates c ↦ ``objective.value()`` with the weights at origin + Σ_k c_k d_k, or an equal that asks less.
 
-    def value() -> Tensor:
+    Inside a session and ``faster``, without gradients, and with the weights put there already.
+    """
+    if not _chain_on_data(objective):
+        return lambda coordinates: objective.value()
+    terms = list(objective.terms())
+    inputs = [t.batch[0] for t in terms]
+    firsts = _first_layers(objective, inputs, origin, directions)
+
+    def value(coordinates: Sequence[float]) -> Tensor:
         torch.default_generator.manual_seed(objective.seed)
-        return objective._total((t.loss(objective.model(t.batch[0])), t.weight) for t in terms)
+        outputs = (first(coordinates) for first in firsts) if firsts else map(objective.model, inputs)
+        return objective._total((t.loss(z), t.weight) for t, z in zip(terms, outputs, strict=True))
 
     return value
+
+
+ROOM = 1 << 28
+"""Bytes that first layers may keep."""
+
+
+def _first_layers(objective: Objective, inputs: Sequence[Tensor], origin: Sequence[Tensor],
+                  directions: Sequence[Sequence[Tensor]]) -> list[_First]:
+    """One a batch, or none where the model does not begin with a linear layer that moves, or they take too much."""
+    layers = list(objective.model.children())
+    while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
+        inputs, layers = [layers[0](x) for x in inputs], layers[1:]
+    where = {id(p): i for i, p in enumerate(objective.parameters)}
+    first = layers[0] if layers else None
+    if type(first) is not nn.Linear or id(first.weight) not in where or not directions or \
+            first.weight.dtype in perturbed.HALF or \
+            not all(_plain(x, first) for x in inputs) or \
+            (4 + len(directions)) * first.out_features * sum(map(len, inputs)) * first.weight.element_size() > ROOM:
+        return []
+
+    def at(w: Sequence[Tensor], moved: bool) -> tuple[Tensor, Tensor | None]:
+        bias = first.bias if first.bias is None else w[where[id(first.bias)]] if id(first.bias) in where else \
+            None if moved else first.bias.detach()
+        return w[where[id(first.weight)]], bias
+
+    rest = _chain(layers[1:], _Buffers(), owned=True)
+    return [_First(x, at(origin, False), [at(d, True) for d in directions], rest) for x in inputs]
+
+
+class _First:
+    """A chain from its first layer on, whose output is affine in the coordinates: X Wᵀ + b + Σ_k c_k (X D_kᵀ + b_k)."""
+
+    def __init__(self, x: Tensor, origin: tuple[Tensor, Tensor | None],
+                 directions: Sequence[tuple[Tensor, Tensor | None]], rest: Callable[[Any], Any]):
+        self.origin = nn.functional.linear(x, *origin)
+        self.steps = [nn.functional.linear(x, *d) for d in directions]
+        self.rest, self.row = rest, (0.0,) * (len(directions) - 1)
+        self.start, self.out = self.origin.clone(), torch.empty_like(self.origin)
+
+    def __call__(self, coordinates: Sequence[float]) -> Any:
+        before = tuple(coordinates[:-1])
+        if before != self.row:      # the points of a row of the grid share it
+            self.start.copy_(self.origin)
+            for c, step in zip(before, self.steps, strict=False):
+                self.start.add_(step, alpha=c)
+            self.row = before
+        torch.add(self.start, self.steps[-1], alpha=coordinates[-1], out=self.out)
+        return self.rest(self.out)
 
 
 def _chain_on_data(objective: Objective) -> bool:
@@ -85,7 +141,8 @@ class _Buffers:
         return memory is not None and h.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
 
 
-def _chain(layers: Sequence[nn.Module], buffers: _Buffers) -> Callable[[Any], Any]:
+def _chain(layers: Sequence[nn.Module], buffers: _Buffers, owned: bool = False) -> Callable[[Any], Any]:
+    """The layers one after the other; ``owned``: the first may overwrite what it is given."""
     def forward(h: Any) -> Any:
         held, i = -1, 0   # which of the two buffers h lies in; -1: neither
         while i < len(layers):
@@ -99,7 +156,7 @@ def _chain(layers: Sequence[nn.Module], buffers: _Buffers) -> Callable[[Any], An
                 out = buffers.take((h.shape[0], layer.out_features), h, held)
                 h = torch.mm(h, layer.weight.t(), out=out) if layer.bias is None else \
                     torch.addmm(layer.bias, h, layer.weight.t(), out=out)
-            elif type(layer) is nn.ReLU and held >= 0:
+            elif type(layer) is nn.ReLU and (held >= 0 or owned and i == 0):
                 h = h.relu_()
             else:
                 h = layer(h)

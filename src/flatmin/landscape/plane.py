@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,13 +57,13 @@ class Standing:
         self._reestimate = batch_norm == "reestimated" and bool(self._norms)
         self._statistics = _Interpolated(objective, plane) if batch_norm == "interpolated" else None
         self._row: tuple[float, list[Tensor]] | None = None
-        self._value = objective.value
+        self._value: Callable[[Sequence[float]], Tensor] = lambda coordinates: objective.value()
 
     @contextmanager
     def open(self) -> Iterator[Standing]:
         with torch.no_grad(), unmoved(self.objective), faster(self.objective.model):
             try:
-                self._value = values(self.objective)
+                self._value = values(self.objective, self.plane.origin, self.plane.directions)
                 yield self
             finally:
                 self._row = None
@@ -71,7 +71,7 @@ class Standing:
     def at(self, coordinates: Sequence[float]) -> float:
         """L at w + Σ_k c_k d_k, in the arithmetic of the directions, rounded once to that of the weights."""
         self.put(coordinates)
-        return float(self._value())
+        return float(self._value(coordinates))
 
     def put(self, coordinates: Sequence[float]) -> None:
         """Weights, and normalization statistics by their policy, to a point."""
