@@ -6,6 +6,7 @@ coordinates is taken over the local shard and then over the ranks that hold the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -291,11 +292,14 @@ def part(whole: Tensor, parameter: Tensor) -> Tensor:
 
 def signs(n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """n random numbers ±1 on the generator's device, 64 from each draw."""
-    device = generator.device
-    words = torch.randint(-2**63, 2**63 - 1, (-(-n // 64),), generator=generator, device=device)
+    words = torch.randint(-2**63, 2**63 - 1, (-(-n // 64),), generator=generator, device=generator.device)
+    return _signs_of_bytes(dtype, generator.device).index_select(0, words.view(torch.uint8).int()).view(-1)[:n]
+
+
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
-    table = bits.to(dtype).mul_(2).sub_(1)      # what a byte stands for
-    return torch.nn.functional.embedding(words.view(torch.uint8).int(), table).view(-1)[:n]
+    return bits.to(dtype).mul_(2).sub_(1)
 
 
 def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:

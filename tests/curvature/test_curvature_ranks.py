@@ -9,11 +9,8 @@ One launch of two processes runs everything; the tests only read what it wrote.
 
 from __future__ import annotations
 
-import datetime
 import os
 import tempfile
-import traceback
-import warnings
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ import torch.distributed as dist
 from nets import mlp, samples
 from torch import nn
 
+import two_ranks
 from flatmin import Objective, vectors
 from flatmin.curvature import (
     Fisher,
@@ -33,8 +31,8 @@ from flatmin.curvature import (
     trace,
 )
 from flatmin.sharpness.gradient import gradient
+from two_ranks import WORLD
 
-WORLD = 2
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -369,46 +367,17 @@ CASES = [(kind, name, check) for kind in CHECKS for name in DTYPES for check in 
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for kind in CHECKS:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD,
-                                timeout=datetime.timedelta(seconds=30))
-        results = {}
-        for name, dtype in DTYPES.items():
-            for check in CHECKS[kind]:
-                torch.manual_seed(0)
-                try:
-                    results[f"{check.__name__}-{name}"] = check(kind, rank, dtype)
-                except BaseException:
-                    results[f"{check.__name__}-{name}"] = traceback.format_exc()
-                finally:
-                    torch.save(results, f"{folder}/{kind}-{rank}.pt")
-        dist.destroy_process_group()
+    two_ranks.run(rank, folder, CHECKS, lambda kind: [(f"{check.__name__}-{name}", check, (dtype,)) for name, dtype in
+                                                      DTYPES.items() for check in CHECKS[kind]], seconds=30)
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Two processes, once."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    context = torch.multiprocessing.get_context("spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(WORLD)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(180)
-        if p.is_alive():
-            p.kill()
-    return {kind: [torch.load(f"{folder}/{kind}-{rank}.pt") if os.path.exists(f"{folder}/{kind}-{rank}.pt") else {}
-                   for rank in range(WORLD)] for kind in CHECKS}
+    return two_ranks.launch(worker, str(tmp_path_factory.mktemp("ranks")), CHECKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "check"), CASES, ids=[f"{k}-{c.__name__}-{n}" for k, n, c in CASES])
 def test_two_ranks_equal_one_process(launched, kind, name, check):
-    for rank in range(WORLD):
-        result = launched[kind][rank].get(f"{check.__name__}-{name}", "never ran: an earlier check hung or died")
-        assert not isinstance(result, str), f"rank {rank}:\n{result}"
-        error, allowed = result
+    for rank, (error, allowed) in two_ranks.results(launched, kind, f"{check.__name__}-{name}"):
         assert error <= allowed, f"rank {rank}: off by {error:.1e}, {allowed:.1e} is allowed"

@@ -11,11 +11,7 @@ One launch of two processes a wrapper runs everything; the tests below only read
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import traceback
-import warnings
 
 import pytest
 import torch
@@ -23,10 +19,12 @@ import torch.distributed as dist
 from torch import nn
 
 import problems
+import two_ranks
 from problems import BASES, batch, build, flat, flat_grad, loss_fn, relative
 from rows import ROWS, Row, backward, case_id, cut, presets, whole
+from two_ranks import WORLD
 
-WORLD, STEPS, N = 2, 5, 12
+STEPS, N = 5, 12
 ROWS_HERE = [row for row in ROWS if not row.random]
 
 
@@ -380,49 +378,25 @@ def rows_on(kind):
     return [row for row in ROWS_HERE if kind != "mesh" or row.name in ON_MESH]
 
 
-def worker(rank, kinds, folder):
-    torch.set_num_threads(1)
+def jobs(kind):
+    found = [(f"{f.__name__}[{row}]", f, (row,)) for row in rows_on(kind) for f in (equals_serial, accumulated)
+             if f is equals_serial or (not row.micro and kind != "mesh")]
+    return found + [(f.__name__, f, ()) for f in CHECKS[kind]]
+
+
+def worker(rank, folder):
     torch.set_default_dtype(torch.float64)
-    warnings.simplefilter("ignore")
-    for kind in kinds:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD,
-                                timeout=datetime.timedelta(seconds=40))
-        results = {}
-        jobs = [(f"{f.__name__}[{row}]", f, (row,)) for row in rows_on(kind) for f in (equals_serial, accumulated)
-                if f is equals_serial or (not row.micro and kind != "mesh")]
-        jobs += [(f.__name__, f, ()) for f in CHECKS[kind]]
-        for name, job, args in jobs:
-            torch.manual_seed(0)
-            try:
-                results[name] = job(kind, rank, *args)
-            except BaseException:  # a CheckpointException is no Exception
-                results[name] = traceback.format_exc()
-            finally:
-                torch.save(results, f"{folder}/{kind}-{rank}.pt")
-        dist.destroy_process_group()
+    two_ranks.run(rank, folder, CHECKS, jobs, seconds=40)
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Two processes, once. Replicated and sharded run one after the other in the same two."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    context = torch.multiprocessing.get_context("spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    processes = [context.Process(target=worker, args=(rank, list(CHECKS), folder)) for rank in range(WORLD)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(240)
-        if p.is_alive():
-            p.kill()
-    return {kind: [torch.load(f"{folder}/{kind}-{rank}.pt") if os.path.exists(f"{folder}/{kind}-{rank}.pt") else {}
-                   for rank in range(WORLD)] for kind in CHECKS}
+    """Replicated and sharded run one after the other in the same two processes."""
+    return two_ranks.launch(worker, str(tmp_path_factory.mktemp("ranks")), CHECKS, seconds=240)
 
 
 def read(launched, kind, name):
-    for rank in range(WORLD):
-        result = launched[kind][rank].get(name, "never ran: an earlier job hung or killed the process")
-        assert not isinstance(result, str), f"rank {rank}:\n{result}"
+    for rank, result in two_ranks.results(launched, kind, name):
         assert result < 1e-12, f"rank {rank}: differs from one process by {result:.1e}"
 
 

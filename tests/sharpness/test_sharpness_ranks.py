@@ -8,10 +8,7 @@ One launch of two processes runs everything; the tests only read what it wrote.
 
 from __future__ import annotations
 
-import datetime
 import math
-import os
-import traceback
 import warnings
 
 import pytest
@@ -19,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import two_ranks
 from flatmin import Objective
 from flatmin.errors import RunFolderError
 from flatmin.landscape import line, surface
@@ -36,8 +34,8 @@ from flatmin.sharpness import (
     update_of,
     worst_case,
 )
+from two_ranks import WORLD
 
-WORLD = 2
 CLOSE = 1e-9        # float64; differences of gradients under FSDP2 are as good as their step
 DIFFERENCES = 1e-4
 
@@ -268,46 +266,17 @@ KINDS = ("ddp", "fsdp")
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for kind in KINDS:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=WORLD,
-                                timeout=datetime.timedelta(seconds=60))
-        results = {}
-        for check in CHECKS:
-            torch.manual_seed(0)
-            try:
-                results[check.__name__] = check(kind, rank, folder)
-            except BaseException:
-                results[check.__name__] = traceback.format_exc()
-            finally:
-                torch.save(results, f"{folder}/{kind}-{rank}.pt")
-        dist.destroy_process_group()
+    two_ranks.run(rank, folder, KINDS, lambda kind: [(c.__name__, c, (folder,)) for c in CHECKS], seconds=60)
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Two processes, once."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    context = torch.multiprocessing.get_context("spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(WORLD)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(180)
-        if p.is_alive():
-            p.kill()
-    return {kind: [torch.load(f"{folder}/{kind}-{rank}.pt") if os.path.exists(f"{folder}/{kind}-{rank}.pt") else {}
-                   for rank in range(WORLD)] for kind in KINDS}
+    return two_ranks.launch(worker, str(tmp_path_factory.mktemp("ranks")), KINDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one_process(launched, kind, check):
-    for rank in range(WORLD):
-        result = launched[kind][rank].get(check.__name__, "never ran: an earlier check hung or died")
-        assert not isinstance(result, str), f"rank {rank}:\n{result}"
-        error, allowed = result
+    for rank, (error, allowed) in two_ranks.results(launched, kind, check.__name__):
         assert error <= allowed, f"rank {rank}: off by {error:.1e}, {allowed:.1e} is allowed"
