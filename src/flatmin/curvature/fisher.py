@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .. import batches
 from ..objective import Objective, Term
-from .gauss_newton import loss_curvature, outputs_and_loss, sandwich
+from .gauss_newton import loss_curvature, sandwich
 from .inexact import Inexact
-from .outputs import Middle, TangentDifferences
+from .outputs import Middle, TangentDifferences, outputs_and_loss
 from .products import Apply, Product
 
 Kind = Literal["exact", "monte_carlo", "empirical"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..objective import Objective, Term
 from .hessian import derivative_of_gradient, differentiable_again, differentiable_thrice
 from .inexact import Inexact
-from .outputs import FrozenDifferences, Middle, TangentDifferences
+from .outputs import FrozenDifferences, Middle, TangentDifferences, outputs_and_loss
 from .products import Apply, Product, on_module
 
 
@@ -60,14 +60,6 @@ class FunctionalPart(Inexact):
                          products=("auto", "cached", "recomputed"))
 
 
-def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
-    """z and the loss as a function of it, in one graph."""
-    outputs = term.outputs()
-    z = term.logits(outputs)
-    differentiable_thrice(z)
-    return z, term.loss(outputs)
-
-
 def loss_curvature(z: Tensor, loss: Tensor) -> Middle:
     """u ↦ (∂²loss/∂z²) u."""
     c, = torch.autograd.grad(loss, z, create_graph=True)
@@ -85,6 +77,7 @@ def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
     """v ↦ Jᵀ M J v. Jv is the derivative along v of u ↦ Jᵀu, which is linear: two reverse passes on a kept graph."""
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
+    differentiable_thrice(z)
     u = torch.zeros_like(z, requires_grad=True)
     transposed = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
     used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
@@ -107,6 +100,7 @@ def _linearize(term: Term, w: list[nn.Parameter]) -> Apply:
 def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
     logits, at = on_module(term, w, lambda t: t.logits(t.outputs()))
     z, loss = outputs_and_loss(term)
+    differentiable_thrice(z)
     middle = loss_curvature(z, loss)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:

@@ -59,7 +59,6 @@ def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
     if not loss.requires_grad:
         warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, run "
                       "under no_grad, or checkpointed with use_reentrant=True?", stacklevel=2)
-    differentiable_thrice(loss)
     return derivative_of_gradient(loss, w)
 
 
@@ -67,6 +66,7 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
     if not loss.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
+    differentiable_thrice(loss)
     one = torch.ones_like(loss, requires_grad=True)     # of a constant once_differentiable makes constants, in silence
     g = torch.autograd.grad(loss, w, one, create_graph=True, allow_unused=True)
     used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]

@@ -27,6 +27,12 @@ Curvature = Callable[[Term, Tensor, Tensor], Middle]
 At = Callable[[float], None]
 
 
+def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
+    """z and the loss as a function of it, in one graph."""
+    outputs = term.outputs()
+    return term.logits(outputs), term.loss(outputs)
+
+
 class OutputDifferences(Differences):
     """Differences along v that are made batch by batch, so that outputs of one batch only are held."""
 
@@ -101,11 +107,9 @@ class TangentDifferences(OutputDifferences):
             lower = term.logits(term.outputs())
         at(0)
         with torch.enable_grad():
-            outputs = term.outputs()
-            z = term.logits(outputs)
+            z, loss = outputs_and_loss(term)
             if not z.requires_grad:
                 return 0.0, 0.0, 0.0
-            loss = term.loss(outputs)
             with _unhooked(z, loss):    # a batch without weight keeps other ranks company
                 middle = self.curvature(term, z, loss) if term.weight else torch.zeros_like
                 u = middle((upper - lower) / (2 * h)).detach()
@@ -124,15 +128,13 @@ class FrozenDifferences(OutputDifferences):
     def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
         at(0)
         with torch.enable_grad():
-            outputs = term.outputs()
-            start = term.logits(outputs)
+            start, loss = outputs_and_loss(term)
             if not start.requires_grad:
                 return 0.0, 0.0, 0.0
-            loss = term.loss(outputs)
             with _unhooked(start, loss):
                 c, = torch.autograd.grad(loss, start)
         start = start.detach()
-        del outputs, loss
+        del loss
         bend = 0.0
         for sign in (1, -1):
             at(sign * h)

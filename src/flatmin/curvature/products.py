@@ -114,14 +114,14 @@ class ObjectiveOperator(OverParameters):
 
     def _mean(self, v: Tensor) -> Tensor:
         """Σ n_b A_b v / Σ n_b, for v of shape (n,) or a block (b, n)."""
-        try:
-            return self._weighted(v)
-        except RuntimeError as error:
-            if len(self._modes) == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-        self._modes = self._modes[1:]
-        self._forget()
-        return ObjectiveOperator._mean(self, v)
+        while True:
+            try:
+                return self._weighted(v)
+            except RuntimeError as error:
+                if len(self._modes) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+            self._modes = self._modes[1:]
+            self._forget()
 
     def _weighted(self, v: Tensor) -> Tensor:
         batched = v.dim() == 2

@@ -2,7 +2,7 @@
 
 A product with the Hessian goes back through the graph of the gradient. There torch evaluates the derivatives of GELU,
 layer norm and batch norm from scratch for each vector; here what does not depend on the vector is computed once.
-Values are the same to rounding. F. Dangel et al. and the authors of ``jax.linearize`` call this partial evaluation.
+Values are the same to rounding. It is what ``jax.linearize`` does for a whole program, by hand for a few layers.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def faster(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def values(objective: Objective, origin: Sequence[Tensor] = (), directions: Sequence[Sequence[Tensor]] = ()
+def values(objective: Objective, origin: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
            ) -> Callable[[Sequence[float]], Tensor]:
     """Coordinates c ↦ ``objective.value()`` with the weights at origin + Σ_k c_k d_k, or an equal that asks less.
 
