@@ -1,10 +1,11 @@
 # make demo   set up and run the main job, flatmin compare
 # make test   set up and run what CI runs: lint, types, tests
+# make mutants  change the core in 200 places, one at a time: which changes does no test notice?
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test mutants lint types clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -21,6 +22,9 @@ demo: .venv/installed
 test: .venv/installed lint types
 	$(BIN)/python -m pytest -n 2
 
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
@@ -28,4 +32,4 @@ types: .venv/installed
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .mutants .pytest_cache .ruff_cache .hypothesis
