@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from ..errors import PerturbedStateError
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
@@ -190,7 +190,7 @@ class SAM(Optimizer):
         self._patch_step_function()
         self._warned_capturable_if_run_uncaptured = True
         self._between = False  # first_step was called and second_step was not
-        self._left = WeakTensorKeyDictionary()  # the gradients that the last step left, with their versions
+        self._left: list[tuple[nn.Parameter, TensorWeakRef, int]] = []  # the last step's gradients, their versions
         self._seen: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         self._complete(base.param_groups)
         self._seen = _contents(base.param_groups)
@@ -234,8 +234,12 @@ class SAM(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._refuse_standing("assigning param_groups")
         self._complete(groups)
-        self.base_optimizer.param_groups = groups
-        self._follow()
+        before, self.base_optimizer.param_groups = self.base_optimizer.param_groups, groups
+        try:
+            self._follow()
+        except ValueError:
+            self.base_optimizer.param_groups = before
+            raise
 
     @property
     def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -307,8 +311,9 @@ class SAM(Optimizer):
         if self._between:
             raise PerturbedStateError("step was called between first_step and second_step")
         self._follow()
-        earlier = _EarlierGradients([(p, p.grad) for p in self._parameters()
-                                     if p.grad is not None and not self._is_left(p.grad)])
+        left = {p for p, gradient, version in self._left
+                if p.grad is not None and gradient() is p.grad and _version(p.grad) == version}
+        earlier = _EarlierGradients([(p, p.grad) for p in self._parameters() if p.grad is not None and p not in left])
         before = self._surroundings() if earlier.found else []
         passes = _ClosurePasses(closure, self.sharpener, earlier)
         try:
@@ -346,13 +351,7 @@ class SAM(Optimizer):
     def _step_base(self) -> None:
         """The base optimizer's step; the gradients it leaves are known again at the next ``step(closure)``."""
         self.base_optimizer.step()
-        self._left.clear()
-        for p in self._parameters():
-            if p.grad is not None:
-                self._left[local(p.grad)] = _version(p.grad)
-
-    def _is_left(self, gradient: Tensor) -> bool:
-        return self._left.get(local(gradient)) == _version(gradient)
+        self._left = [(p, TensorWeakRef(p.grad), _version(p.grad)) for p in self._parameters() if p.grad is not None]
 
     # torch wraps an optimizer's step to run its hooks; the base optimizer's step runs them already
     step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]
