@@ -107,7 +107,7 @@ def test_nor_does_a_tensor_that_never_had_a_gradient(norm, power, how):
     moved = displacement(model, optimizer, tokens(100), norm=norm, power=power)
     part = float(moved["head.bias"].square().sum() / sum(e.square().sum() for e in moved.values()))
     plain = torch.autograd.grad(loss_of(model, tokens(100)), list(model.parameters()))
-    assert 0 < part < 10 * float(plain[-1].square().sum() / sum(g.square().sum() for g in plain))
+    assert 0 < part < 4 * float(plain[-1].square().sum() / sum(g.square().sum() for g in plain))
 
 
 @pytest.mark.parametrize("norm", ["l2", "dual", "raw"])
