@@ -199,7 +199,8 @@ def fisher_sam(at: Point, rho: float, eta: float) -> Tensor:
 
 
 def preconditioned(at: Point, g: Tensor, rho: float, norm: str = "l2", power: float = 0.5) -> Tensor:
-    """2.7: e = rho M⁻¹g / ‖M⁻¹g‖ with M = v̂^power + 1e-8, v̂ AdamW's bias-corrected second moment before this step.
+    """2.7 and 11.3: e = rho M⁻¹g / ‖M⁻¹g‖ with M = v̂^power + max(1e-8, m), v̂ AdamW's bias-corrected second moment
+    before this step and m, a number a tensor, the mean of v̂^power where v̂ > 0.
 
     Over sqrt(gᵀM⁻¹g) with norm "dual", over ‖g‖ with "raw".
     """
@@ -208,7 +209,11 @@ def preconditioned(at: Point, g: Tensor, rho: float, norm: str = "l2", power: fl
         return ball(g, rho)
     group = at.optimizer.param_groups[0]
     step = float(at.optimizer.state[group["params"][0]]["step"])
-    M = (v / (1 - group["betas"][1] ** step)) ** power + 1e-8
+    M = (v / (1 - group["betas"][1] ** step)) ** power
+    for part in at.slices.values():
+        seen = M[part] > 0
+        others = M[part][seen] if seen.any() else M[M > 0]
+        M[part] += max(1e-8, others.sum().item() / len(others))
     length = {"l2": (g / M).norm(), "dual": (g @ (g / M)).sqrt(), "raw": g.norm()}[norm]
     return rho * (g / M) / length
 

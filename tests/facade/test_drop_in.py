@@ -170,16 +170,6 @@ def test_gradients_are_cleared_before_each_call_of_the_closure():
     assert_same(*results)
 
 
-def test_a_stale_gradient_does_not_enter_a_closure_step():
-    model, other = build(), build()
-    optimizer = make(model)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step(closure_of(optimizer, model, *batch(0), clears=False))
-    train("closure", make(other), other, 0, 1)
-    assert_same(flat(model), flat(other))
-
-
 def test_the_closure_runs_with_gradients_on_even_under_no_grad():
     model = build()
     optimizer = make(model)
