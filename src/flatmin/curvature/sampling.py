@@ -74,8 +74,9 @@ class Measured(Scalar):
 class Estimate(Measured):
     """An estimate from random probes: ``interval`` holds the truth for these data with probability ``confidence``.
 
-    ``stderr`` is over the probes (0 where ``settings["method"]`` is "exact"), ``foretold`` how many products the first
-    samples said it would take, ``matvecs`` how many it took.
+    ``stderr`` is over the probes and includes rounding; where ``settings["method"]`` is "exact" it is 0, and the
+    interval what rounding leaves open. ``foretold`` is how many products the first samples said it would take,
+    ``matvecs`` how many it took.
     """
 
     matvecs: int
@@ -133,9 +134,9 @@ class Drawn:
     exact: bool = False
     forms: Forms | None = None
 
-    def exactly(self, value: float, size: int, forms: Forms | None = None) -> Drawn:
+    def exactly(self, value: float, size: int, magnitude: float, forms: Forms | None = None) -> Drawn:
         """The exact value, for which ``over_coordinates`` took ``size`` products more."""
-        return Drawn(value=value, samples=size, matvecs=self.matvecs + size, foretold=self.foretold, exact=True,
+        return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size, foretold=self.foretold, exact=True,
                      forms=forms)
 
 
@@ -209,10 +210,11 @@ def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], 
 def estimate(drawn: Drawn, operator: CurvatureOperator, *, rtol: float, confidence: float, settings: dict[str, Any],
              name: str) -> Estimate:
     """The record of an estimate, rounding included, with a warning where its error is larger than asked for."""
+    rounding = ROUNDING * torch.finfo(operator.dtype).eps * drawn.magnitude
     if drawn.exact:
-        stderr, half, converged, settings = 0.0, 0.0, True, settings | {"method": "exact"}
+        stderr, half, converged, settings = 0.0, 2 * rounding, True, settings | {"method": "exact"}
     else:
-        stderr = math.hypot(drawn.stderr, ROUNDING * torch.finfo(operator.dtype).eps * drawn.magnitude)
+        stderr = math.hypot(drawn.stderr, rounding)
         half = quantile(confidence, drawn.samples - 1) * stderr if stderr else 0.0
         converged = enough(drawn.value, stderr, rtol, confidence, drawn.samples)
     if not converged:

@@ -78,7 +78,7 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
         if drawn.costly:
             entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=drawn.matvecs,
                                               foretold=drawn.foretold)
-            drawn = drawn.exactly(math.fsum(entries), len(entries), forms)
+            drawn = drawn.exactly(math.fsum(entries), len(entries), math.fsum(map(abs, entries)), forms)
     return estimate(drawn, operator, rtol=rtol, confidence=confidence, settings=settings, name="the trace")
 
 
@@ -160,7 +160,7 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
         if drawn.costly:
             lengths, _ = over_coordinates(operator, lambda w, i: operator.norm(w), keep, report, spent=drawn.matvecs,
                                           foretold=drawn.foretold)
-            drawn = drawn.exactly(math.hypot(*lengths), len(lengths))
+            drawn = drawn.exactly(math.hypot(*lengths), len(lengths), math.hypot(*lengths))
         else:
             root = math.sqrt(drawn.value)
             drawn = replace(drawn, value=root * unit, stderr=drawn.stderr / (2 * root) * unit if root else 0.0,
