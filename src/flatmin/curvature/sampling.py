@@ -136,8 +136,8 @@ class Drawn:
 
     def exactly(self, value: float, size: int, magnitude: float, forms: Forms | None = None) -> Drawn:
         """The exact value, for which ``over_coordinates`` took ``size`` products more."""
-        return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size, foretold=self.foretold, exact=True,
-                     forms=forms)
+        return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size,
+                     foretold=self.foretold, exact=True, forms=forms)
 
 
 def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureOperator, *, rtol: float,

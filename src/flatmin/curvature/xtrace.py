@@ -72,7 +72,7 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         good = enough(mean, stderr, rtol, confidence, done)
         needed = done if good else done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2
         foretold = foretold or int(min(2 * needed, 2**62))
-        # the error of a decaying spectrum falls faster than with the root that ``needed`` assumes: two doublings at most
+        # where the spectrum decays, errors fall faster than ``needed`` assumes: two doublings at most
         costly = not good and worthwhile(operator, 2 * (min(needed, 4 * done, limit) - done), most - 2 * done)
         if good or costly or done >= limit:
             return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, foretold=foretold, costly=costly,
