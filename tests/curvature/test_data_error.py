@@ -102,7 +102,9 @@ def test_composed_operators_pass_it_on():
     whole = CurvatureOperator.restrict(H, "0")
     assert type(whole) is not type(block)
     assert torch.allclose(eigenpairs(whole, tol=1e-8).data_stderr, v.data_stderr)
-    assert eigenpairs(H + Matrix(torch.eye(H.size))).data_stderr is None        # no mean over batches
+    differences = Hessian(objective, product="finite_difference")
+    assert eigenpairs(H + differences).data_stderr is None
+    assert eigenpairs(H + Hessian(classification())).data_stderr is None        # of other batches
 
 
 def test_nothing_is_said_where_nothing_is_known():

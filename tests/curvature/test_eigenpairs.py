@@ -87,6 +87,49 @@ def test_values_alone_recognise_their_ghosts():
     assert found.converged.all()
 
 
+BULK = torch.rand(120, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+TOPS = {
+    "threefold": torch.full((3,), 3.0), "threefold and twofold": torch.tensor([3.0, 3, 3, 2, 2]),
+    "near 1e-6": 3 + 1e-6 * torch.arange(3).double(), "near 2e-4": 3 + 2e-4 * torch.arange(3).double(),
+    "cluster": 3 + 1e-7 * torch.linspace(0, 1, 20).double(), "simple": torch.tensor([20.0, 10.0]),
+}
+
+
+@pytest.mark.parametrize("tol", (1e-3, 1e-5))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("name", TOPS)
+def test_values_alone_give_each_eigenvalue_once(name, dtype, tol):
+    """A second copy that is still on its way to the first lies within the errors of both."""
+    for seed in range(30):
+        scale = (1.0, 1e12, 1e-12)[seed % 3]
+        a = (symmetric(torch.cat([TOPS[name].double(), BULK])) * scale).to(dtype)
+        e = torch.linalg.eigvalsh(a.double())
+        found = eigenvalues(Matrix(a), 4, tol=tol, seed=seed)
+        nearest = (found.values[:, None] - e).abs().min(1)
+        assert found.converged.all() and len(found.values) == 4
+        assert (nearest.values <= found.errors).all(), (seed, nearest.values / found.errors)
+        # as many values as there are groups of eigenvalues which the errors tell apart
+        groups = (e[nearest.indices].diff() > found.errors[1:] + found.errors[:-1]).tolist()
+        assert all(groups), (seed, found.values / scale, found.errors / scale)
+        assert float(found.values[-1] - e[-1]) == pytest.approx(0, abs=float(found.errors[-1]) + 20e-7 * 3 * scale)
+
+
+@pytest.mark.parametrize("which", ("largest", "magnitude"))
+@pytest.mark.parametrize("scale", (1e-30, 1e-15, 1e15, 1e30))
+def test_the_power_method_at_any_scale(scale, which):
+    """In float32 the squares of such numbers are 0 or infinite."""
+    e = torch.cat([torch.tensor([3.0, 2.0]), torch.linspace(-1, 1, 60)])
+    a = (symmetric(e) * scale).float()
+    found = power_iteration(Matrix(a), which, tol=1e-3)
+    assert found.converged and found.value == pytest.approx(3 * scale, rel=1e-5)
+    assert found.residual == pytest.approx(float((a.double() @ found.vector.double() - found.value
+                                                  * found.vector.double()).norm()), rel=0.05)
+    with pytest.warns(UserWarning, match="did not converge"):
+        rough = power_iteration(Matrix(a), which, tol=1e-5, max_matvecs=3)
+    off = (a.double() @ rough.vector.double() - rough.value * rough.vector.double()).norm()
+    assert not rough.converged and rough.residual == pytest.approx(float(off), rel=1e-3)    # of the vector returned
+
+
 def test_values_alone_in_float64_are_as_exact_as_they_say():
     e = torch.linspace(0, 1, 60, dtype=torch.float64) ** 3
     found = eigenvalues(Matrix(symmetric(e)), 3, tol=1e-10)

@@ -170,3 +170,31 @@ def test_the_stated_error_of_low_rank_includes_rounding(method, rank, dtype):
         found = trace(Matrix(a), method=method, seed=seed)
         held += found.interval[0] <= float(a.double().trace()) <= found.interval[1]
     assert held >= 20       # 68 % of 30
+
+
+@pytest.mark.parametrize("samples", (True, False))
+@pytest.mark.parametrize("scale", (1e-30, 1e-12, 1e12, 1e30))
+def test_float32_at_any_scale(scale, samples, monkeypatch):
+    """In float32 the squares of such numbers are 0 or infinite."""
+    if samples:
+        only_samples(monkeypatch)
+    a = symmetric(SPECTRA["outliers"]).float()
+    plain, scaled = Matrix(a), Matrix(a * scale)
+
+    def close(x, y):
+        assert y / scale == pytest.approx(x, rel=1e-3) and math.isfinite(x)
+
+    for method in ("hutchinson", "hutch++", "xtrace"):
+        x, y = (trace(A, method=method, rtol=0.05) for A in (plain, scaled))
+        close(x.value, y.value)
+        close(x.stderr, y.stderr)
+    for x, y in ((frobenius(A, rtol=0.1) for A in (plain, scaled)),
+                 (spectral_density(A, probes=4, steps=20).trace for A in (plain, scaled))):
+        close(x.value, y.value)
+        close(x.stderr, y.stderr)
+    x, y = (diagonal(A, rtol=0.5) for A in (plain, scaled))
+    close(x.relative_error, y.relative_error)
+    assert torch.allclose(y.values[0] / scale, x.values[0], rtol=1e-2, atol=1e-3)
+    assert torch.allclose(y.stderr[0] / scale, x.stderr[0], rtol=1e-2)
+    x, y = (condition_number(A) for A in (plain, scaled))
+    assert x.value == pytest.approx(y.value, rel=0.1)
