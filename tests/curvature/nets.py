@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
-from flatmin import Objective
+from flatmin import Objective, curvature
 
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -39,6 +41,12 @@ def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     n = len(eigenvalues)
     q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
     return (q * eigenvalues.double()) @ q.T
+
+
+def only_samples(monkeypatch) -> None:
+    """No exact values instead of samples, for matrices so small that they would take no more products."""
+    for name in ("sampling", "density", "trace", "xtrace"):
+        monkeypatch.setattr(sys.modules[f"{curvature.__name__}.{name}"], "worthwhile", lambda *_: False)
 
 
 class Attention(nn.Module):

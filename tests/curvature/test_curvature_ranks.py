@@ -149,8 +149,13 @@ def spectrum(kind, rank, dtype):
     tol = 1e-9 if dtype == torch.float64 else 1e-5
     a, b = (eigenpairs(o, 4, "both", tol=tol) for o in (ours, theirs))
     agreed(a.eigenvalues, a.eigenvectors)
-    assert bool(a.converged.all()) and a.certified
-    return off(a.eigenvalues, b.eigenvalues), exactly(dtype)
+    assert bool(a.converged.all()) and a.certified and a.batches == b.batches == 4
+    v = theirs.random(torch.Generator().manual_seed(3))
+    mine, others = (o._product_with_forms(v)[1] for o in (ours, theirs))     # batch by batch, of all ranks
+    agreed(*mine)
+    assert torch.equal(mine[0].sort().values, others[0].sort().values)
+    forms = off(mine[1].sort().values, others[1].sort().values)
+    return max(off(a.eigenvalues, b.eigenvalues), forms), exactly(dtype)
 
 
 def estimates(kind, rank, dtype):

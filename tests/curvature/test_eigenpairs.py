@@ -41,7 +41,7 @@ def spectra(draw):
 def test_against_the_dense_answer(e, k, which, block):
     a = symmetric(e)
     tol = 1e-8
-    found = eigenpairs(Matrix(a), k, which, tol=tol, block=block)
+    found = eigenpairs(Matrix(a), k, which, tol=tol, block=block, find_missing=True)
     k = min(k, len(e))
     truth, scale = e[wanted(e, k, which)], float(e.abs().max()) or 1.0
     values = found.eigenvalues / scale
@@ -87,6 +87,48 @@ def test_values_alone_recognise_their_ghosts():
     assert found.converged.all()
 
 
+BULK = torch.rand(120, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+TOPS = {
+    "threefold": torch.full((3,), 3.0), "threefold and twofold": torch.tensor([3.0, 3, 3, 2, 2]),
+    "near 1e-6": 3 + 1e-6 * torch.arange(3).double(), "near 2e-4": 3 + 2e-4 * torch.arange(3).double(),
+    "cluster": 3 + 1e-7 * torch.linspace(0, 1, 20).double(), "simple": torch.tensor([20.0, 10.0]),
+}
+
+
+@pytest.mark.parametrize("tol", (1e-3, 1e-5))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("name", TOPS)
+def test_values_alone_give_each_eigenvalue_once(name, dtype, tol):
+    """A second copy that is still on its way to the first lies within the errors of both."""
+    for seed in range(30):
+        scale = (1.0, 1e12, 1e-12)[seed % 3]
+        a = (symmetric(torch.cat([TOPS[name].double(), BULK])) * scale).to(dtype)
+        e = torch.linalg.eigvalsh(a.double())
+        found = eigenvalues(Matrix(a), 4, tol=tol, seed=seed)
+        nearest = (found.values[:, None] - e).abs().min(1)
+        assert found.converged.all() and len(found.values) == 4
+        assert (nearest.values <= found.errors).all(), (seed, nearest.values / found.errors)
+        # each lies within its error of an eigenvalue, and the errors tell them apart
+        assert (found.values.diff() > found.errors[1:] + found.errors[:-1]).all(), (seed, found.values / scale)
+        assert float(found.values[-1] - e[-1]) == pytest.approx(0, abs=float(found.errors[-1]) + 20e-7 * 3 * scale)
+
+
+@pytest.mark.parametrize("which", ("largest", "magnitude"))
+@pytest.mark.parametrize("scale", (1e-30, 1e-15, 1e15, 1e30))
+def test_the_power_method_at_any_scale(scale, which):
+    """In float32 the squares of such numbers are 0 or infinite."""
+    e = torch.cat([torch.tensor([3.0, 2.0]), torch.linspace(-1, 1, 60)])
+    a = (symmetric(e) * scale).float()
+    found = power_iteration(Matrix(a), which, tol=1e-3)
+    assert found.converged and found.value == pytest.approx(3 * scale, rel=1e-5)
+    assert found.residual == pytest.approx(float((a.double() @ found.vector.double() - found.value
+                                                  * found.vector.double()).norm()), rel=0.05)
+    with pytest.warns(UserWarning, match="did not converge"):
+        rough = power_iteration(Matrix(a), which, tol=1e-5, max_matvecs=3)
+    off = (a.double() @ rough.vector.double() - rough.value * rough.vector.double()).norm()
+    assert not rough.converged and rough.residual == pytest.approx(float(off), rel=1e-3)    # of the vector returned
+
+
 def test_values_alone_in_float64_are_as_exact_as_they_say():
     e = torch.linspace(0, 1, 60, dtype=torch.float64) ** 3
     found = eigenvalues(Matrix(symmetric(e)), 3, tol=1e-10)
@@ -97,9 +139,11 @@ def test_values_alone_in_float64_are_as_exact_as_they_say():
 
 def test_all_copies_of_a_multiple_eigenvalue():
     e = torch.cat([torch.full((5,), 3.0), torch.full((3,), 2.0), torch.rand(300)])
-    found = eigenpairs(Matrix(symmetric(e)), 7)
+    found = eigenpairs(Matrix(symmetric(e)), 7, find_missing=True)
     assert found.eigenvalues.tolist() == pytest.approx([2, 2, 3, 3, 3, 3, 3], abs=1e-4)
     assert found.complete is not None
+    plain = eigenpairs(Matrix(symmetric(e)), 7)     # nobody looked: copies are missing, and that is not called complete
+    assert plain.complete is None and plain.matvecs < found.matvecs and plain.eigenvalues[0] < 1.9
     assert eigenpairs(Matrix(symmetric(e)), 5, block=6, certify=False).eigenvalues.tolist() == pytest.approx([3] * 5)
 
 

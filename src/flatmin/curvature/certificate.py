@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .krylov import Krylov, unit_for
-from .operator import CurvatureOperator
+from .krylov import Krylov
+from .operator import CurvatureOperator, Forms
 
 DOUBT = 0.01
 """Probability that a search overlooks an eigenvalue, by an unlucky start vector."""
 
 
-def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> Tensor:
-    """‖Av − λv‖ / ‖v‖ for each row v of x, by products that share nothing with earlier ones."""
-    out = []
+def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> tuple[Tensor, list[Forms | None]]:
+    """‖Av − λv‖ / ‖v‖ for each row v of x, by products that share nothing with earlier ones; vᵀA_b v / ‖v‖² of each
+    batch b, whose spread is the error of λ by the data: to first order a change dA of A changes λ by vᵀ dA v / ‖v‖².
+    """
+    out, forms = [], []
     with operator.fresh():
         for value, row in zip(values.tolist(), x, strict=True):
             v = row.to(operator.device)
-            w = operator._product(v)
-            unit = unit_for(operator, w)
-            out.append(operator.norm(w.mul_(unit).add_(v, alpha=-value * unit)) / unit / operator.norm(v))
-    return torch.tensor(out, dtype=torch.float64)
+            w, here = operator._product_with_forms(v)
+            length = operator.norm(v)
+            out.append(operator.norm(w.add_(v, alpha=-value)) / length)
+            forms.append(here and (here[0], here[1] / length**2))
+    return torch.tensor(out, dtype=torch.float64), forms
 
 
 @dataclass(frozen=True)

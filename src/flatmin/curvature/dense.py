@@ -96,4 +96,5 @@ def condition_number(operator: CurvatureOperator | Objective, *, tol: float = 1e
         reason = f"singular: the smallest eigenvalue is zero within {error:.1g}"
     else:
         value = high / low
-    return ConditionNumber(value=value, largest=high, smallest=low, reason=reason, settings=operator.describe())
+    return ConditionNumber(value=value, largest=high, smallest=low, reason=reason, settings=operator.describe() | {
+        "method": "exact" if operator.size <= SMALL else "lanczos"})

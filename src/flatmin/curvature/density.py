@@ -15,8 +15,12 @@ from ..results import Scalar
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, State
 from .krylov import Krylov
-from .operator import CurvatureOperator
-from .progress import Progress, reporter
+from .operator import CurvatureOperator, Forms
+from .progress import Progress, Report, reporter
+from .sampling import Measured, add, data_stderr, moments, over_coordinates, worthwhile
+
+SMALL = 2000
+"""Coordinates of which the matrix itself is held at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class SpectralDensity:
     """A spectrum as weighted nodes, one row a probe; ``density``, ``log_density`` and ``plot`` smooth them.
 
     ``mass_at_zero`` is the share of eigenvalues with |λ| at most ``zero`` (a Scalar with its standard error), and
-    ``trace`` n times the mean of the spectrum.
+    ``trace`` n times the mean of the spectrum, with its error by the data as of an ``Estimate``. Where
+    ``settings["method"]`` is "exact" there is one row with all eigenvalues, and no error by the probes.
     """
 
     nodes: list[Tensor] = field(repr=False)     # a (m,) float64 tensor a probe, ascending
@@ -32,7 +37,7 @@ class SpectralDensity:
     size: int
     zero: float
     mass_at_zero: Scalar
-    trace: Scalar
+    trace: Measured
     matvecs: int
     settings: dict[str, Any]
 
@@ -50,7 +55,13 @@ class SpectralDensity:
         width = width or max(high - low, abs(high), 1e-300) / max(len(t) for t in self.nodes)
         x = torch.linspace(low - 4 * width, high + 4 * width, 1000, dtype=torch.float64) if x is None else x.double()
         rows = [_smooth(x, t, w, width) for t, w in zip(self.nodes, self.weights, strict=True)]
-        return x, *_band(rows)
+        return x, *self._band(rows)
+
+    def _band(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        t = torch.stack(rows)
+        if self.settings["method"] == "exact":
+            return t[0], torch.zeros_like(t[0])
+        return t.mean(0), t.std(0) / math.sqrt(len(rows)) if len(rows) > 1 else torch.full_like(t[0], math.nan)
 
     def log_density(self, *, decades: float = 8, width: float = 0.1) -> dict[str, Tensor]:
         """Shares of eigenvalues per decade of |λ|, apart for each sign, with their standard errors over probes.
@@ -66,7 +77,7 @@ class SpectralDensity:
             for t, w in zip(self.nodes, self.weights, strict=True):
                 here = sign * t > 10 ** (top - decades)
                 rows.append(_smooth(x, (sign * t[here]).log10(), w[here], width))
-            out[name], out[f"{name}_error"] = _band(rows)
+            out[name], out[f"{name}_error"] = self._band(rows)
         return out
 
     def plot(self, ax: Any = None, *, log: bool = False, **style: Any) -> Any:
@@ -96,7 +107,9 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
     """The spectral density φ(t) = (1/n) Σ_i δ(t − λ_i), by stochastic Lanczos quadrature.
 
     From each random unit vector v, ``steps`` of Lanczos with full re-orthogonalisation give nodes θ_j and weights
-    (s_j)₁² whose sums Σ_j w_j θ_jᵖ equal vᵀAᵖv up to p = 2 · steps − 1; the mean over v is the spectrum's.
+    (s_j)₁² whose sums Σ_j w_j θ_jᵖ equal vᵀAᵖv up to p = 2 · steps − 1; the mean over v is the spectrum's. Up to 2000
+    coordinates, where ``probes`` · ``steps`` products are no fewer than coordinates, one product a coordinate gives all
+    eigenvalues instead.
 
     Args:
         operator: any ``CurvatureOperator``.
@@ -109,65 +122,80 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
             same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
-    >>> d = spectral_density(Matrix(torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0]))), probes=200)
-    >>> abs(d.mass_at_zero.value - 0.75) < 3 * d.mass_at_zero.stderr
-    True
+    >>> d = spectral_density(Matrix(torch.diag(torch.tensor([2.0, 0.0, 0.0, 0.0]))))
+    >>> d.mass_at_zero.value, d.settings["method"]
+    (0.75, 'exact')
 
     S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099; B. Ghorbani et al., ICML 2019.
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
     generator = vectors.seeded(seed)
-    steps = min(steps, operator.size)
+    exact = operator.size <= SMALL and worthwhile(operator, probes * steps, probes * steps)
     with operator.session(), reporter(progress, "spectral density") as report, \
-            Checkpoint(checkpoint, operator, on_disk=place == "disk", generator=generator, method="density",
-                       probes=probes, steps=steps, seed=seed) as keep:
-        V, saved = Basis(operator, steps + 1, place, folder, keep.basis), keep.take() or {}
-        nodes, weights, used = saved.get("nodes", []), saved.get("weights", []), saved.get("used", 0)
-
-        def state(run: Krylov | None = None) -> State:
-            part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
-            return part | {"nodes": list(nodes), "weights": list(weights), "used": used,
-                           "matvecs": used + (run.matvecs if run else 0)}
-
-        part: State | None = saved.get("run")
-        while len(nodes) < probes:
-            if part is None:
-                keep.rewritten(state)
-            run = Krylov(operator, V, generator, start=part is None)
-            if part is not None:
-                run.resume(part)
-                part = None
-            while run.count < run.capacity and not run.breakdowns:
-                run.step()
-                keep.tick(partial(state, run))
-                report(used + run.matvecs, f"of {probes * steps}", probes * steps - used - run.matvecs)
-            theta, s, _ = run.ritz()
-            used += run.matvecs
-            nodes.append(theta / run.unit)
-            weights.append(s[0] ** 2)
+            Checkpoint(checkpoint, operator, on_disk=place == "disk" and not exact, generator=generator,
+                       method="density", probes=probes, steps=steps, seed=seed) as keep:
+        if exact:
+            rows, forms = over_coordinates(operator, lambda w, i: w.to("cpu", torch.float64), keep, report, spent=0)
+            A = torch.stack(rows)
+            nodes, used = [torch.linalg.eigvalsh((A + A.T) / 2)], len(rows)
+            weights = [torch.full_like(nodes[0], 1 / len(rows))]
+        else:
+            nodes, weights, forms, used = _quadrature(operator, probes, min(steps, operator.size), generator, place,
+                                                      folder, keep, report)
     top = max(float(t.abs().max()) for t in nodes)
-    n, settings = operator.size, operator.describe() | {"probes": probes, "steps": steps}
+    n = operator.size
+    settings = operator.describe() | {"probes": probes, "steps": steps, "method": "exact" if exact else "lanczos"}
+
+    def over_probes(samples: list[float]) -> dict[str, Any]:
+        value, stderr = moments(samples)
+        return {"value": value, "stderr": 0.0 if exact else stderr if len(samples) > 1 else math.nan,
+                "settings": settings}
+
     at_zero = [float(w[t.abs() <= zero * top].sum()) for t, w in zip(nodes, weights, strict=True)]
     traces = [n * float((w * t).sum()) for t, w in zip(nodes, weights, strict=True)]
     return SpectralDensity(nodes=nodes, weights=weights, size=n, zero=zero * top, matvecs=used, settings=settings,
-                           mass_at_zero=_scalar(at_zero, settings), trace=_scalar(traces, settings))
+                           mass_at_zero=Scalar(**over_probes(at_zero)),
+                           trace=Measured(**over_probes(traces), data_stderr=data_stderr(forms),
+                                          batches=None if forms is None else len(forms[0])))
 
 
-def _scalar(samples: list[float], settings: dict[str, Any]) -> Scalar:
-    t = torch.tensor(samples, dtype=torch.float64)
-    stderr = float(t.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
-    return Scalar(value=float(t.mean()), stderr=stderr, settings=settings)
+def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator: torch.Generator, place: Place,
+                folder: str | None, keep: Checkpoint, report: Report
+                ) -> tuple[list[Tensor], list[Tensor], Forms | None, int]:
+    """Nodes and weights by Lanczos from random vectors, the trace batch by batch, and the products taken."""
+    V, saved = Basis(operator, steps + 1, place, folder, keep.basis), keep.take() or {}
+    nodes, weights, used = saved.get("nodes", []), saved.get("weights", []), saved.get("used", 0)
+    forms: Forms | None = saved.get("forms")
+
+    def state(run: Krylov | None = None) -> State:
+        part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
+        return part | {"nodes": list(nodes), "weights": list(weights), "used": used, "forms": forms,
+                       "matvecs": used + (run.matvecs if run else 0)}
+
+    part: State | None = saved.get("run")
+    while len(nodes) < probes:
+        if part is None:
+            keep.rewritten(state)
+        run = Krylov(operator, V, generator, start=part is None)
+        if part is not None:
+            run.resume(part)
+            part = None
+        while run.count < run.capacity and not run.breakdowns:
+            run.step()
+            keep.tick(partial(state, run))
+            report(used + run.matvecs, f"of {probes * steps}", probes * steps - used - run.matvecs)
+        theta, s, _ = run.ritz()
+        used += run.matvecs
+        nodes.append(theta / run.unit)
+        weights.append(s[0] ** 2)
+        forms = add(forms, run.forms, operator.size / probes)
+    return nodes, weights, forms, used
 
 
 def _smooth(x: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:
     z = (x[:, None] - nodes) / width
     return (weights * torch.exp(-0.5 * z**2)).sum(1) / (width * math.sqrt(2 * math.pi))
-
-
-def _band(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    t = torch.stack(rows)
-    return t.mean(0), t.std(0) / math.sqrt(len(rows)) if len(rows) > 1 else torch.full_like(t[0], math.nan)
 
 
 def _draw(ax: Any, x: Tensor, y: Tensor, error: Tensor, **style: Any) -> None:

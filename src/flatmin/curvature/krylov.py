@@ -15,18 +15,9 @@ from torch import Tensor
 
 from .basis import Basis
 from .checkpoint import Journal, State
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, Forms
 
-_NUMBERS = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit")
-
-
-def unit_for(operator: CurvatureOperator, w: Tensor) -> float:
-    """A power of two that brings a product to a size whose squares neither over- nor underflow; mostly 1."""
-    peak = torch.linalg.vector_norm(w, math.inf) if w.numel() else w.new_zeros(())
-    top, limit = float(operator.reduce(peak, "max")), 100 if w.dtype == torch.float32 else 1000
-    if not math.isfinite(top) or top == 0 or 1e-9 < top < 1e9:
-        return 1.0
-    return 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
+_KEPT = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit", "forms")
 
 
 class Krylov:
@@ -46,6 +37,7 @@ class Krylov:
         self.count = self.rows = self.matvecs = self.breakdowns = self.thick = 0
         self.scale = 0.0        # the largest ‖Av‖ seen: what "small" is measured by
         self.unit = 1.0         # a power of two that A is multiplied by, so that squares neither over- nor underflow
+        self.forms: Forms | None = None     # of the first vector, where it is multiplied alone
         self.eps = torch.finfo(operator.dtype).eps
         self._waiting: list[Tensor] = []
         for _ in range(self.block if start else 0):     # what is resumed has its vectors
@@ -115,12 +107,12 @@ class Krylov:
         """What ``resume`` needs, as tensors and numbers; the basis too, unless it is kept elsewhere."""
         rows = self.V.rows
         rows = rows[:self.rows] if with_basis else rows.new_empty(0, rows.shape[1])     # a view would be saved whole
-        return {name: getattr(self, name) for name in _NUMBERS} | {
+        return {name: getattr(self, name) for name in _KEPT} | {
             "F": self.F, "V": rows, "generator": self.generator.get_state()}
 
     def resume(self, state: State) -> None:
         """Go on from a ``state``."""
-        for name in _NUMBERS:
+        for name in _KEPT:
             setattr(self, name, state[name])
         self.F.copy_(state["F"])
         self.V.rows[:len(state["V"])].copy_(state["V"])
@@ -130,12 +122,17 @@ class Krylov:
     def _multiply(self, v: Tensor) -> Tensor:
         if not self._waiting:
             ready = self.V.rows[self.count:min(self.rows, self.capacity)]
-            self._waiting = list(self.operator._products(ready.to(self.V.device))) if len(ready) > 1 \
-                else [self.operator._product(v)]
+            if len(ready) > 1:
+                self._waiting = list(self.operator._products(ready.to(self.V.device)))
+            elif self.matvecs == 0:
+                w, self.forms = self.operator._product_with_forms(v)
+                self._waiting = [w]
+            else:
+                self._waiting = [self.operator._product(v)]
         w = self._waiting.pop(0)
         self.matvecs += 1
         if self.matvecs == 1:
-            self.unit = unit_for(self.operator, w)
+            self.unit = self.operator.unit_for(w)
         return w.mul_(self.unit) if self.unit != 1 else w
 
     def _clean(self, w: Tensor, couple: int | None = None) -> float:

@@ -15,10 +15,14 @@ from . import certificate, memory
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, Journal, State
 from .krylov import Krylov
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, Forms
 from .progress import Progress, Report, left, reporter
+from .sampling import about_data, data_stderr
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
+
+SMALL = 1000
+"""Up to so many coordinates a basis may span the whole space: no restart, and at most as many products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,16 @@ class Spectrum:
 
     ``residuals`` are ‖Av − λv‖ for unit v: from fresh products where ``certified``, else estimated by the recurrence.
     In exact arithmetic A has an eigenvalue within its residual of each λ. ``complete`` says whether, at 99 %
-    confidence, no eigenvalue at the wanted end is missing (another copy of a multiple one, say); it is False where the
-    search ran out of its budget, and None where there was none.
+    confidence, no eigenvalue at the wanted end is missing (another copy of a multiple one, say): True where the whole
+    space was spanned or ``find_missing`` found no more, False where that ran out of its products, None where nobody
+    looked.
+
+    ``data_stderr`` is the standard error of each eigenvalue as an estimate for the distribution that the data were
+    drawn from, by the spread of vᵀA_b v over the ``batches``, which must be independent: to first order the
+    eigenvalue of A + dA is λ + vᵀ dA v (Hellmann and Feynman). It is None without ``certify``, for fewer than 5
+    batches, and where the matrix is no mean over batches that are seen one by one (differences of gradients). It does
+    not know of the bias of a largest eigenvalue of few samples (upwards), nor of weights trained on the same data, and
+    it means little where a neighbour is closer than the error itself.
     """
 
     eigenvalues: Tensor     # (k,) float64
@@ -39,6 +51,8 @@ class Spectrum:
     complete: bool | None
     matvecs: int
     settings: dict[str, Any]
+    data_stderr: Tensor | None = None   # (k,) float64
+    batches: int | None = None
 
     @property
     def largest(self) -> float:
@@ -51,13 +65,16 @@ class Spectrum:
         return float(self.eigenvalues[0])
 
     def __str__(self) -> str:
-        rows = [f"{float(v): .6g} (residual {float(r):.1e}{'' if c else ', not converged'})" for v, r, c in
-                zip(self.eigenvalues, self.residuals, self.converged, strict=True)]
+        data = [None] * len(self.eigenvalues) if self.data_stderr is None else self.data_stderr.tolist()
+        rows = [f"{v: .6g} (residual {r:.1e}{about_data(d, self.batches)}{'' if c else ', not converged'})"
+                for v, r, c, d in zip(self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist(),
+                                      data, strict=True)]
         return f"{len(rows)} eigenpairs, {self.matvecs} products\n" + "\n".join(rows)
 
 
 def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest", *, tol: float = 1e-3,
-               certify: bool = True, seed: int | torch.Generator = 0, basis: int | None = None, block: int = 1,
+               certify: bool = True, find_missing: bool = False, seed: int | torch.Generator = 0,
+               basis: int | None = None, block: int = 1,
                place: Place = "device", folder: str | None = None, max_matvecs: int | None = None,
                progress: Progress = False, checkpoint: str | None = None) -> Spectrum:
     """k eigenpairs at an end of the spectrum, by thick-restart Lanczos with full re-orthogonalisation.
@@ -70,11 +87,13 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         k: how many; fewer come back only where n < k.
         which: "largest" or "smallest" algebraically, "both" ends (the odd one at the top), or largest "magnitude".
         tol: residual relative to the largest |eigenvalue|.
-        certify: make sure that the objective is deterministic, recompute each residual with a fresh product (k of
-            them), and where several at one end are wanted, search from a new random vector for eigenvalues that are
-            missing (at most a quarter more products, and 16 at least, unless something is found).
+        certify: make sure that the objective is deterministic, and recompute each residual with a fresh product (k of
+            them), which gives ``data_stderr`` too.
+        find_missing: search from a new random vector for eigenvalues that are missing, such as further copies of a
+            multiple one (at most a quarter more products, and 16 at least, unless something is found).
         seed: of the start vector.
-        basis: vectors held at most (by default 3k + 40, less where memory is short); after that, thick restarts.
+        basis: vectors held at most (by default 3k + 40, less where memory is short; for up to 1000 coordinates one
+            each, so that as many products give the whole spectrum); after that, thick restarts.
         block: from how many random vectors to start, taking products together; for clusters of known multiplicity.
         place: "device", "host" or "disk" (a file in ``folder`` that is gone afterwards), for the basis.
         max_matvecs: after this many products (default: 20 times the basis) what there is comes back, unconverged
@@ -113,12 +132,12 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         values, residuals, x = theta[chosen], bounds[chosen], V.combine(s[:, chosen], run.count)
         scale, used, complete = float(theta.abs().max()), run.matvecs, True if run.complete else None
         del V, run.V
-        if certify and not complete and bool((residuals <= tol * scale).all()):
+        if find_missing and not complete and bool((residuals <= tol * scale).all()):
             values, x, complete, more = _completed(run, values, x, which, tol * scale, max(16, used // 4))
             used += more
-        values = values / run.unit
+        values, forms = values / run.unit, list[Forms | None]()
         if certify:
-            residuals = certificate.residuals(operator, values, x)
+            residuals, forms = certificate.residuals(operator, values, x)
             used += len(x)
         else:
             residuals = residuals / run.unit
@@ -126,9 +145,14 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     if not bool(converged.all()):
         warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
                       f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
+    errors, batches = [data_stderr(f) for f in forms], {len(f[0]) for f in forms if f is not None}
+    known = len(errors) > 0 and None not in errors
     return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
                     complete=complete, matvecs=used, settings=operator.describe() | {
-                        "k": k, "which": which, "tol": tol, "basis": m, "block": block})
+                        "k": k, "which": which, "tol": tol, "basis": m, "block": block,
+                        "method": "exact" if run.complete else "lanczos"},
+                    data_stderr=torch.tensor(errors, dtype=torch.float64) if known else None,
+                    batches=batches.pop() if batches else None)
 
 
 def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
@@ -138,7 +162,7 @@ def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, pl
         if basis < least:
             raise ValueError(f"basis must be at least k + 2 block = {least}, got {basis}")
         return min(basis, operator.size)
-    rows = 3 * k + 20 + 20 * block
+    rows = operator.size if operator.size <= SMALL else 3 * k + 20 + 20 * block
     if place != "disk":
         where = operator.device if place == "device" else torch.device("cpu")
         vector = max(operator.length, 1) * torch.empty(0, dtype=operator.dtype).element_size()
@@ -201,12 +225,12 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
 
 
 def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
-               budget: int) -> tuple[Tensor, Tensor, bool | None, int]:
+               budget: int) -> tuple[Tensor, Tensor, bool, int]:
     """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, products."""
     k, used = len(values), 0
-    while sides := _sides(values, which):
-        found = certificate.search(run.operator, x, sides, tolerance=tolerance, budget=budget, unit=run.unit,
-                                   generator=run.generator)
+    while True:
+        found = certificate.search(run.operator, x, _sides(values, which), tolerance=tolerance, budget=budget,
+                                   unit=run.unit, generator=run.generator)
         used += found.matvecs
         if not len(found.values):
             return values, x, found.excluded, used
@@ -214,18 +238,15 @@ def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: 
         order = values.argsort()
         best = order[wanted(values[order], k, which)]
         values, x = values[best], x[best.to(x.device)]
-    return values, x, None, used
 
 
 def _sides(values: Tensor, which: Which) -> list[tuple[int, float]]:
-    """Beyond which thresholds a further eigenvalue would belong to the wanted ones; only ends with several of them."""
-    k, low, high = len(values), float(values[0]), float(values[-1])
-    if k < 2:
-        return []
+    """Beyond which thresholds a further eigenvalue would belong to the wanted ones."""
+    k = len(values)
     if which == "magnitude":
         least = float(values.abs().min())
         return [(1, least), (-1, -least)]
     if which == "both":
-        sides = [(1, float(values[k // 2]))] if k - k // 2 > 1 else []
-        return sides + ([(-1, float(values[k // 2 - 1]))] if k // 2 > 1 else [])
-    return [(1, low)] if which == "largest" else [(-1, high)]
+        sides = [(1, float(values[k // 2]))]
+        return [*sides, (-1, float(values[k // 2 - 1]))] if k > 1 else sides
+    return [(1, float(values[0]))] if which == "largest" else [(-1, float(values[-1]))]

@@ -1,10 +1,11 @@
-"""CurvatureOperator: a symmetric matrix that is never built, known by its products with vectors."""
+"""CurvatureOperator: a symmetric matrix that is never built, known by its products, and what is made of several."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .. import perturbed, vectors
 
 Vectors = Tensor | Sequence[Tensor]
+Forms = tuple[Tensor, Tensor]
+"""For A = Σ_b n_b A_b / Σ_b n_b over batches b: the weights n_b and the values vᵀA_b v, (B,) float64 on the CPU."""
 
 
 class CurvatureOperator(ABC):
@@ -23,8 +26,9 @@ class CurvatureOperator(ABC):
     ``A.restrict(names)`` a principal block, ``A.preconditioned(d)`` is D^½ A D^½.
 
     A subclass gives ``_product`` (flat in, a new flat tensor out) and, when it is worth it, ``_products`` for several
-    vectors and ``session`` to keep what products share. Where parameters are sharded over ranks, so are vectors: a flat
-    one is this rank's ``length`` of the ``size`` numbers, and ``dot``, ``norm`` and ``reduce`` are over all of them.
+    vectors, ``_product_with_forms`` where A is a mean over batches, and ``session`` to keep what products share. Where
+    parameters are sharded over ranks, so are vectors: a flat one is this rank's ``length`` of the ``size`` numbers, and
+    ``dot``, ``norm`` and ``reduce`` are over all of them.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device,
@@ -47,6 +51,10 @@ class CurvatureOperator(ABC):
     def _products(self, block: Tensor) -> Tensor:
         """Rows v ↦ Av, for (b, n) → (b, n)."""
         return torch.stack([self._product(v) for v in block])
+
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        """Av, and vᵀA_b v of every batch b; None where A is no mean over batches, or its batches are not seen."""
+        return self._product(v), None
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
@@ -75,8 +83,20 @@ class CurvatureOperator(ABC):
         return float(self.reduce(vectors.dots([a], [b]))[0])
 
     def norm(self, a: Tensor) -> float:
-        """‖a‖ of a flat vector, blocks summed in float64."""
-        return float(self.reduce(vectors.sums_of_squares([a])).sqrt()[0])
+        """‖a‖ of a flat vector, blocks summed in float64; also where squares in its dtype would over- or underflow."""
+        length = float(self.reduce(vectors.sums_of_squares([a])).sqrt()[0])
+        if 1e-12 < length < 1e15:
+            return length
+        unit = self.unit_for(a)
+        return length if unit == 1 else float(self.reduce(vectors.sums_of_squares([a * unit])).sqrt()[0]) / unit
+
+    def unit_for(self, a: Tensor) -> float:
+        """A power of two that brings a flat vector to a size whose squares neither over- nor underflow; mostly 1."""
+        peak = torch.linalg.vector_norm(a, math.inf) if a.numel() else a.new_zeros(())
+        top, limit = float(self.reduce(peak, "max")), 100 if a.dtype == torch.float32 else 1000
+        if not math.isfinite(top) or top == 0 or 1e-9 < top < 1e9:
+            return 1.0
+        return 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
 
     def empty(self) -> Tensor:
         """Memory for a flat vector."""
@@ -234,4 +254,141 @@ class Matrix(CurvatureOperator):
         return block @ self.matrix
 
 
-from .combinations import Preconditioned, Restricted, Scaled, Sum  # noqa: E402  (they are made of the above)
+class _Over(CurvatureOperator):
+    """An operator made of others on the same coordinates."""
+
+    def __init__(self, *operators: CurvatureOperator):
+        first = operators[0]
+        for other in operators[1:]:
+            if other.shapes != first.shapes:
+                raise ValueError(f"operators on different coordinates: sizes {first.size} and {other.size}")
+        super().__init__(first.shapes, first.dtype, first.device, first.names, first._dtypes)
+        self.operators, self.numels, self.length = operators, first.numels, first.length
+        self.rank = first.rank
+
+    @property
+    def exact(self) -> bool:
+        return all(operator.exact for operator in self.operators)
+
+    @contextmanager
+    def session(self, *, check: bool = True) -> Iterator[None]:
+        with ExitStack() as stack:
+            for operator in self.operators:
+                stack.enter_context(operator.session(check=check))
+            yield
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for operator in self.operators:
+                stack.enter_context(operator.fresh())
+            yield
+
+    def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
+        return self.operators[0].reduce(t, op)
+
+    def agree(self, number: int) -> int:
+        return self.operators[0].agree(number)
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        return self.operators[0]._draw(i, generator, kind)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"of": [operator.describe() for operator in self.operators]}
+
+
+class Sum(_Over):
+    """A + B."""
+
+    def _product(self, v: Tensor) -> Tensor:
+        a, b = self.operators
+        return a._product(v).add_(b._product(v))
+
+    def _products(self, block: Tensor) -> Tensor:
+        a, b = self.operators
+        return a._products(block).add_(b._products(block))
+
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        (av, a), (bv, b) = (operator._product_with_forms(v) for operator in self.operators)
+        av.add_(bv)     # batch by batch where both are means over batches of the same weights
+        return av, (a[0], a[1] + b[1]) if a is not None and b is not None and torch.equal(a[0], b[0]) else None
+
+    def restrict(self, parameters: Any) -> CurvatureOperator:
+        a, b = self.operators
+        return a.restrict(parameters) + b.restrict(parameters)
+
+
+class Scaled(_Over):
+    """αA."""
+
+    def __init__(self, operator: CurvatureOperator, factor: float):
+        super().__init__(operator)
+        self.factor = factor
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.operators[0]._product(v).mul_(self.factor)
+
+    def _products(self, block: Tensor) -> Tensor:
+        return self.operators[0]._products(block).mul_(self.factor)
+
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        av, forms = self.operators[0]._product_with_forms(v)
+        return av.mul_(self.factor), forms and (forms[0], forms[1] * self.factor)
+
+    def restrict(self, parameters: Any) -> CurvatureOperator:
+        return self.operators[0].restrict(parameters) * self.factor
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"factor": self.factor}
+
+
+class Preconditioned(_Over):
+    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor."""
+
+    def __init__(self, operator: CurvatureOperator, diagonal: Tensor):
+        super().__init__(operator)
+        if diagonal.shape != (self.length,) or bool((diagonal < 0).any()):
+            raise ValueError(f"the diagonal must be {self.length} numbers, none negative")
+        self.root = diagonal.detach().to(self.device, self.dtype).sqrt()
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.operators[0]._product(v * self.root).mul_(self.root)
+
+    def _products(self, block: Tensor) -> Tensor:
+        return self.operators[0]._products(block * self.root).mul_(self.root)
+
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        av, forms = self.operators[0]._product_with_forms(v * self.root)
+        return av.mul_(self.root), forms
+
+
+class Restricted(_Over):
+    """The principal block of the parameters at given positions, by padding with zeros."""
+
+    def __init__(self, operator: CurvatureOperator, where: Sequence[int]):
+        CurvatureOperator.__init__(self, [operator.shapes[i] for i in where], operator.dtype, operator.device,
+                                   [operator.names[i] for i in where], [operator._dtypes[i] for i in where])
+        self.operators, self.where = (operator,), list(where)
+        self.numels = [operator.numels[i] for i in where]
+        self.length, self.rank = sum(self.numels), operator.rank
+
+    def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
+        return self.operators[0]._draw(self.where[i], generator, kind)
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._block(self.operators[0]._product(self._padded(v)))
+
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        av, forms = self.operators[0]._product_with_forms(self._padded(v))
+        return self._block(av), forms
+
+    def _padded(self, v: Tensor) -> Tensor:
+        padded = self.operators[0].empty().zero_()
+        pieces = padded.split(self.operators[0].numels)
+        for i, part in zip(self.where, v.split(self.numels), strict=True):
+            pieces[i].copy_(part)
+        return padded
+
+    def _block(self, whole: Tensor) -> Tensor:
+        rows = whole.split(self.operators[0].numels)
+        return torch.cat([rows[i] for i in self.where])

@@ -11,24 +11,31 @@ import torch
 from torch import Tensor
 
 from .. import vectors
-from ..results import Scalar
 from .checkpoint import Checkpoint
 from .operator import CurvatureOperator
 from .progress import Progress, left, reporter
+from .sampling import Measured, about_data, data_stderr
 
 PLAIN = 10
 """Plain steps before the shift is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerIteration(Scalar):
-    """One eigenpair; ``rate`` is the factor by which the residual fell in a late step, ``residual`` ‖Av − λv‖."""
+class PowerIteration(Measured):
+    """One eigenpair; ``rate`` is the factor by which the residual fell in a late step, ``residual`` ‖Av − λv‖.
+
+    ``data_stderr`` as of a ``Spectrum``.
+    """
 
     vector: Tensor = field(repr=False)
     residual: float
     converged: bool
     matvecs: int
     rate: float
+
+    def __str__(self) -> str:
+        return f"PowerIteration({self.value:.6g} (residual {self.residual:.1e}" \
+               f"{about_data(self.data_stderr, self.batches)}{'' if self.converged else ', not converged'}))"
 
 
 def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magnitude"] = "largest", *,
@@ -62,26 +69,26 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     value = residual = math.inf
     top = 0.0
     rate = math.nan
-    converged = False
+    converged, forms = False, None
     used, history = 0, list[tuple[int, float, float]]()
     with operator.session(), reporter(progress, "power iteration") as report, \
             Checkpoint(checkpoint, operator, method="power", which=which, tol=tol, seed=seed) as keep:
         if saved := keep.take():
             v, start = (saved[name].to(operator.device) for name in ("v", "start"))
             value, residual, top, rate, used = (saved[name] for name in ("value", "residual", "top", "rate", "matvecs"))
-        while used < max_matvecs and not converged:
-            w = operator._product(v)
+        while used < max_matvecs:
+            w, forms = operator._product_with_forms(v)
             used += 1
             value, length, before = operator.dot(v, w), operator.norm(w), residual
+            if not math.isfinite(length):
+                raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
             top = max(top, length)
             residual = operator.norm(w - value * v)
             rate = residual / before if before < math.inf and before > 0 else rate
             converged = residual <= tol * top and (which == "magnitude" or used > PLAIN or value >= top * (1 - tol))
             history.append((used, residual, tol * top))
             report(used, f"{value:.6g}, residual {residual:.1e}, wanted {tol * top:.1e}", left(history))
-            if converged:
-                break
-            if length == 0:
+            if converged or length == 0 or used == max_matvecs:
                 break
             if which == "largest" and used <= PLAIN:
                 w = start.clone() if used == PLAIN else w
@@ -94,4 +101,5 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
         warnings.warn(f"power iteration did not converge in {used} products (residual {residual:.1e}, falling by "
                       f"{rate:.3f} a step): eigenpairs() needs fewer", stacklevel=2)
     return PowerIteration(value=value, vector=v, residual=residual, converged=converged, matvecs=used, rate=rate,
-                          settings=operator.describe() | {"which": which, "tol": tol})
+                          settings=operator.describe() | {"which": which, "tol": tol},
+                          data_stderr=data_stderr(forms), batches=None if forms is None else len(forms[0]))

@@ -14,7 +14,7 @@ from .. import vectors
 from ..batches import unwrapped
 from ..objective import Objective, Term
 from . import memory
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, Forms
 from .parameters import OverParameters
 from .smooth import Smooth
 from .thrice import Thrice
@@ -45,6 +45,7 @@ class ObjectiveOperator(OverParameters):
         self.vmap = False
         self._linearize = linearize
         self._depth = 0
+        self._forms: list[tuple[float, Tensor]] | None = None       # noted while it is a list
         # a gradient penalty needs the second, layers that run again in the backward pass the third
         self._modes: tuple[Callable[[], AbstractContextManager[Any]], ...] = (Smooth, Thrice, nullcontext)
         self._forget()
@@ -101,6 +102,27 @@ class ObjectiveOperator(OverParameters):
         with self.objective.session(), self._kernels():
             return self._mean(v)
 
+    def _product_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
+        self._forms = noted = []
+        try:
+            out = self._product(v)
+        finally:
+            self._forms = None
+        return out, self._of_all_ranks(noted)
+
+    def _of_all_ranks(self, noted: list[tuple[float, Tensor]]) -> Forms | None:
+        """Weights and forms of the batches of all ranks; values are so that λ = Σ n_b q_b / Σ n_b for sums too."""
+        ranks = self.objective.ranks
+        most = -ranks.least(-len(noted))
+        if most == 0:       # differences of gradients
+            return None
+        table = torch.zeros(most, ranks.world, 2, dtype=torch.float64)
+        for i, (weight, form) in enumerate(noted):
+            table[i, ranks.rank, 0], table[i, ranks.rank, 1] = weight, form.cpu()
+        table = torch.tensor(ranks.total(*table.flatten().tolist()), dtype=torch.float64).view(-1, 2)
+        weights, forms = table[table[:, 0] > 0].unbind(1)
+        return weights, forms * len(forms) if self.objective.sums else forms
+
     def _products(self, block: Tensor) -> Tensor:
         with self.session():
             if self.vmap and len(block) > 1:
@@ -128,8 +150,12 @@ class ObjectiveOperator(OverParameters):
         vs = [part.reshape(v.shape[:-1] + shape).to(dtype) for part, shape, dtype in
               zip(v.split(self.numels, -1), self.shapes, self._dtypes, strict=True)]
         out, first = None, 1.0
+        if self._forms is not None:
+            self._forms.clear()
         for weight, apply, keep in self._maps():
             rows = apply(vs, keep, batched)
+            if self._forms is not None:
+                self._forms.append((weight, _form(vs, rows)))
             if out is None:
                 out, first = self._flat(rows, v), weight
                 continue
@@ -179,6 +205,14 @@ class ObjectiveOperator(OverParameters):
                 apply = self._linearize(term, self.parameters)
         self._room -= meter.bytes
         return apply
+
+
+def _form(v: Sequence[Tensor], rows: Sequence[Tensor | None]) -> Tensor:
+    """vᵀ · rows, a 0-d float64 tensor."""
+    pairs = [(x, row.detach()) for x, row in zip(v, rows, strict=True) if row is not None]
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    return vectors.dots([x for x, _ in pairs], [row.to(x.dtype) for x, row in pairs]).sum()
 
 
 class _Call(nn.Module):

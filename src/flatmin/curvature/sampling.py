@@ -1,4 +1,4 @@
-"""Means of random samples, drawn until a stated error is reached."""
+"""Numbers with their errors: of random probes, drawn until a stated error is reached, and of the data."""
 
 from __future__ import annotations
 
@@ -7,17 +7,76 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
-from ..results import Scalar
+import torch
+from torch import Tensor
+
+from ..results import Scalar, uncertain
 from .checkpoint import Checkpoint, State
+from .operator import CurvatureOperator, Forms
 from .progress import Report
+
+FEW_BATCHES = 5
+"""Fewer batches than this say too little about their spread."""
+
+ROUNDING = 4
+"""Sums of products are known to this many units of rounding, as a standard error."""
+
+
+def data_stderr(forms: Forms | None) -> float | None:
+    """The standard error of λ = Σ n_b q_b / Σ n_b as a sample of batches; None for fewer than 5 of them.
+
+    (B / (B − 1) · Σ n_b² (q_b − λ)²)^½ / Σ n_b, the error of a ratio of sums to first order, for B independent batches
+    with weights n_b and values q_b.
+
+    W. Cochran, Sampling Techniques, 3rd ed., Wiley 1977, sections 6.3 to 6.5.
+    """
+    if forms is None or len(forms[0]) < FEW_BATCHES:
+        return None
+    n, q = forms
+    top = float(q.abs().max()) or 1.0
+    q = q / top     # squares must not over- or underflow
+    mean = (n * q).sum() / n.sum()
+    return top * float((len(n) / (len(n) - 1) * (n * (q - mean)).square().sum()).sqrt() / n.sum())
+
+
+def add(a: Forms | None, b: Forms | None, factor: float = 1.0) -> Forms | None:
+    """a + factor · b batch by batch, of the same batches; None stands for a start."""
+    return None if b is None else (b[0], b[1] * factor if a is None else a[1] + b[1] * factor)
+
+
+def about_data(stderr: float | None, batches: int | None) -> str:
+    """What a printed number says of its error by the data; nothing where that is unknown."""
+    return "" if stderr is None else f", data ± {stderr:.2g} over {batches} batches"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate(Scalar):
-    """A random estimate: ``interval`` holds the truth with probability ``confidence``.
+class Measured(Scalar):
+    """A number with its error by the data beside that of the method.
 
-    ``foretold`` is how many products the first samples said it would take, ``matvecs`` how many it took.
+    ``data_stderr`` is the standard error of ``value`` as an estimate for the distribution that the data were drawn
+    from, by its spread over the ``batches``, which must be independent: samples shuffled once, say. It is None for
+    fewer than 5 batches and where the matrix is no mean over batches that are seen one by one (differences of
+    gradients). It is not an error of the number for these data, and it knows neither of the bias of a largest
+    eigenvalue of few samples (upwards) nor of weights trained on the same data.
+    """
+
+    data_stderr: float | None = None
+    batches: int | None = None
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({uncertain(self.value, self.stderr)}" \
+               f"{about_data(self.data_stderr, self.batches)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Measured):
+    """An estimate from random probes: ``interval`` holds the truth for these data with probability ``confidence``.
+
+    ``stderr`` is over the probes and includes rounding; where ``settings["method"]`` is "exact" it is 0, and the
+    interval what rounding leaves open. ``foretold`` is how many products the first samples said it would take,
+    ``matvecs`` how many it took.
     """
 
     matvecs: int
@@ -47,11 +106,13 @@ def quantile(confidence: float, degrees: int) -> float:
 
 def moments(samples: list[float]) -> tuple[float, float]:
     """Mean and standard error of the mean."""
-    n = len(samples)
+    n, top = len(samples), max(map(abs, samples))
+    unit = 2.0 ** -math.frexp(top)[1] if 0 < top < math.inf else 1.0      # squares must not over- or underflow
+    samples = [x * unit for x in samples]
     mean = math.fsum(samples) / n
     if n < 2:
-        return mean, math.inf
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n - 1) / n)
+        return mean / unit, math.inf
+    return mean / unit, math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n - 1) / n) / unit
 
 
 def enough(mean: float, stderr: float, rtol: float, confidence: float, n: int) -> bool:
@@ -59,10 +120,29 @@ def enough(mean: float, stderr: float, rtol: float, confidence: float, n: int) -
     return n > 1 and quantile(confidence, n - 1) * stderr <= rtol * abs(mean)
 
 
-def adaptive(sample: Callable[[], float], cost: int, keep: Checkpoint, *, rtol: float, confidence: float, spent: int,
-             most: int, report: Report, offset: float = 0.0, pilot: int = 10
-             ) -> tuple[list[float], int]:
-    """Samples until the interval of ``offset`` + their mean is narrow enough, and the products foretold.
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What samples gave so far; ``costly`` where more of them would take as many products as the exact value."""
+
+    value: float = math.nan
+    stderr: float = 0.0
+    samples: int = 0
+    magnitude: float = 0.0      # of what was added up: rounding is relative to it
+    matvecs: int
+    foretold: int
+    costly: bool = False
+    exact: bool = False
+    forms: Forms | None = None
+
+    def exactly(self, value: float, size: int, magnitude: float, forms: Forms | None = None) -> Drawn:
+        """The exact value, for which ``over_coordinates`` took ``size`` products more."""
+        return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size,
+                     foretold=self.foretold, exact=True, forms=forms)
+
+
+def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureOperator, *, rtol: float,
+             confidence: float, spent: int, most: int, report: Report, offset: float = 0.0, pilot: int = 10) -> Drawn:
+    """Samples until the interval of ``offset`` + their mean is narrow enough.
 
     A pilot gives the variance, which gives the number of samples; these are drawn in at most a few rounds rather than
     by looking after every sample, since stopping at the first lucky look would make the stated error too small.
@@ -71,32 +151,76 @@ def adaptive(sample: Callable[[], float], cost: int, keep: Checkpoint, *, rtol: 
     foretold, goal = keep.saved.get("foretold", 0), keep.saved.get("goal", pilot)
 
     def state() -> State:
-        return {"samples": list(samples), "foretold": foretold, "goal": goal, "matvecs": spent + cost * len(samples)}
+        return {"samples": list(samples), "foretold": foretold, "goal": goal, "matvecs": spent + len(samples)}
 
     while True:
-        goal = max(1, min(goal, (most - spent) // cost))
+        goal = max(1, min(goal, most - spent))
         while len(samples) < goal:
             samples.append(sample())
             keep.tick(state)
-            report(spent + cost * len(samples), f"of about {spent + cost * goal}", cost * (goal - len(samples)))
+            report(spent + len(samples), f"of about {spent + goal}", goal - len(samples))
         mean, stderr = moments(samples)
-        if enough(offset + mean, stderr, rtol, confidence, len(samples)):
-            return samples, foretold or spent + cost * len(samples)
+        good, done = enough(offset + mean, stderr, rtol, confidence, len(samples)), spent + len(samples)
         target = rtol * abs(offset + mean) / max(quantile(confidence, len(samples) - 1), 1e-300)
-        needed = len(samples) * (stderr / target) ** 2 if target > 0 else math.inf
-        foretold = foretold or int(min(spent + cost * needed, 2**62))
-        if spent + cost * (len(samples) + 1) > most:
-            return samples, foretold
+        needed = len(samples) if good else len(samples) * (stderr / target) ** 2 if target > 0 else math.inf
+        foretold = foretold or int(min(spent + needed, 2**62))
+        costly = not good and worthwhile(operator, needed - len(samples), most - done)
+        if good or costly or done + 1 > most:
+            return Drawn(value=offset + mean, stderr=stderr, samples=len(samples), matvecs=done, foretold=foretold,
+                         magnitude=math.fsum(map(abs, samples)) / len(samples), costly=costly)
         goal = int(min(max(1.1 * needed, len(samples) + 2), 4 * len(samples)))
 
 
-def estimate(value: float, stderr: float, samples: int, *, matvecs: int, foretold: int, rtol: float,
-             confidence: float, settings: dict, name: str) -> Estimate:
-    """The record of an estimate, with a warning where its error is larger than asked for."""
-    converged = enough(value, stderr, rtol, confidence, samples)
+def worthwhile(operator: CurvatureOperator, needed: float, left: int) -> bool:
+    """Whether one product a coordinate, which gives all exactly, is no more than ``needed`` and than what is left.
+
+    Not where vectors are sharded over ranks.
+    """
+    return operator.length == operator.size <= min(needed, left)
+
+
+def unless_exact(draw: Callable[[], Drawn], operator: CurvatureOperator, keep: Checkpoint, *, least: int,
+                 most: int) -> Drawn:
+    """What ``draw`` gives, where its ``least`` products are fewer than those of the exact value."""
+    if "found" in keep.saved:       # stopped on the way to the exact value
+        return Drawn(matvecs=keep.saved["spent"], foretold=keep.saved["foretold"], costly=True)
+    return Drawn(matvecs=0, foretold=least, costly=True) if worthwhile(operator, least, most) else draw()
+
+
+def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], Any], keep: Checkpoint, report: Report,
+                     *, spent: int, foretold: int = 0) -> tuple[list[Any], Forms | None]:
+    """``take``(Aeᵢ, i) for each unit vector eᵢ, and Σᵢ eᵢᵀA_b eᵢ = tr A_b of each batch b."""
+    found, forms, n = keep.saved.get("found", []), keep.saved.get("traces"), operator.size
+    keep.fixed = {"spent": spent, "foretold": foretold}
+
+    def state() -> State:
+        return {"found": list(found), "traces": forms, "matvecs": spent + len(found)}
+
+    for i in range(len(found), n):
+        e = operator.empty().zero_()
+        e[i] = 1
+        w, here = operator._product_with_forms(e)
+        forms = add(forms, here)
+        found.append(take(w, i))
+        keep.tick(state)
+        report(spent + i + 1, f"of {spent + n}, which give it exactly", n - i - 1)
+    return found, forms
+
+
+def estimate(drawn: Drawn, operator: CurvatureOperator, *, rtol: float, confidence: float, settings: dict[str, Any],
+             name: str) -> Estimate:
+    """The record of an estimate, rounding included, with a warning where its error is larger than asked for."""
+    rounding = ROUNDING * torch.finfo(operator.dtype).eps * drawn.magnitude
+    if drawn.exact:
+        stderr, half, converged, settings = 0.0, 2 * rounding, True, settings | {"method": "exact"}
+    else:
+        stderr = math.hypot(drawn.stderr, rounding)
+        half = quantile(confidence, drawn.samples - 1) * stderr if stderr else 0.0
+        converged = enough(drawn.value, stderr, rtol, confidence, drawn.samples)
     if not converged:
-        warnings.warn(f"{name} is known to ±{stderr:.2g} only, of {value:.4g}, after {matvecs} products; {rtol:g} "
-                      f"would take about {foretold}: raise max_matvecs= or rtol=", stacklevel=3)
-    half = quantile(confidence, samples - 1) * stderr if stderr else 0.0
-    return Estimate(value=value, stderr=stderr, matvecs=matvecs, samples=samples, confidence=confidence,
-                    interval=(value - half, value + half), foretold=foretold, converged=converged, settings=settings)
+        warnings.warn(f"{name} is known to ±{stderr:.2g} only, of {drawn.value:.4g}, after {drawn.matvecs} products; "
+                      f"{rtol:g} would take about {drawn.foretold}: raise max_matvecs= or rtol=", stacklevel=3)
+    return Estimate(value=drawn.value, stderr=stderr, matvecs=drawn.matvecs, samples=drawn.samples,
+                    confidence=confidence, interval=(drawn.value - half, drawn.value + half), foretold=drawn.foretold,
+                    converged=converged, settings=settings, data_stderr=data_stderr(drawn.forms),
+                    batches=None if drawn.forms is None else len(drawn.forms[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import vectors
 from .basis import Basis
 from .checkpoint import Checkpoint, State
-from .operator import CurvatureOperator
-from .progress import Progress, reporter
-from .sampling import Estimate, adaptive, estimate, moments
-from .xtrace import append, xtrace
+from .operator import CurvatureOperator, Forms
+from .progress import Progress, Report, reporter
+from .sampling import Drawn, Estimate, adaptive, add, estimate, over_coordinates, unless_exact, worthwhile
+from .xtrace import LEAST_PROBES, append, xtrace
 
 ONE_SIGMA = 0.6827
 Method = Literal["hutchinson", "hutch++", "xtrace"]
@@ -29,11 +29,18 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     * "hutchinson": the mean of zᵀAz over signs z; its variance is 2(‖A‖_F² − Σ A_ii²) a probe.
     * "hutch++": with Q an orthonormal basis of A applied to ``sketch`` random vectors, tr QᵀAQ exactly and Hutchinson
       on the rest, (I − QQᵀ)A(I − QQᵀ): far less variance where few eigenvalues stand out. Two products a sketch vector.
-    * "xtrace": every probe serves both ends, leaving each out in turn; two products a probe.
+    * "xtrace": every probe serves both ends, leaving each out in turn; two products a probe. The least error for the
+      products where the spectrum decays, for two vectors of memory a probe.
 
     All are unbiased for indefinite matrices too. The intervals are by Student's t; measured over seeds, 95 % ones hold
     the truth in 95 % ("hutchinson"), 89 to 94 % ("hutch++") and 85 to 95 % ("xtrace", least for flat spectra). The
-    default confidence asks for a standard error of ``rtol``.
+    default confidence asks for a standard error of ``rtol``. Stated errors include rounding.
+
+    Where as many products would be needed as there are coordinates, one a coordinate gives the exact trace:
+    ``settings["method"]`` is "exact" then, and the standard error 0 (not over ranks that share the parameters).
+
+    ``data_stderr`` is over the batches, from zᵀA_b z of each batch b and the same z for all of them. What the probes
+    add to the differences between batches is in it: it is an upper estimate, unless the method is "exact".
 
     Args:
         operator: any ``CurvatureOperator``.
@@ -44,12 +51,12 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
             same result; removed with it.
 
     Returns:
-        ``.value .stderr .interval .matvecs .foretold .converged``.
+        ``.value .stderr .interval .matvecs .foretold .converged .data_stderr .batches``.
 
     >>> from flatmin.curvature import Matrix
     >>> estimate = trace(Matrix(torch.diag(torch.tensor([3.0, 1.0, -1.0]))))
-    >>> estimate.value, estimate.stderr                 # signs: exact for a diagonal matrix
-    (3.0, 0.0)
+    >>> estimate.value, estimate.stderr, estimate.settings["method"]
+    (3.0, 0.0, 'exact')
 
     M. Hutchinson 1990; R. Meyer et al., arXiv 2010.09649 (Hutch++); E. Epperly et al., SIAM J. Matrix Anal. Appl. 45
     (2024) 1-23 (XTrace).
@@ -64,37 +71,50 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     with operator.session(), reporter(progress, "trace") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method=method, rtol=rtol, confidence=confidence,
                        sketch=size, seed=seed) as keep:
-        if method == "xtrace":
-            return xtrace(operator, rtol, confidence, generator, max_matvecs, report, settings, keep)
-        Q, exact = _range(operator, size, generator, keep) if size else (None, 0.0)
+        least = 2 * LEAST_PROBES if method == "xtrace" else 2 * size + (20 if size else 10)
+        options = operator, rtol, confidence, generator, max_matvecs, report, keep
+        drawn = unless_exact(lambda: xtrace(*options) if method == "xtrace" else _hutchinson(*options, size),
+                             operator, keep, least=least, most=max_matvecs)
+        if drawn.costly:
+            entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=drawn.matvecs,
+                                              foretold=drawn.foretold)
+            drawn = drawn.exactly(math.fsum(entries), len(entries), math.fsum(map(abs, entries)), forms)
+    return estimate(drawn, operator, rtol=rtol, confidence=confidence, settings=settings, name="the trace")
 
-        def sample() -> float:
-            z = operator.random(generator, "rademacher")
-            if Q is not None:
-                Q.remove(z, len(Q))
-            return operator.dot(z, operator._product(z))
 
-        if size == operator.size:
-            samples, foretold = [0.0, 0.0], 2 * size
-        else:
-            samples, foretold = adaptive(sample, 1, keep, rtol=rtol, confidence=confidence, spent=2 * size,
-                                         most=max_matvecs, offset=exact, report=report, pilot=20 if size else 10)
-    spent = 2 * size + (len(samples) if size < operator.size else 0)
-    mean, stderr = moments(samples)
-    return estimate(exact + mean, stderr, len(samples), matvecs=spent, foretold=foretold, rtol=rtol,
-                    confidence=confidence, settings=settings, name="the trace")
+def _hutchinson(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
+                report: Report, keep: Checkpoint, size: int) -> Drawn:
+    """The trace on the range of ``size`` products exactly, and by random signs on the rest."""
+    Q, parts, inside = _range(operator, size, generator, keep)
+    forms: Forms | None = keep.saved.get("forms")
+
+    def sample() -> float:
+        nonlocal forms
+        z = operator.random(generator, "rademacher")
+        Q.remove(z, size)
+        az, here = operator._product_with_forms(z)
+        forms = keep.fixed["forms"] = add(forms, here)
+        return operator.dot(z, az)
+
+    if size == operator.size:
+        return Drawn(value=math.fsum(parts), magnitude=math.fsum(map(abs, parts)), matvecs=2 * size, samples=size,
+                     foretold=2 * size, forms=inside)
+    drawn = adaptive(sample, keep, operator, rtol=rtol, confidence=confidence, spent=2 * size, most=most,
+                     offset=math.fsum(parts), report=report, pilot=20 if size else 10)
+    return replace(drawn, magnitude=drawn.magnitude + math.fsum(map(abs, parts)),
+                   forms=add(inside, forms, 1 / drawn.samples))
 
 
 def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, keep: Checkpoint
-           ) -> tuple[Basis, float]:
-    """An orthonormal basis of A applied to random vectors, and the trace of A on it."""
-    Q, parts = Basis(operator, size), keep.saved.get("parts", [])
+           ) -> tuple[Basis, list[float], Forms | None]:
+    """An orthonormal basis of A applied to random vectors, and the entries of A along it, batch by batch too."""
+    Q, parts, forms = Basis(operator, max(size, 1)), keep.saved.get("parts", []), keep.saved.get("inside")
     done = len(keep.saved.get("Q", ()))
     if done:
         Q.rows[:done].copy_(keep.saved["Q"])
 
     def state() -> State:
-        return {"Q": Q.rows[:done], "parts": list(parts), "matvecs": done + len(parts)}
+        return {"Q": Q.rows[:done], "parts": list(parts), "inside": forms, "matvecs": done + len(parts)}
 
     while done < size:
         append(operator, Q, done, operator._product(operator.random(generator, "rademacher")), generator)
@@ -102,16 +122,21 @@ def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, k
         keep.tick(state)
     while len(parts) < size:
         q = Q[len(parts)]
-        parts.append(operator.dot(q, operator._product(q)))
+        aq, here = operator._product_with_forms(q)
+        forms = add(forms, here)
+        parts.append(operator.dot(q, aq))
         keep.tick(state)
-    keep.fixed = {"Q": Q.rows, "parts": parts}
-    return Q, math.fsum(parts)
+    if size:
+        keep.fixed = {"Q": Q.rows, "parts": parts, "inside": forms}
+    return Q, parts, forms
 
 
 def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float = ONE_SIGMA,
               seed: int | torch.Generator = 0, max_matvecs: int = 10_000, progress: Progress = False,
               checkpoint: str | None = None) -> Estimate:
-    """‖A‖_F = (E ‖Az‖²)^½ over random z, to a relative error; arguments as for ``trace``.
+    """‖A‖_F = (E ‖Az‖²)^½ over random z, to a relative error; arguments, and exact values, as for ``trace``.
+
+    Its error by the data is not known (``data_stderr`` is None): it is no mean over batches.
 
     >>> from flatmin.curvature import Matrix
     >>> frobenius(Matrix(torch.diag(torch.tensor([3.0, 4.0])))).value
@@ -121,14 +146,27 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
     with operator.session(), reporter(progress, "Frobenius norm") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method="frobenius", rtol=rtol, confidence=confidence,
                        seed=seed) as keep:
-        samples, foretold = adaptive(
-            lambda: operator.norm(operator._product(operator.random(generator, "rademacher"))) ** 2, 1, keep,
-            rtol=2 * rtol, confidence=confidence, spent=0, most=max_matvecs, report=report)
-    mean, stderr = moments(samples)
-    value = math.sqrt(mean)
-    return estimate(value, stderr / (2 * value) if value else 0.0, len(samples), matvecs=len(samples),
-                    foretold=foretold, rtol=rtol, confidence=confidence,
-                    settings=operator.describe() | {"rtol": rtol}, name="the Frobenius norm")
+        unit = keep.saved.get("unit", 0.0)
+
+        def sample() -> float:
+            nonlocal unit
+            length = operator.norm(operator._product(operator.random(generator, "rademacher")))
+            unit = keep.fixed["unit"] = unit or length or 1.0       # squares must not over- or underflow
+            return (length / unit) ** 2
+
+        drawn = unless_exact(lambda: adaptive(sample, keep, operator, rtol=2 * rtol, confidence=confidence, spent=0,
+                                              most=max_matvecs, report=report),
+                             operator, keep, least=10, most=max_matvecs)
+        if drawn.costly:
+            lengths, _ = over_coordinates(operator, lambda w, i: operator.norm(w), keep, report, spent=drawn.matvecs,
+                                          foretold=drawn.foretold)
+            drawn = drawn.exactly(math.hypot(*lengths), len(lengths), math.hypot(*lengths))
+        else:
+            root = math.sqrt(drawn.value)
+            drawn = replace(drawn, value=root * unit, stderr=drawn.stderr / (2 * root) * unit if root else 0.0,
+                            magnitude=root * unit)
+    return estimate(drawn, operator, rtol=rtol, confidence=confidence, settings=operator.describe() | {"rtol": rtol},
+                    name="the Frobenius norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +188,8 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
              max_matvecs: int = 1000, progress: Progress = False, checkpoint: str | None = None) -> Diagonal:
     """diag A = E[z ∘ Az] over signs z, until ‖stderr‖ is at most ``rtol`` · ‖diag A‖ or the products are spent.
 
-    The variance of entry i is Σ_{j≠i} A_ij² a probe, so that single entries are hard where rows are full. Arguments as
-    for ``trace``.
+    The variance of entry i is Σ_{j≠i} A_ij² a probe, so that single entries are hard where rows are full. Arguments,
+    and exact values where they take no more products, as for ``trace``.
 
     >>> from flatmin.curvature import Matrix
     >>> diagonal(Matrix(torch.diag(torch.tensor([3.0, -1.0])))).values[0].tolist()
@@ -162,30 +200,42 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
     generator = vectors.seeded(seed)
     mean = torch.zeros(operator.length, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(mean)
-    used, error, goal = 0, math.inf, min(8, max_matvecs)
+    used, error, goal, unit = 0, math.inf, min(8, max_matvecs), 1.0
+    settings = operator.describe() | {"rtol": rtol, "method": "random signs"}
     with operator.session(), reporter(progress, "diagonal") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method="diagonal", rtol=rtol, seed=seed) as keep:
-        if saved := keep.take():
-            used, goal = saved["matvecs"], min(saved["goal"], max_matvecs)
+        saved = keep.saved
+        exact = "found" in saved or not saved and worthwhile(operator, goal, max_matvecs)
+        if exact:
+            used = saved.get("spent", 0)
+        elif saved:
+            used, goal, unit = saved["matvecs"], min(saved["goal"], max_matvecs), saved["unit"]
             mean.copy_(saved["mean"])
             square.copy_(saved["square"])
-        while True:
+        while not exact:
             while used < goal:      # Welford's update
                 z = operator.random(generator, "rademacher")
                 sample = operator._product(z).mul_(z)
                 keep.changing()
+                unit = unit if used else operator.unit_for(sample)      # squares must not over- or underflow
                 used += 1
-                sample.sub_(mean)
+                sample.mul_(unit).sub_(mean)
                 mean.add_(sample, alpha=1 / used)
                 square.addcmul_(sample, sample, value=1 - 1 / used)
-                keep.tick({"mean": mean, "square": square, "goal": goal, "matvecs": used})
+                keep.tick({"mean": mean, "square": square, "goal": goal, "unit": unit, "matvecs": used})
                 report(used, f"of about {goal}", goal - used)
             spread = math.sqrt(float(operator.reduce(square.sum(dtype=torch.float64))) / (max(used - 1, 1) * used))
             length = operator.norm(mean)
             error = spread / length if length else (0.0 if spread == 0 else math.inf)
             if error <= rtol or used >= max_matvecs:
                 break
+            exact = worthwhile(operator, used * (error / rtol) ** 2 - used, max_matvecs - used)
             goal = min(max_matvecs, max(used + 2, min(4 * used, math.ceil(1.1 * used * min(error / rtol, 2) ** 2))))
-    stderr = (square / (max(used - 1, 1) * used)).sqrt_()
-    return Diagonal(values=operator.split(mean), stderr=operator.split(stderr), relative_error=error, matvecs=used,
-                    converged=error <= rtol, settings=operator.describe() | {"rtol": rtol})
+        if exact:
+            entries, _ = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=used)
+            mean, used, error, unit = torch.tensor(entries).to(mean), used + len(entries), 0.0, 1.0
+            square.zero_()
+            settings["method"] = "exact"
+    stderr = (square / (max(used - 1, 1) * used)).sqrt_().div_(unit)
+    return Diagonal(values=operator.split(mean.div_(unit)), stderr=operator.split(stderr), relative_error=error,
+                    matvecs=used, converged=error <= rtol, settings=settings)

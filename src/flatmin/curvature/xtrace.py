@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .basis import Basis
 from .checkpoint import Checkpoint, State
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, Forms
 from .progress import Report
-from .sampling import Estimate, enough, estimate, moments
+from .sampling import Drawn, add, enough, moments, worthwhile
+
+LEAST_PROBES = 16
 
 
 def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,18 +34,19 @@ def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: 
 
 
 def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
-            report: Report, settings: dict[str, Any], keep: Checkpoint) -> Estimate:
+           report: Report, keep: Checkpoint) -> Drawn:
     """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
     limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
     saved, none = keep.saved, torch.zeros(0, 0, dtype=torch.float64)
-    goal, foretold = saved.get("goal", min(16, limit)), saved.get("foretold", 0)
+    goal, foretold = saved.get("goal", min(LEAST_PROBES, limit)), saved.get("foretold", 0)
     probes: list[Tensor] = [z.to(operator.device) for z in saved.get("probes", [])]
     q: list[Tensor] = list(saved.get("Q", []))
     R, H, square = saved.get("R", none), saved.get("H", none), saved.get("square", none)
+    forms: Forms | None = saved.get("forms")
 
     def state() -> State:
         return {"goal": goal, "foretold": foretold, "probes": list(probes), "Q": Q.rows[:len(probes)], "R": R, "H": H,
-                "square": square, "matvecs": 2 * len(probes)}
+                "square": square, "forms": forms, "matvecs": 2 * len(probes)}
 
     while True:
         Q = Basis(operator, goal)
@@ -54,12 +55,13 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         R, H, square = (torch.nn.functional.pad(t, (0, goal - len(t), 0, goal - len(t))) for t in (R, H, square))
         for i in range(len(probes), goal):
             z = operator.random(generator)
-            y = operator._product(z)
+            y, here = operator._product_with_forms(z)
             square[i, i] = operator.dot(z, y)
             R[:i + 1, i] = append(operator, Q, i, y, generator)
             az = operator._product(Q[i])
             H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
             probes.append(z)
+            forms = add(forms, here)
             keep.tick(state)
             report(2 * (i + 1), f"of about {2 * goal}", 2 * (goal - i - 1))
         W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
@@ -67,14 +69,15 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         lengths = torch.tensor([operator.norm(z) ** 2 for z in probes], dtype=torch.float64)
         samples = _leave_one_out(R, H, W, square.diagonal(), lengths, operator.size)
         mean, stderr = moments(samples)
-        if enough(mean, stderr, rtol, confidence, done):
-            break
-        foretold = foretold or int(min(2 * done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2, 2**62))
-        if done >= limit:
-            break
+        good = enough(mean, stderr, rtol, confidence, done)
+        needed = done if good else done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2
+        foretold = foretold or int(min(2 * needed, 2**62))
+        # where the spectrum decays, errors fall faster than ``needed`` assumes: two doublings at most
+        costly = not good and worthwhile(operator, 2 * (min(needed, 4 * done, limit) - done), most - 2 * done)
+        if good or costly or done >= limit:
+            return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, foretold=foretold, costly=costly,
+                         magnitude=float(H.diagonal().abs().sum()), forms=add(None, forms, 1 / done))
         goal = min(2 * goal, limit)
-    return estimate(mean, stderr, done, matvecs=2 * done, foretold=foretold or 2 * done, rtol=rtol,
-                    confidence=confidence, settings=settings, name="the trace")
 
 
 def _leave_one_out(R: Tensor, H: Tensor, W: Tensor, zaz: Tensor, lengths: Tensor, n: int) -> list[float]:
