@@ -31,6 +31,10 @@ class Data:
                 raise ValueError(f"the {name} data has {len(x)} inputs and {len(y)} targets")
             if y.is_floating_point() or y.dim() != 1 or y.min() < 0 or y.max() >= self.classes:
                 raise ValueError(f"the {name} targets must be class numbers from 0 to {self.classes - 1}")
+            broken = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
+            if bool(broken.any()):
+                raise ValueError(f"{int(broken.sum())} of {len(x)} {name} inputs hold NaN or inf, the first of them at "
+                                 f"index {int(broken.nonzero()[0])}: leave them out, or fill them in")
 
     def fingerprint(self) -> str:
         """Differs where any value, shape or dtype does: a resumed run must go on with what it began with."""
@@ -129,10 +133,11 @@ def _said(error: Exception) -> str:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe of the library by name, or ``module:attribute`` from the user's own code.
+    """A recipe of the library by name, or ``module:attribute`` from the user's own code: a recipe, or a function without
+    arguments that returns one.
 
     Raises:
-        ValueError: no such name, module or attribute, or not a :class:`Recipe`.
+        ValueError: no such name, module or attribute, not a :class:`Recipe`, or the user's code raised.
     """
     from . import RECIPES
 
