@@ -72,9 +72,9 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, says, monk
 
 
 @pytest.mark.parametrize(("source", "says"), [
-    ("def broken(:\n", "cannot import 'unloadable' for the recipe 'unloadable:recipe': SyntaxError"),
+    ("def broken(:\n", "cannot import 'unloadable' for 'unloadable:recipe': SyntaxError"),
     ("1 / 0\n", "ZeroDivisionError"),
-    ("recipe = 3\n", "is not a flatmin.recipes.Recipe (found int)"),
+    ("recipe = 3\n", "is not a flatmin.recipes.Recipe, nor a function that returns one (found int)"),
 ])
 def test_code_of_the_users_that_fails_is_one_line(source, says, monkeypatch, tmp_path, capsys):
     import sys

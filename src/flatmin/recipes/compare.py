@@ -120,6 +120,7 @@ class Comparison:
                          "platform": platform.platform(), "threads": self.settings.threads},
             "data": {"name": self.recipe.name, "train": len(self.data.train_targets),
                      "test": len(self.data.test_targets), "classes": self.data.classes, "noise": self.noise,
+                     "chance": float(self.data.test_targets.bincount().max()) / len(self.data.test_targets),
                      "held_out": len(held), "fingerprint": self.data.fingerprint()},
             "left_out": self.left_out, "selection": {}, "held_out": {}, "runs": [],
         }
@@ -148,7 +149,7 @@ class Comparison:
             self.folder.save_record(self.record)
         best = max(range(len(grid)), key=lambda i: (entry["scores"][i], -grid[i]))
         entry["chosen"] = grid[best]
-        runs = self.record["held_out"][method.name]
+        runs = self.record["held_out"].get(method.name, [])
         self.record["held_out"][method.name] = [run for run in runs if run["rho"] == entry["chosen"]]
 
     def _criterion(self) -> str:
@@ -169,7 +170,7 @@ class Comparison:
             score = accuracy(model, x[held], y[held])
         except Diverged as error:
             history, score = error.history, 0.0
-        if fold == 0:
+        if fold == 0 and history is not None:
             self.record["held_out"].setdefault(method.name, []).append({"rho": rho, "history": history})
         return score
 
@@ -218,7 +219,7 @@ class Comparison:
         base = steps_of(base[0]["history"]) if base else None
         runs = [diagnose(steps_of(r["history"]), rho=length) for r in self.record["runs"]
                 if r["method"] == method.name and r.get("history")]
-        for r in held_out[method.name]:
+        for r in held_out.get(method.name, []):
             spread = math.hypot(*(_standard_error(s, len(self._folds()[0][1])) for s in (steps_of(r["history"]), base)))
             runs.append(diagnose(steps_of(r["history"]), base=base, rho=length, spread=max(0.005, spread)))
         found = consistent([f for run in runs for f in run])

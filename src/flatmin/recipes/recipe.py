@@ -128,13 +128,13 @@ class Recipe:
                              f"shape {tuple(loss.shape)}")
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe of the library by name, or ``module:attribute`` from the user's own code: a recipe, or a function without
-    arguments that returns one.
+    """A recipe of the library by name, or ``module:attribute`` from the user's own code: one, or a function that
+    returns one.
 
     Raises:
         ValueError: no such name, module or attribute, not a :class:`Recipe`, or the user's code raised.
@@ -143,16 +143,41 @@ def find_recipe(name: str) -> Recipe:
 
     if name in RECIPES:
         return RECIPES[name]
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
+    if not name.partition(":")[2]:
         raise ValueError(f"no recipe {name!r}: choose {', '.join(RECIPES)}, or module:attribute for your own")
+    value = users_own(name)
+    if not isinstance(value, Recipe):
+        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe, nor a function that returns one "
+                         f"(found {type(value).__name__})")
+    return value
+
+
+def users_own(name: str, seed: int = 0) -> Any:
+    """``module:attribute`` from the user's own code; a function is called, without arguments.
+
+    Torch is seeded before the import and before the call, so that the same weights come back when a run is resumed.
+
+    Raises:
+        ValueError: no such module or attribute, or the user's code raised.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"your own code is named module:attribute, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    torch.manual_seed(seed)
     try:
-        module = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {_said(error)}") from error
-    value: Any = getattr(module, attribute, None)
-    if not isinstance(value, Recipe):
-        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe (found {type(value).__name__})")
+        raise ValueError(f"cannot import {module_name!r} for {name!r}: {_said(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{module_name!r} has no {attribute!r}")
+        value = getattr(value, part)
+    if callable(value) and not isinstance(value, nn.Module):
+        torch.manual_seed(seed)
+        try:
+            value = value()
+        except Exception as error:
+            raise ValueError(f"{name}() raised {_said(error)}") from error
     return value
