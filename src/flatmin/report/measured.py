@@ -28,8 +28,8 @@ OTHERS = ("worst_case", "adaptive_worst_case", "average_case", "largest_random",
           "critical_sharpness")
 CARE = (
     "Every number is of this model on these data and this loss. The error of the computation is for the data given; "
-    "the standard error over batches says how far another sample of data would move the number. Where it is missing, there "
-    "are too few batches to tell, or the measure does not have it yet.",
+    "the standard error over batches says how far another sample of data would move the number. Where it is missing, "
+    "there are too few batches to tell, or the measure does not have it yet.",
     "Plain sharpness and Hessian eigenvalues change when a network is rescaled without changing what it computes: "
     "compare them between models of one architecture that are trained alike.",
     "One-step sharpness mixes slope and curvature; its first-order part vanishes only at a stationary point.",
@@ -98,8 +98,8 @@ class Measured:
         done = r.get("converged")
         done = list(done) if isinstance(done, list) else []
         n = len(values)
-        errors, data, done = ((column + [fill] * n)[:n] for column, fill in
-                              ((errors, math.nan), (data, math.nan), (done, None)))
+        errors, data = ((column + [math.nan] * n)[:n] for column in (errors, data))
+        done = (done + [None] * n)[:n]
         found = [Pair(v, e, d if isinstance(d, bool) else None, s)
                  for v, e, d, s in zip(values, errors, done, data, strict=True)]
         return sorted(found, key=lambda p: -p.value if p.value == p.value else math.inf)
