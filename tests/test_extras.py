@@ -19,7 +19,8 @@ MINE = """
 import torch
 import flatmin
 def objective():
-    return flatmin.Objective(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (torch.randn(4, 3), torch.arange(4) % 2))
+    data = torch.randn(4, 3), torch.arange(4) % 2
+    return flatmin.Objective(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), data)
 """
 COMPARE = ["compare", "--epochs", "1", "--seeds", "1", "--methods", "sgd", "--out", "run", "--quiet"]
 MEASURE = ["measure", "mine:objective", "--metrics", "one_step", "--out", "run", "--quiet"]

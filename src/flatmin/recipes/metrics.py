@@ -18,8 +18,10 @@ def logits_of(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Tenso
 
 
 def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str, float]:
-    """Accuracy, mean negative log-likelihood, expected calibration error over equal-width bins (lo, hi], confidence; nan
-    where an output is."""
+    """Accuracy, mean negative log-likelihood, expected calibration error over equal-width bins (lo, hi], confidence.
+
+    All are nan where an output is.
+    """
     if bool(logits.isnan().any()):
         return dict.fromkeys(("accuracy", "nll", "ece", "confidence"), math.nan)
     logs = logits.double().log_softmax(-1)

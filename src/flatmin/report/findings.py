@@ -163,7 +163,7 @@ def _rankings(r: Reading) -> list[str]:
 def _peaks(r: Reading) -> list[str]:
     """Methods whose test accuracy fell clearly from its best epoch, which is read off the test set and never used."""
     fell = []
-    for m in r.methods:
+    for m in filter(r.learnt, r.methods):
         curves = [numbers(section(x, "history").get("test_accuracy")) for x in r.runs(m)]
         drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
         if drops and sum(drops) / len(drops) > 0.02:
