@@ -10,7 +10,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ImportError("blocked: " + name)
+            raise ModuleNotFoundError("blocked: " + name)
 sys.meta_path.insert(0, Blocker())
 from flatmin import cli
 sys.exit(cli.main({arguments!r}))
