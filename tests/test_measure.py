@@ -89,7 +89,8 @@ def test_the_default_measures_with_errors_record_and_page(tmp_path, capsys):
     assert trace["stderr"] >= 0 and trace["settings"]["rtol"] == 0.05
     assert record["model"]["parameters"] == 51 and record["data"]["samples"] == 40
     assert not list((tmp_path / "r" / "checkpoints").iterdir())
-    assert "largest eigenvalue" in shown and "± " in shown and "report r/report.html" in shown
+    assert "largest eigenvalue" in shown and "computation: the residual of an eigenvalue" in shown
+    assert "report r/report.html" in shown
     text = (tmp_path / "r" / "report.html").read_text()
     assert "✓ converged" in text and "Spectral density" in text
     assert not re.search(r"https?://|<link|<script", text)
@@ -124,14 +125,16 @@ def test_all_measures_and_the_surface_that_turns(tmp_path):
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in text
 
 
-@pytest.mark.parametrize("wrap", ["safetensors", "plain", "model", "state_dict", "module"])
+@pytest.mark.parametrize("wrap", ["safetensors", "plain", "model", "state_dict", "module", "lightning", "both"])
 def test_a_checkpoint_sets_the_weights(tmp_path, wrap):
     state = trained().state_dict()
     if wrap == "safetensors":
         save_file(state, "w.safetensors")
     else:
         torch.save({"plain": state, "model": {"model": state, "epoch": 3}, "state_dict": {"state_dict": state},
-                    "module": {f"module.{k}": v for k, v in state.items()}}[wrap], "w.pt")
+                    "module": {f"module.{k}": v for k, v in state.items()},
+                    "lightning": {"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 3},
+                    "both": {f"net.module._orig_mod.{k}": v for k, v in state.items()}}[wrap], "w.pt")
     name = "w.safetensors" if wrap == "safetensors" else "w.pt"
     assert run("mine:objective", "--metrics", "one_step", "--out", "a") == 0
     assert run("mine:objective", "--metrics", "one_step", "--out", "b", "--checkpoint", name) == 0
@@ -364,3 +367,44 @@ def test_the_flags_are_these():
                      "--seed", "--tol"]
     shown = verbs["measure"].format_help()
     assert "examples:" in shown and all(name in shown for name in measure.METRICS)
+
+
+def made_up(one_step=(0.3, 0.2, 0.09, 0.01), **data):
+    value, first, second, rest = one_step
+    return {"kind": "measure", "status": "complete", "settings": {"rho": 0.1}, "data": {"name": "n", "loss": 1.0},
+            "model": {"parameters": 10}, "results": {
+                "one_step": {"value": value, "first_order": first, "second_order": second, "remainder": rest,
+                             "settings": {"rho": 0.1}, **({"data_stderr": 0.0456} if data else {})},
+                "spectrum": {"eigenvalues": [1.0, 4.0], "residuals": [1e-3, 2e-3], "converged": [True, True],
+                             **({"data_stderr": [0.125, 0.75]} if data else {})},
+                "trace": {"value": 6.0, "stderr": 0.31, "converged": True, "matvecs": 9,
+                          **({"data_stderr": 0.98} if data else {})}}}
+
+
+def test_three_errors_stand_beside_each_number():
+    """The solver's, and that of the data where the record has it; older records have no column for it."""
+    shown, page = measured.summary(made_up(data=True)), measured.page(made_up(data=True))
+    head, top = (line for line in shown.splitlines() if "computation  data" in line or "largest eigen" in line)
+    assert top.split()[2:5] == ["4.0000", "0.0020", "0.75"] and head.index("data") == top.index("0.75")
+    words = " ".join(shown.split())
+    assert all(text in words for text in ("0.31", "0.98", "0.046", "data: the standard error over batches"))
+    assert all(text in page for text in ("0.75", "0.12", "0.98", "standard error over batches"))
+    old, page = measured.summary(made_up()), measured.page(made_up())
+    assert "computation" in old and "data: the standard error" not in old and "<th>standard error</th>" not in page
+    assert not any("±" in line for line in shown.splitlines()[1:7])       # two columns with a head each, no ±
+
+
+@pytest.mark.parametrize(("parts", "says", "not_said"), [
+    ((0.3, 0.2, 0.09, 0.01), "mostly by the slope (67 %)", "beyond"),
+    ((0.3, 0.04, 0.25, 0.01), "mostly by curvature (83 %)", "beyond"),
+    ((0.3, 0.144, 0.14, 0.016), "by the slope (48 %) and curvature (47 %)", "mostly"),
+    ((0.02, 0.2, 0.15, -0.33), "beyond the range of slope and curvature", "mostly"),       # 29 % slope, 49 % remainder
+    ((0.06, 0.39, 0.03, -0.36), "beyond the range of slope and curvature", "mostly"),      # the slope leads
+    ((0.5, 0.2, 0.1, 0.2), "beyond the range of slope and curvature", "mostly"),
+])
+def test_a_step_beyond_the_expansion_is_not_split(parts, says, not_said):
+    shown = " ".join(measured.summary(made_up(parts)).split())
+    assert says in shown and not_said not in shown
+    record = made_up((0.3, 0.2, 0.09, 0.01))
+    record["results"]["one_step"]["expansion_holds"] = False       # the record's own word goes first
+    assert "beyond the range" in " ".join(measured.summary(record).split())

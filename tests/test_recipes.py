@@ -72,9 +72,9 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, says, monk
 
 
 @pytest.mark.parametrize(("source", "says"), [
-    ("def broken(:\n", "cannot import 'unloadable' for the recipe 'unloadable:recipe': SyntaxError"),
+    ("def broken(:\n", "cannot import 'unloadable' for 'unloadable:recipe': SyntaxError"),
     ("1 / 0\n", "ZeroDivisionError"),
-    ("recipe = 3\n", "is not a flatmin.recipes.Recipe (found int)"),
+    ("recipe = 3\n", "is not a flatmin.recipes.Recipe, nor a function that returns one (found int)"),
 ])
 def test_code_of_the_users_that_fails_is_one_line(source, says, monkeypatch, tmp_path, capsys):
     import sys
@@ -110,10 +110,57 @@ def test_a_method_that_diverges_is_a_result_and_the_others_go_on(monkeypatch, tm
 
 def test_where_everything_diverges_the_report_says_so(monkeypatch, tmp_path, capsys):
     module_with(monkeypatch, recipe=dataclasses.replace(MINE, lr=1e30, epochs=3))
-    assert compare("--methods", "sgd", "--out", str(tmp_path / "run")) == 0
+    assert compare("--methods", "sgd", "--out", str(tmp_path / "run")) == 1
+    assert "flatmin: every run diverged: sgd with rho=None" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["status"] == "complete" and all("not finite" in r["diverged"] for r in record["runs"])
     assert (tmp_path / "run" / "report.html").exists()
+    assert [f["name"] for f in record["diagnosis"]["sgd"]["findings"]] == ["diverging"]
+    assert "rho" not in str(record["diagnosis"]["sgd"]["findings"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_data_that_are_not_finite_are_named(value, part, monkeypatch, tmp_path, capsys):
+    def broken(folder=None):
+        found = data()
+        x = getattr(found, f"{part}_inputs").clone()
+        x[7, 2] = x[9, 0] = value
+        return dataclasses.replace(found, **{f"{part}_inputs": x})
+
+    module_with(monkeypatch, recipe=dataclasses.replace(MINE, data=broken))
+    assert compare("--out", str(tmp_path / "run")) == 2
+    assert "inputs hold NaN or inf, the first of them at index 7" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_function_that_returns_a_recipe_works_in_both_verbs(monkeypatch, tmp_path):
+    module_with(monkeypatch, recipe=lambda: MINE)
+    assert compare("--methods", "sgd", "--seeds", "1", "--out", str(tmp_path / "a")) == 0
+    weights = tmp_path / "a" / "checkpoints" / "sgd-seed0.safetensors"
+    assert cli.main(["measure", "users_module:recipe", "--metrics", "one_step", "--checkpoint", str(weights), "--quiet",
+                     "--out", str(tmp_path / "b")]) == 0
+    a, b = (json.loads((tmp_path / n / "record.json").read_text()) for n in "ab")
+    assert b["results"]["one_step"]["value"] == pytest.approx(a["runs"][0]["sharpness"]["value"], rel=1e-5)
+
+
+def test_the_diagnosis_never_sees_the_test_data(monkeypatch, tmp_path):
+    """Other test labels, the same diagnosis; and what is held out is not trained on."""
+    records = []
+    for flip in (0, 1):
+        def labels(folder=None, flip=flip):
+            found = data()
+            return dataclasses.replace(found, test_targets=(found.test_targets + flip) % 2)
+
+        module_with(monkeypatch, recipe=dataclasses.replace(MINE, data=labels, epochs=8))
+        assert compare("--seeds", "1", "--out", str(tmp_path / str(flip))) == 0
+        records.append(json.loads((tmp_path / str(flip) / "record.json").read_text()))
+    assert records[0]["diagnosis"] == records[1]["diagnosis"]
+    assert records[0]["runs"][0]["test"]["accuracy"] != records[1]["runs"][0]["test"]["accuracy"]
+    for held_out in records[0]["held_out"].values():
+        (run,) = held_out
+        assert len(run["history"]["held_out"]) == 8 and {"accuracy", "ece", "confidence"} <= set(
+            run["history"]["held_out"][0])
 
 
 def test_a_summary_is_over_the_seeds_that_have_a_number():
@@ -193,7 +240,7 @@ def test_the_radius_is_chosen_on_no_more_examples_than_the_recipe_says(monkeypat
                             quiet=True)
     (kept, held), = job._folds()
     assert len(kept) == 80 and len(held) == 20 and not set(kept.tolist()) & set(held.tolist())
-    assert job._steps() == {"sgd": 2 * 32, "sam": 2 * 3 + 2 * 32}       # ⌈80 / 32⌉ a radius, ⌈1000 / 32⌉ a seed
+    assert job._steps() == {"sgd": 3 + 2 * 32, "sam": 2 * 3 + 2 * 32}   # ⌈80 / 32⌉ held out, ⌈1000 / 32⌉ a seed
     assert job._criterion() == "mean accuracy over a held-out fifth of 100 examples of the training data"
     job.run()
     assert job.record["data"]["held_out"] == 20 and not any(job._steps().values())
@@ -212,6 +259,6 @@ def test_the_time_of_a_comparison_is_foretold(monkeypatch, tmp_path, capsys):
     folder = RunFolder.create(tmp_path / "run")
     job = module.Comparison(module.CompareSettings(methods="sgd", seeds=1), folder)
     job.run()
-    assert "32 training steps, about 0:0" in capsys.readouterr().err
+    assert "57 training steps, about 0:0" in capsys.readouterr().err
     module.Comparison(module.CompareSettings(methods="sgd", seeds=1), folder, job.record).run()
     assert "training steps" not in capsys.readouterr().err

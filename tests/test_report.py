@@ -291,3 +291,58 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("idle", ["sgd", "sam", "asam"])
+def test_a_method_at_chance_competes_for_nothing(idle):
+    """It is flattest and best calibrated, since its outputs are constant."""
+    chosen = dict(BEFORE) | {idle: (0.104, 2.303, 0.001, 1e-5, 1e-6, 0.01, 1.0)}
+    record = fake(chosen)
+    said = report.findings(record)
+    name = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM"}[idle]
+    assert sum(f"{name} has not learnt" in line for line in said) == 1
+    others = [line for line in said if "has not learnt" not in line and "costs more time" not in line]
+    assert not any(re.search(rf"\b{name}\b", line) for line in others), others
+    assert not headline(record).startswith(name)
+    row = re.search(rf'<tr class="s\d"><th scope="row">{name}</th>(.*?)</tr>', report.page(record), re.S).group(1)
+    assert "class=strong" not in row and "<td" in row
+    assert f"not above chance (10.0 %), so not compared: {name}" in report.table(record)
+
+
+def test_chance_is_judged_by_its_standard_error():
+    """Two standard errors of 797 draws at 10 % are 2.1 points."""
+    def said(accuracy):
+        record = fake({"sgd": BEFORE["sgd"], "sam": (accuracy, *BEFORE["sam"][1:])})
+        return "has not learnt" in " ".join(report.findings(record))
+
+    assert said(0.118) and not said(0.135)
+    record = fake(dict.fromkeys(BEFORE, (0.1, 2.3, 0.0, 0.0, 0.0, 0.0, 1.0)))
+    assert headline(record) == "No method has learnt" and report.findings(record)[0].startswith("No method has learnt")
+
+
+def test_the_diagnosis_prints_the_radius_to_try_next():
+    record = fake()
+    record["diagnosis"] = {
+        "sgd": {"runs": 4, "rho": None, "next_rho": None, "next_rho_because": "", "findings": []},
+        "sam": {"runs": 4, "rho": 0.1, "next_rho": 0.05, "next_rho_because": "rho too large", "findings": [
+            {"name": "rho too large", "symptom": "the loss more than doubles over the step", "cause": "c<", "runs": 3,
+             "solution": "lower rho", "evidence": {"sharpness over loss": 1.5}}]},
+        "asam": {"runs": 4, "rho": 1.0, "next_rho": 1.0, "next_rho_because": "no finding", "findings": []}}
+    page, table = report.page(record), report.table(record)
+    assert "SAM: the loss more than doubles over the step</b> in 3 of 4 runs" in page and "C&lt;; lower rho." in page
+    assert page.count("next</b>") == 1 and "SAM: try ρ = 0.05 next" in page
+    assert "SAM: rho too large at ρ = 0.1; try 0.05 next" in table and "ASAM: " not in table
+    for broken in ({}, {"sam": None}, {"sam": {"findings": [3, {}], "runs": "nan"}}, {"sam": {"findings": "x"}}):
+        report.page(record | {"diagnosis": broken})
+
+
+def test_a_comparison_beyond_the_expansion_says_so():
+    record = fake()
+    for run in record["runs"]:
+        if run["method"] == "sam":
+            run["sharpness"]["value"] *= 3
+    record = summarize(record)
+    said = " ".join(report.findings(record))
+    assert "For SAM, a step of ρ = 0.05 is beyond the range of slope and curvature" in said
+    assert "a third part is what slope and curvature leave unexplained" in report.table(record)
+    assert "unexplained" not in report.table(fake()) and "beyond the range" not in " ".join(report.findings(fake()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ _COMPARE = """examples:
   flatmin compare --methods sgd,sam,looksam --seeds 5
   flatmin compare --rho sam=0.1,asam=1               skip the choice of the radius
   flatmin compare fashion-mnist --data FOLDER        the four IDX files of Fashion-MNIST
-  flatmin compare my_module:recipe                   your own model and data: a flatmin.recipes.Recipe
+  flatmin compare my_module:recipe                   your own model and data: a flatmin.recipes.Recipe, or a function
+                                                     that returns one
   flatmin compare --resume runs/compare              go on after Ctrl-C, bit for bit
 
 the radius of each method is chosen on held-out training data; the test data is looked at once, at the end."""
@@ -30,15 +32,15 @@ _MEASURE = """examples:
   flatmin measure my_module:objective --checkpoint a.safetensors --against b.safetensors       which of two is sharper
   flatmin measure --resume runs/measure                       go on after Ctrl-C; what is done is not repeated
 
-my_module:objective is a flatmin.Objective, a function that returns one, or a function that returns (model, data) or
-(model, data, loss_fn). Batches are (inputs, targets), or mappings as in the transformers library:
+my_module:objective is a flatmin.Objective, a flatmin.recipes.Recipe, or a function that returns one of them, (model,
+data) or (model, data, loss_fn). Batches are (inputs, targets), or mappings as in the transformers library:
 
   # my_module.py                                              # or, with a language model
   def objective():                                            def objective():
       return flatmin.Objective(net, loss_fn, loader)              return model, [{"input_ids": ids}]
 
-metrics: one_step, spectrum, trace, density (the default), worst_case, adaptive_worst_case, average_case, m_sharpness,
-normalized_flatness, critical_sharpness, agreement, line, surface, or all.
+metrics: one_step, spectrum, trace, density (the default), worst_case, adaptive_worst_case, average_case,
+largest_random, m_sharpness, normalized_flatness, critical_sharpness, agreement, line, surface, or all.
 
 A checkpoint is a .safetensors file, or a torch file of tensors."""
 
@@ -163,7 +165,24 @@ def _finish(job: Any, folder: Any, shown: Callable[[dict[str, Any]], str]) -> in
     return 0
 
 
+def _require(*names: str) -> None:
+    """The optional packages that a verb cannot do without, before any work is done.
+
+    Raises:
+        ValueError: one or more are not installed.
+    """
+    missing = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append({"sklearn": "scikit-learn"}.get(name, name))
+    if missing:
+        raise ValueError(f"this needs {' and '.join(missing)}, which cannot be imported: pip install 'flatmin[cli]'")
+
+
 def _compare(args: argparse.Namespace) -> int:
+    _require("numpy", "matplotlib", "safetensors")
     from .recipes import CompareSettings, Comparison
     from .recipes.folder import RunFolder
 
@@ -174,19 +193,25 @@ def _compare(args: argparse.Namespace) -> int:
         _refuse_other_settings(_toml(args.config, CompareSettings) | given, record["settings"])
         kept = {f.name: record["settings"][f.name] for f in dataclasses.fields(CompareSettings)
                 if f.name in record["settings"]}
+        _require(*["sklearn"] * (kept.get("recipe") == "digits"))
         job = Comparison(CompareSettings(**kept), folder, record, args.quiet)
     else:
         settings = CompareSettings(**(_toml(args.config, CompareSettings) | given))
+        _require(*["sklearn"] * (settings.recipe == "digits"))
         path = args.out or _fresh("runs/compare")
         folder = RunFolder(path)
         job = Comparison(settings, folder, quiet=args.quiet)  # before anything is written: wrong settings cost nothing
         RunFolder.create(path)
     from .report import table
 
-    return _finish(job, folder, table)
+    status = _finish(job, folder, table)
+    if status or any("diverged" not in run for run in job.record["runs"]):
+        return status
+    return _fail("every run diverged: " + job.record["runs"][0]["diverged"], 1)
 
 
 def _measure(args: argparse.Namespace) -> int:
+    _require("numpy", "matplotlib")
     from .recipes.folder import RunFolder
     from .recipes.measure import Measurement, MeasureSettings
 
@@ -198,12 +223,14 @@ def _measure(args: argparse.Namespace) -> int:
         if "objective" not in record["settings"]:
             raise RunFolderError(f"{folder.path / 'record.json'} does not say what was measured")
         _refuse_other_settings(given, record["settings"])
-        job = Measurement(MeasureSettings(**{k: v for k, v in record["settings"].items() if k in names}), folder,
-                          record, args.quiet)
+        settings = MeasureSettings(**{k: v for k, v in record["settings"].items() if k in names})
+        _require(*_readers(settings))
+        job = Measurement(settings, folder, record, args.quiet)
     else:
         if args.objective is None:
             raise ValueError("measure needs module:objective, see flatmin measure --help")
         settings = MeasureSettings(**given)
+        _require(*_readers(settings))
         path = args.out or _fresh("runs/measure")
         folder = RunFolder(path)
         job = Measurement(settings, folder, quiet=args.quiet)  # before anything is written
@@ -215,7 +242,13 @@ def _measure(args: argparse.Namespace) -> int:
     return _fail(f"not measured: {', '.join(failed)}", 1) if failed and not status else status
 
 
+def _readers(settings: Any) -> list[str]:
+    """What reads the files of weights."""
+    return ["safetensors"] * any(str(p).endswith(".safetensors") for p in (settings.checkpoint, settings.against))
+
+
 def _report(args: argparse.Namespace) -> int:
+    _require("numpy", "matplotlib")
     from .recipes.folder import RunFolder
     from .report import write
 

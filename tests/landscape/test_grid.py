@@ -1,4 +1,4 @@
-"""Interrupted and shared grids are bitwise the grid of one uninterrupted process; fast passes equal slow ones."""
+"""Interrupted and shared grids are bitwise the grid of one uninterrupted process; points equal single evaluations."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_a_resumed_grid_is_bitwise_the_uninterrupted_one(tmp_path, stopped_by, m
     assert 5 < int(state["done"].sum()) < 25
     calls = []
     resumed = surface(Objective(build(RolesNet), counted(calls), data, check=False), 5, checkpoint=file)
-    assert len(calls) == 25 - int(state["done"].sum()) + 1
+    assert len(calls) == 25 - int(state["done"].sum()) + 2      # the middle, and what it is checked against
     assert_same(resumed.values, whole.values)
     assert [p.name for p in tmp_path.iterdir()] == ["grid.pt"]
 
@@ -86,13 +86,13 @@ def test_two_ranks_share_a_grid(tmp_path):
             whole = surface(objective, 5).values
             calls.clear()
             assert torch.equal(surface(objective, 5, group=everyone).values, whole)
-            assert len(calls) in (12, 13), calls
+            assert len(calls) in (14, 15), calls
             path = "{tmp_path}/grid"
             calls.clear()
             assert torch.equal(surface(objective, 5, group=everyone, checkpoint=path).values, whole)
             calls.clear()
             assert torch.equal(surface(objective, 5, group=everyone, checkpoint=path).values, whole)
-            assert len(calls) == 1
+            assert len(calls) == 2
             try:
                 surface(objective, 3, seed=rank, group=everyone)
             except ValueError as e:
@@ -130,19 +130,18 @@ def chain(*extra):
                                   lambda: nn.Sequential(nn.Linear(6, 3), nn.ReLU()), NoisyNet])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 0.0), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_fast_passes_equal_evaluations_one_by_one(make, dtype, tolerance, mode):
+def test_points_equal_evaluations_one_by_one(make, dtype, tolerance, mode):
     torch.manual_seed(0)
     model = make().to(dtype)
     objective = Objective(model, loss_fn, [batch(0, 700, dtype), batch(1, 30, dtype)], mode=mode)
-    s = surface(objective, 4)
-    for i in range(4):
-        for j in range(4):
+    s = surface(objective, 3)
+    for i in range(3):
+        for j in range(3):
             d1 = [float(s.x[i]) * a for a in s.directions[0]]
             with perturbed.displaced(objective.parameters, d1), perturbed.displaced(
                     objective.parameters, [float(s.y[j]) * b for b in s.directions[1]]):
                 want = float(objective.value())
             assert float(s.values[i, j]) == pytest.approx(want, rel=tolerance or 1e-12)
-    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_hooks_are_respected():
@@ -150,4 +149,4 @@ def test_hooks_are_respected():
     seen = []
     model[0].register_forward_hook(lambda *_: seen.append(1))
     line(Objective(model, loss_fn, batch(0), check=False), "filter", steps=3)
-    assert len(seen) == 3
+    assert len(seen) == 3 + 2

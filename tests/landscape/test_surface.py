@@ -49,9 +49,9 @@ def test_eigenvector_directions_show_the_eigenvalues():
     assert s.values[1, 2] == pytest.approx(float(top[1]) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 6, 41, 51])
+@pytest.mark.parametrize("steps", [1, 3, 5, 41, 51])
 def test_l4_axes_are_true_displacements(steps):
-    """Both ends are reached exactly, the axis is symmetric for even and odd counts, and odd ones hold w itself."""
+    """Both ends are reached exactly, the axis is symmetric, and holds w itself."""
     objective = Objective(build(RolesNet), loss_fn, batch(0))
     before = flat(objective.model)
     seen = []
@@ -63,9 +63,8 @@ def test_l4_axes_are_true_displacements(steps):
         assert float((w - before).norm()) == pytest.approx(abs(float(x)), abs=1e-13)
     if steps > 1:
         assert float(found.x[0]) == -0.7 and float(found.x[-1]) == 0.7
-    if steps % 2:
-        assert found.x[steps // 2] == 0
-        assert_same(walked[steps // 2], before)
+    assert found.x[steps // 2] == 0
+    assert_same(walked[steps // 2], before)
 
 
 def test_l6_l11_every_point_is_set_from_the_exact_weights():
@@ -75,11 +74,11 @@ def test_l6_l11_every_point_is_set_from_the_exact_weights():
     seen = []
     x, y = batch(0, dtype=torch.float32)
     objective = Objective(model, lambda z, t: (seen.append(flat(model)), loss_fn(z, t))[1], (x, y))
-    s = surface(objective, 6, radius=3.0)
+    s = surface(objective, 5, radius=3.0)
     d1, d2 = map(as_vector, s.directions)
-    points = iter(seen[-36:])
-    for i in range(6):
-        for j in range(6):
+    points = iter(seen[-25:])
+    for i in range(5):
+        for j in range(5):
             want = torch.add(torch.add(w, d1, alpha=float(s.x[i])), d2, alpha=float(s.y[j]))
             assert_same(next(points), want, f"{i} {j}")
 
@@ -129,7 +128,7 @@ def test_l12_the_model_is_bitwise_what_it_was(cls, batch_norm, fails):
     objective = Objective(model, loss, [batch(0), batch(1, n=5)])
     if fails:
         with pytest.raises(RuntimeError, match="in the middle"):
-            surface(objective, 4, batch_norm=batch_norm)
+            surface(objective, 3, batch_norm=batch_norm)
     else:
         surface(objective, 3, directions=["gradient", "filter"], batch_norm=batch_norm)
     for key, value in model.state_dict().items():

@@ -40,6 +40,7 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
 
     Raises:
         RunFolderError: if the file belongs to other weights, directions, points or data.
+        ValueError: if L at the middle, c = 0, is not ``objective.value()`` at the same weights.
     """
     ranks = _Ranks(group)
     if ranks.size > 1 and vectors.Space(objective.parameters).sharded:
@@ -47,7 +48,12 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
     points = points.to(torch.float64)
     standing = Standing(objective, plane, batch_norm)
     with standing.open():
-        origin = float("nan") if checkpoint is None else standing.at([0.0] * points.shape[1])
+        origin, error = float("nan"), None
+        try:
+            origin = standing.centre()
+        except Exception as e:
+            error = e
+        ranks.share(error)
         key = "" if checkpoint is None and ranks.size == 1 else \
             fingerprint(plane, points, (batch_norm, objective.mode, objective.seed))
         ranks.agree(key)
@@ -57,7 +63,7 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
             warn_of_rounded_step(objective, standing.realised(nearest), stacklevel=5)
         file = _kept(objective, checkpoint, key, origin, len(points), ranks, seconds)
         mine = torch.tensor_split(file.missing(), ranks.size)[ranks.rank].tolist()
-        rows, error = points.tolist(), None
+        rows = points.tolist()
         try:
             for i in mine:
                 file.put(i, standing.at(rows[i]))
@@ -107,6 +113,15 @@ class _Ranks:
         out = [None] * self.size
         dist.all_gather_object(out, value, group=self.group)
         return out
+
+    def share(self, error: Exception | None) -> None:
+        """Every rank raises where one of them failed."""
+        others = self.gather(error and repr(error))
+        if error is not None:
+            raise error
+        for rank, other in enumerate(others):
+            if other:
+                raise RuntimeError(f"rank {rank} failed: {other}")
 
     def agree(self, key: str) -> None:
         if len(set(self.gather(key))) > 1:
@@ -165,13 +180,9 @@ class _File:
         return self.values
 
     def _exchange(self, error: Exception | None) -> None:
-        for rank, (other, values, done) in enumerate(self.ranks.gather((error and repr(error), self.values,
-                                                                        self.done))):
-            if other and error is None:
-                raise RuntimeError(f"rank {rank} failed: {other}")
+        self.ranks.share(error)
+        for values, done in self.ranks.gather((self.values, self.done)):
             self._merge(values, done)
-        if error is not None:
-            raise error
 
     def _merge(self, values: Tensor, done: Tensor) -> None:
         self.values = torch.where(done, values, self.values)

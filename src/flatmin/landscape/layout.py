@@ -146,8 +146,7 @@ def span(layout: Layout, k: int, radius: float | None, relative: bool, margin: f
     """Axis k, in displacement: symmetric with a radius, else around the models and the trajectory, else one unit."""
     plane = layout.plane
     if radius is not None:
-        r = radius * plane.units[k] if relative else radius
-        return axis(-r, r, steps)
+        return _around(radius * plane.units[k] if relative else radius, steps)
     seen = [0.0, *(c[k] for c in plane.models)]
     if layout.trajectory is not None:
         seen += layout.trajectory.coordinates[:, k].tolist()
@@ -156,7 +155,12 @@ def span(layout: Layout, k: int, radius: float | None, relative: bool, margin: f
         extra = margin * (high - low)
         return axis(low - extra, high + extra, steps)
     name = plane.names[k]
-    r = plane.units[k] if name in ("filter", "layer", "update") else 1.0
+    return _around(plane.units[k] if name in ("filter", "layer", "update") else 1.0, steps)
+
+
+def _around(r: float, steps: int) -> Tensor:
+    if steps % 2 == 0:
+        raise ValueError(f"steps must be odd, so that the middle of the axis is w itself, got {steps}; use {steps + 1}")
     return axis(-r, r, steps)
 
 

@@ -69,7 +69,7 @@ def line(objective: Objective, direction: Sequence[Tensor] | Kind | None = None,
             vector; "filter" or "layer", a normal vector with the norms of the weights' filters or tensors; "gradient";
             "eigenvectors", the one of the largest Hessian eigenvalue; "update" and "pca", the last step and the first
             principal component of ``trajectory``.
-        steps: how many points; odd, so that the middle of a symmetric axis is w itself.
+        steps: how many points; odd, so that the middle is w itself, unless the axis spans models or a trajectory.
         radius: the largest displacement, a Euclidean length in weight space: x in [−radius, radius]. By default 1, or
             the length of a "filter", "layer" or "update" direction, or as far as models and trajectory reach.
         seed: of random directions.
@@ -89,7 +89,8 @@ def line(objective: Objective, direction: Sequence[Tensor] | Kind | None = None,
         model is bitwise what it was.
 
     Raises:
-        ValueError: for directions of no length, models that do not fit, or arguments that contradict each other.
+        ValueError: for directions of no length, models that do not fit, arguments that contradict each other, or a
+            loss in the middle that is not ``objective.value()``.
 
     Source: arXiv 1412.6544 (interpolation), 1712.09913 (filter normalisation).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def read(objective: Objective, model: Model) -> State:
     if isinstance(model, nn.Module):
         model = batches.unwrapped(model).state_dict()
     if isinstance(model, Mapping):
-        found = _unprefixed(_inner(model))
+        found = fitting(_inner(model), here.state_dict())
         missing = [name for name, p in names if p.requires_grad and name not in found]
         if missing:
             raise ValueError(f"the state_dict has no {missing[0]!r}" + f" and {len(missing) - 1} more" *
@@ -67,13 +68,22 @@ def _inner(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def _unprefixed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the prefixes that data-parallel and compiled wrappers put before every name."""
-    out = dict(state)
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if out and all(key.startswith(prefix) for key in out):
-            out = {key.removeprefix(prefix): value for key, value in out.items()}
-    return out
+def fitting(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict without the dotted prefix that all its names share, where they fit the model only without it.
+
+    Data-parallel and compiled wrappers put one there (``module.``, ``_orig_mod.``), and so does a trainer that holds
+    the model as an attribute (Lightning's ``model.``).
+    """
+    out = {str(key): value for key, value in state.items()}
+    names = list(out)
+    shared = os.path.commonprefix(names)
+    while names and shared and not any(name in own for name in out):
+        head, dot, _ = next(iter(out)).partition(".")
+        if not dot or not shared.startswith(head + dot):
+            break
+        out = {name[len(head + dot):]: value for name, value in out.items()}
+        shared = shared[len(head + dot):]
+    return out if any(name in own for name in out) else {str(key): value for key, value in state.items()}
 
 
 def _fit(t: Tensor, p: nn.Parameter, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from .. import perturbed, vectors
 from ..batches import unwrapped
-from ..objective import Objective
-from .fast import faster, values
+from ..objective import Objective, same
 from .models import State, statistics
 
 BatchNorm = Literal["frozen", "interpolated", "reestimated"]
@@ -57,13 +56,11 @@ class Standing:
         self._reestimate = batch_norm == "reestimated" and bool(self._norms)
         self._statistics = _Interpolated(objective, plane) if batch_norm == "interpolated" else None
         self._row: tuple[float, list[Tensor]] | None = None
-        self._value: Callable[[Sequence[float]], Tensor] = lambda coordinates: objective.value()
 
     @contextmanager
     def open(self) -> Iterator[Standing]:
-        with torch.no_grad(), unmoved(self.objective), faster(self.objective.model):
+        with unmoved(self.objective):
             try:
-                self._value = values(self.objective, self.plane.origin, self.plane.directions)
                 yield self
             finally:
                 self._row = None
@@ -71,7 +68,31 @@ class Standing:
     def at(self, coordinates: Sequence[float]) -> float:
         """L at w + Σ_k c_k d_k, in the arithmetic of the directions, rounded once to that of the weights."""
         self.put(coordinates)
-        return float(self._value(coordinates))
+        return float(self.objective.value())
+
+    def centre(self) -> float:
+        """L at the origin, put there like every other point.
+
+        Raises:
+            ValueError: if ``objective.value()``, with the origin's weights simply set, differs beyond rounding.
+        """
+        plain = self._plain()
+        found = self.at([0.0] * len(self.plane.directions))
+        if found != float(plain) and not same(plain, plain.new_tensor(found), self.objective.parameters):
+            raise ValueError(f"the middle of the landscape is {found:.9g}, objective.value() at the same weights is "
+                             f"{float(plain):.9g}: the model or the data keep something between two evaluations, which "
+                             "must depend on the weights and the batch alone")
+        return found
+
+    def _plain(self) -> Tensor:
+        """``objective.value()`` at the origin, before any point was put there."""
+        if self.plane.states:
+            vectors.copy(self.plane.origin, self._w)
+            if self._statistics is not None:
+                set_statistics(self.objective.model, self.plane.states[0])
+        if self._reestimate:
+            self._measure_statistics()
+        return self.objective.value()
 
     def put(self, coordinates: Sequence[float]) -> None:
         """Weights, and normalization statistics by their policy, to a point."""
@@ -184,9 +205,14 @@ def standing_at(objective: Objective, state: State | None) -> Iterator[None]:
     with unmoved(objective):
         with torch.no_grad():
             vectors.copy(state.weights, [vectors.local(p.detach()) for p in objective.parameters])
-            for name, buffer in statistics(unwrapped(objective.model)).items():
-                buffer.copy_(state.statistics.get(name, buffer))
+            set_statistics(objective.model, state)
         yield
+
+
+def set_statistics(model: nn.Module, state: State) -> None:
+    """The running statistics of normalization layers, where the state has them."""
+    for name, buffer in statistics(unwrapped(model)).items():
+        buffer.copy_(state.statistics.get(name, buffer))
 
 
 def batch_norm_policy(objective: Objective, policy: Any, states: Sequence[State]) -> BatchNorm:

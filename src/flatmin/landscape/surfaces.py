@@ -79,7 +79,8 @@ def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator =
 
     Args:
         objective: L.
-        steps: points along each axis; odd, so that the middle of a symmetric grid is w itself.
+        steps: points along each axis; odd, so that the middle is w itself, unless both axes span models or a
+            trajectory.
         seed: of random directions.
         directions: a kind for both, or two of them, each a kind or a list of tensors. Kinds: "filter", the default
             (random with the norms of the weights' filters), "layer", "random", "gradient", "eigenvectors" (of the
@@ -103,7 +104,8 @@ def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator =
         .trajectory``; the model is bitwise what it was.
 
     Raises:
-        ValueError: for directions that are zero or collinear, models that do not fit, or contradicting arguments.
+        ValueError: for directions that are zero or collinear, models that do not fit, contradicting arguments, or a
+            loss in the middle that is not ``objective.value()``.
         RunFolderError: for a checkpoint of another surface.
 
     Source: arXiv 1712.09913; planes through three models: 1802.10026.

@@ -1,7 +1,8 @@
 """``flatmin compare``: methods side by side on one recipe; everything else equal.
 
 For each method with a radius: choose ρ on held-out parts of the *training* data. For each seed: train on all of it,
-then look at the clean test data once and measure sharpness and curvature on training examples.
+then look at the clean test data once and measure sharpness and curvature on training examples. The diagnosis reads the
+steps of these runs, and of one more a method, trained on four fifths of the training data and watched on the last.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..ascent.rows import is_normalization
 from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..objective import Objective
-from ..sharpness import diagnose, one_step
+from ..sharpness import Finding, diagnose, next_radius, one_step
+from ..sharpness.diagnosis import consistent
 from . import landscape, timing
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, train
@@ -66,6 +68,9 @@ class Comparison:
             for seed in range(self.settings.seeds):
                 for method in self.methods:
                     self._train_and_measure(method, seed)
+            for method in self.methods:
+                self._hold_out(method)
+            self.record["diagnosis"] = {method.name: self._diagnosis(method) for method in self.methods}
             if "timing" not in self.record:
                 self.progress.say("timing")
                 self.record["timing"] = timing.side_by_side(self.recipe, self.data, self.methods,
@@ -115,8 +120,9 @@ class Comparison:
                          "platform": platform.platform(), "threads": self.settings.threads},
             "data": {"name": self.recipe.name, "train": len(self.data.train_targets),
                      "test": len(self.data.test_targets), "classes": self.data.classes, "noise": self.noise,
+                     "chance": float(self.data.test_targets.bincount().max()) / len(self.data.test_targets),
                      "held_out": len(held), "fingerprint": self.data.fingerprint()},
-            "left_out": self.left_out, "selection": {}, "runs": [],
+            "left_out": self.left_out, "selection": {}, "held_out": {}, "runs": [],
         }
 
     # choosing the radius, on training data alone
@@ -137,12 +143,14 @@ class Comparison:
             "criterion": self._criterion()})
         for rho in grid[len(entry["scores"]):]:
             self.progress.say(f"choosing ρ for {method.name}: {rho:g}")
-            found = [self._held_out_score(method, rho, i, *fold) for i, fold in enumerate(self._folds())]
+            found = [self._held_out_score(method, rho, i) for i in range(self.recipe.folds)]
             entry["scores"].append(statistics.fmean(found))
             entry["stderr"].append(statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan)
             self.folder.save_record(self.record)
         best = max(range(len(grid)), key=lambda i: (entry["scores"][i], -grid[i]))
         entry["chosen"] = grid[best]
+        runs = self.record["held_out"].get(method.name, [])
+        self.record["held_out"][method.name] = [run for run in runs if run["rho"] == entry["chosen"]]
 
     def _criterion(self) -> str:
         kept, held = self._folds()[0]
@@ -151,15 +159,27 @@ class Comparison:
         parts = f"{self.recipe.folds} held-out parts" if self.recipe.folds > 1 else "a held-out fifth"
         return f"mean accuracy over {parts} of{some} the training data{noisy}"
 
-    def _held_out_score(self, method: Method, rho: float, fold: int, kept: Tensor, held: Tensor) -> float:
+    def _held_out_score(self, method: Method, rho: float | None, fold: int) -> float:
+        """Accuracy on a held-out part; the run on the first of them is kept for the diagnosis."""
         x, y = self.data.train_inputs, self.data.train_targets
+        kept, held = self._folds()[fold]
         plan = Plan(f"choose-{method.name}-{rho}-{fold}", self.recipe, method, rho, 500 + fold, self.epochs, x[kept],
-                    y[kept])
+                    y[kept], held_out=None if fold else (x[held], y[held]))
         try:
-            model, _ = train(plan, self.progress.tick)
-        except Diverged:
-            return 0.0
-        return accuracy(model, x[held], y[held])
+            model, history = train(plan, self.progress.tick)
+            score = accuracy(model, x[held], y[held])
+        except Diverged as error:
+            history, score = error.history, 0.0
+        if fold == 0 and history is not None:
+            self.record["held_out"].setdefault(method.name, []).append({"rho": rho, "history": history})
+        return score
+
+    def _hold_out(self, method: Method) -> None:
+        """One run with a held-out part, where the choice of the radius has not left one."""
+        if not self.record["held_out"].get(method.name):
+            self.progress.say(f"diagnosis of {method.name}")
+            self._held_out_score(method, self._rho(method), 0)
+            self.folder.save_record(self.record)
 
     def _rho(self, method: Method) -> float | None:
         if not method.rhos and not self.recipe.rhos.get(method.name):
@@ -183,20 +203,33 @@ class Comparison:
         try:
             model, run["history"] = train(plan, self.progress.tick, self.folder, state)
             run |= self._measure(model)
-            base = self._base_steps(method, seed)
-            run["findings"] = [f.to_dict() for f in diagnose(steps_of(run), base=base, rho=rho)]
             self.folder.save_weights(key, model)
         except Diverged as error:  # a result like any other: the comparison goes on
+            run["history"] = error.history or run.get("history")
             run |= {"diverged": str(error), "test": dict.fromkeys(("accuracy", "nll", "ece"), math.nan)}
         self.record["runs"].append(run)
         self.folder.save_record(self.record)
         self.folder.keep_state(key)
 
-    def _base_steps(self, method: Method, seed: int) -> list[dict[str, Any]] | None:
-        """The record of the plain base optimizer's run from the same seed, if it is part of the comparison."""
-        plain = [r for r in self.record["runs"]
-                 if r["method"] == method.base and r["seed"] == seed and "history" in r]
-        return steps_of(plain[0]) if plain and method.name != method.base else None
+    def _diagnosis(self, method: Method) -> dict[str, Any]:
+        """What all runs of a method show together, each fault with the number of runs and its first evidence."""
+        held_out, rho = self.record["held_out"], self._rho(method)
+        length = rho if method.steps_by_rho else None
+        base = held_out.get(method.base, []) if method.name != method.base else []
+        base = steps_of(base[0]["history"]) if base else None
+        runs = [diagnose(steps_of(r["history"]), rho=length) for r in self.record["runs"]
+                if r["method"] == method.name and r.get("history")]
+        for r in held_out.get(method.name, []):
+            spread = math.hypot(*(_standard_error(s, len(self._folds()[0][1])) for s in (steps_of(r["history"]), base)))
+            runs.append(diagnose(steps_of(r["history"]), base=base, rho=length, spread=max(0.005, spread)))
+        found = consistent([f for run in runs for f in run])
+        first: dict[str, Finding] = {}
+        for f in found:
+            first.setdefault(f.name, f)
+        low, high = min(method.rhos, default=0.02) / 2, 2 * max(method.rhos, default=0.5)
+        tried, why = (None, "") if rho is None else next_radius(found, rho, low=low, high=high)
+        return {"runs": len(runs), "rho": rho, "next_rho": tried, "next_rho_because": why,
+                "findings": [f.to_dict() | {"runs": sum(g.name == f.name for g in found)} for f in first.values()]}
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -235,14 +268,29 @@ class Comparison:
             tried = len(self.record["selection"].get(method.name, {}).get("scores", []))
             done = sum(r["method"] == method.name for r in self.record["runs"])
             out[method.name] = (len(grid) - tried) * self.recipe.folds * part + full * (self.settings.seeds - done)
+            if not grid and not self.record["held_out"].get(method.name):
+                out[method.name] += part
         return out
 
 
-def steps_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the diagnosis reads: one step an epoch, with the accuracies after it."""
-    history = run["history"]
-    rows = zip(history["steps"], history["test_accuracy"], history["train_accuracy"], strict=True)
-    return [step | {"accuracy": test, "train_accuracy": train} for step, test, train in rows]
+def steps_of(history: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the diagnosis reads: the recorded steps, and on the last of each epoch what was evaluated after it."""
+    steps = [dict(step) for step in history["steps"]]
+    epochs = len(history["epoch"])
+    for name, values in (("train_accuracy", history["train_accuracy"]), *_columns(history["held_out"])):
+        for epoch, value in enumerate(values, 1):
+            steps[min(len(steps), math.ceil(epoch * len(steps) / epochs)) - 1][name] = value
+    return steps
+
+
+def _standard_error(steps: list[dict[str, Any]] | None, n: int) -> float:
+    """Of the last accuracy on n examples."""
+    p = next((step["accuracy"] for step in reversed(steps or []) if "accuracy" in step), 0.0)
+    return math.sqrt(p * (1 - p) / n)
+
+
+def _columns(rows: list[dict[str, float]]) -> list[tuple[str, list[float]]]:
+    return [(name, [row[name] for row in rows]) for name in ("accuracy", "ece", "confidence")] if rows else []
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ascent import Sharpener
 from .folder import RunFolder
 from .methods import Method, gradient, optimizer_for
-from .metrics import logits_of
+from .metrics import classification, logits_of
 from .recipe import Recipe
 
 
@@ -28,11 +29,20 @@ class Plan:
     epochs: int
     inputs: Tensor
     targets: Tensor
-    watch: tuple[Tensor, Tensor] | None = None  # inputs and targets whose accuracy is followed by epoch
+    watch: tuple[Tensor, Tensor] | None = None      # inputs and targets whose accuracy is followed by epoch
+    held_out: tuple[Tensor, Tensor] | None = None   # training data left out of this run, for its diagnosis
+
+
+RECORDED = 250
+"""Steps of a run that are recorded for the diagnosis, at most and about: every n-th one."""
 
 
 class Diverged(ArithmeticError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite; ``history`` goes up to there."""
+
+    def __init__(self, text: str, history: dict[str, list[Any]] | None = None):
+        super().__init__(text)
+        self.history = history
 
 
 def batches(n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
@@ -43,7 +53,7 @@ def batches(n: int, batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
 
 def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder | None = None,
           state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[Any]]]:
-    """Train and return the model and its history by epoch.
+    """Train and return the model and its history by epoch, with every n-th step under "steps".
 
     With a folder the state is saved after every epoch; ``state``, from there, continues bit for bit. ``tick`` is
     called once a step.
@@ -56,8 +66,8 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     steps = plan.epochs * math.ceil(n / size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history: dict[str, list[Any]] = {"epoch": [], "train_loss": [], "test_accuracy": [], "train_accuracy": [],
-                                     "steps": []}
-    start = 0
+                                     "held_out": [], "steps": []}
+    start, done, every = 0, 0, math.ceil(steps / RECORDED)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -66,25 +76,33 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
             sharpener.load_state_dict(state["sharpener"])
         torch.set_rng_state(state["rng"])
         history, start = state["history"], state["epoch"]
+        done = start * math.ceil(n / size)
     for epoch in range(start, plan.epochs):
         model.train()
         total = torch.zeros((), dtype=torch.float64)
-        for i, index in enumerate(batches(n, size, plan.seed, epoch)):
+        for index in batches(n, size, plan.seed, epoch):
             loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
-            if i == 0 and plan.watch is not None:  # once an epoch, for the diagnosis
-                history["steps"].append(sharpener.last.to_dict() if sharpener is not None else {"loss": loss.item()})
+            if done % every == 0:
+                history["steps"].append({"step": done} | _step(sharpener, model, loss))
+            done += 1
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
             total += loss.double() * len(index)
             tick()
         if not math.isfinite(total.item()):
+            history["steps"].append({"step": done, "loss": total.item()})
+            cure = "the learning rate" if sharpener is None else "the radius or the learning rate"
             raise Diverged(f"{plan.method.name} with rho={plan.rho}, seed {plan.seed}: the loss is not finite in epoch "
-                           f"{epoch + 1}; lower the radius or the learning rate")
+                           f"{epoch + 1}; lower {cure}", history)
         history["epoch"].append(epoch + 1)
         history["train_loss"].append(total.item() / n)
         if plan.watch is not None:
             history["test_accuracy"].append(accuracy(model, *plan.watch))
+        if plan.held_out is not None:
+            x, y = plan.held_out
+            history["held_out"].append(classification(logits_of(model, x), y))
+        if plan.watch is not None or plan.held_out is not None:
             history["train_accuracy"].append(accuracy(model, plan.inputs, plan.targets))
         if folder is not None:
             folder.save_state({
@@ -93,6 +111,20 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
                 "sharpener": sharpener.state_dict() if sharpener is not None else None,
             })
     return model, history
+
+
+def _step(sharpener: Sharpener | None, model: nn.Module, loss: Tensor) -> dict[str, Any]:
+    """What the diagnosis reads of a step whose gradient is in ``p.grad``."""
+    if sharpener is None:
+        return {"loss": loss.item()}
+    found = {name: value for name, value in sharpener.last.to_dict().items() if name in STEP}
+    if found["passes"] > 1:
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found["perturbed_gradient_norm"] = float(torch.nn.utils.get_total_norm(grads))
+    return found
+
+
+STEP = ("loss", "perturbed_loss", "gradient_norm", "radius", "cosine", "skipped", "passes")
 
 
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:

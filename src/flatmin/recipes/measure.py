@@ -10,9 +10,7 @@ import copy
 import dataclasses
 import datetime
 import hashlib
-import importlib
 import math
-import os
 import platform
 import sys
 import time
@@ -36,6 +34,7 @@ from ..sharpness import (
     average_case,
     compare,
     critical_sharpness,
+    largest_random,
     m_sharpness,
     normalized_flatness,
     one_step,
@@ -44,6 +43,7 @@ from ..sharpness import (
 from ..sharpness.cautions import samples_in
 from ..tensorscope import objective_for
 from .folder import RunFolder
+from .recipe import Recipe, _said, users_own
 
 DEFAULT = "one_step,spectrum,trace,density"
 TRACE_ERROR, TRACE_PRODUCTS = 0.05, 1000
@@ -253,6 +253,7 @@ METRICS: dict[str, Callable[[Measurement], Any]] = {
                                                   seed=job.settings.seed),
     "average_case": lambda job: average_case(job.objective, job.settings.rho
                                              / math.sqrt(job.record["model"]["parameters"]), seed=job.settings.seed),
+    "largest_random": lambda job: largest_random(job.objective, job.settings.rho, seed=job.settings.seed),
     "m_sharpness": _m_sharpness,
     "normalized_flatness": lambda job: normalized_flatness(job.objective, seed=job.settings.seed),
     "critical_sharpness": lambda job: critical_sharpness(job.objective),
@@ -279,39 +280,25 @@ def find_metrics(text: str) -> list[str]:
 def find_objective(name: str, seed: int = 0) -> Objective:
     """``module:attribute`` from the user's own code as an objective.
 
-    The attribute is a :class:`flatmin.Objective`, or a function without arguments that returns one, or one that
-    returns ``(model, data)`` or ``(model, data, loss_fn)``: there, batches are ``(inputs, targets)`` or mappings as in
-    the ``transformers`` library, whose labels default to the inputs, and the loss to what their kind asks for.
-    Torch is seeded before the import and before the call, so that the same weights come back when a run is resumed.
+    The attribute is a :class:`flatmin.Objective`, a :class:`flatmin.recipes.Recipe` (its new model, on the training
+    examples that ``compare`` measures on), or a function without arguments that returns one of them, ``(model, data)``
+    or ``(model, data, loss_fn)``: there, batches are ``(inputs, targets)`` or mappings as in the ``transformers``
+    library, whose labels default to the inputs, and the loss to what their kind asks for. Torch is seeded before the
+    import and before the call, so that the same weights come back when a run is resumed.
 
     Raises:
         ValueError: no such module or attribute, something else, or the user's code raised.
     """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"the objective is named module:attribute, got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    torch.manual_seed(seed)
-    try:
-        value: Any = importlib.import_module(module_name)
-    except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"cannot import {module_name!r} for {name!r}: {_said(error)}") from error
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            raise ValueError(f"{module_name!r} has no {attribute!r}")
-        value = getattr(value, part)
-    if callable(value) and not isinstance(value, nn.Module):
+    value = users_own(name, seed)
+    if isinstance(value, Recipe):
         torch.manual_seed(seed)
-        try:
-            value = value()
-        except Exception as error:
-            raise ValueError(f"{name}() raised {_said(error)}") from error
+        data, n = value.load(None).with_noise(value.noise), value.curvature_samples
+        value = Objective(value.model(), value.loss, [(data.train_inputs[:n], data.train_targets[:n])])
     if isinstance(value, tuple) and len(value) in (2, 3) and isinstance(value[0], nn.Module):
         value = objective_for(*value)
     if not isinstance(value, Objective):
-        raise ValueError(f"{name!r} is not a flatmin.Objective, nor a function that returns one, (model, data) or "
-                         f"(model, data, loss_fn) (found {type(value).__name__})")
+        raise ValueError(f"{name!r} is not a flatmin.Objective or Recipe, nor a function that returns one, (model, "
+                         f"data) or (model, data, loss_fn) (found {type(value).__name__})")
     return value
 
 
@@ -326,8 +313,9 @@ def _with_weights(objective: Objective, path: str) -> Objective:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Weights and buffers from a ``.safetensors`` file or a torch file of tensors; all of them fit, or none is set.
 
-    ``{"model": ...}`` and ``{"state_dict": ...}`` are looked into, the prefixes of parallel and compiled wrappers are
-    taken off, and weights tied to one that is there may be missing. Nothing but tensors and plain values is unpickled.
+    ``{"model": ...}`` and ``{"state_dict": ...}`` are looked into, a prefix that all names share (a wrapper's, or
+    Lightning's ``model.``) is taken off where the names fit only without it, and weights tied to one that is there may
+    be missing. Nothing but tensors and plain values is unpickled.
 
     Raises:
         FileNotFoundError: no such file.
@@ -347,7 +335,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         hint = "; save model.state_dict() instead of the model" if "weights_only" in str(error).lower() else ""
         raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
                          f"tensors, as .safetensors or by torch.save{hint}") from error
-    state = models._unprefixed(models._inner(state)) if isinstance(state, Mapping) else state
+    state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
     own = model.state_dict()
@@ -392,10 +380,6 @@ def _norm(objective: Objective) -> float:
 
 def _close(a: Any, b: float) -> bool:
     return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9)
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class _Line:

@@ -18,11 +18,15 @@ _ONE, _SMALL = (0.05, 0.1, 0.2, 0.4, 0.8), (0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True)
 class Method:
-    """A name, the optimizer it descends with, and the grid its radius is chosen from (empty: it has none)."""
+    """A name, the optimizer it descends with, and the grid its radius is chosen from (empty: it has none).
+
+    ``steps_by_rho``: whether every step has the length ρ in the direction's own norm, which the diagnosis checks.
+    """
 
     name: str
     base: str = "sgd"
     rhos: tuple[float, ...] = ()
+    steps_by_rho: bool = True
 
     def sharpener(self, model: nn.Module, optimizer: torch.optim.Optimizer, rho: float | None) -> Sharpener | None:
         """The preset over a model, or None for a plain optimizer."""
@@ -40,8 +44,8 @@ METHODS: Mapping[str, Method] = {m.name: m for m in (
     Method("adamw", "adamw"),
     Method("sam", rhos=_ONE),
     Method("asam", rhos=(0.5, 1.0, 2.0, 4.0)),
-    Method("esam", rhos=_ONE),
-    Method("looksam", rhos=_ONE),
+    Method("esam", rhos=_ONE, steps_by_rho=False),          # ρ over the share of the tensors that move
+    Method("looksam", rhos=_ONE, steps_by_rho=False),       # 0 in the steps between
     Method("layer_sam", rhos=(0.01, 0.02, 0.05, 0.1)),
     Method("momentum_sam", rhos=(0.1, 0.3, 1.0, 3.0)),
     Method("fisher_sam", rhos=_ONE),
@@ -53,7 +57,7 @@ METHODS: Mapping[str, Method] = {m.name: m for m in (
     Method("wsam", rhos=_SMALL),
     Method("sam_on", rhos=(0.2, 0.5, 1.0, 2.0)),
     Method("random_sam", rhos=(0.1, 0.5, 2.0, 5.0)),
-    Method("unnormalized_sam", rhos=_SMALL),
+    Method("unnormalized_sam", rhos=_SMALL, steps_by_rho=False),       # ρ‖g‖
 )}
 
 

@@ -18,7 +18,12 @@ def logits_of(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Tenso
 
 
 def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str, float]:
-    """Accuracy, mean negative log-likelihood and expected calibration error over equal-width bins (lo, hi]."""
+    """Accuracy, mean negative log-likelihood, expected calibration error over equal-width bins (lo, hi], confidence.
+
+    All are nan where an output is.
+    """
+    if bool(logits.isnan().any()):
+        return dict.fromkeys(("accuracy", "nll", "ece", "confidence"), math.nan)
     logs = logits.double().log_softmax(-1)
     confidence, predicted = logs.exp().max(-1)
     correct = (predicted == targets).double()
@@ -26,7 +31,8 @@ def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str,
     count = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, torch.ones_like(correct))
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
     nll = -logs.gather(-1, targets[:, None]).mean()
-    return {"accuracy": correct.mean().item(), "nll": nll.item(), "ece": (gap.abs().sum() / count.sum()).item()}
+    return {"accuracy": correct.mean().item(), "nll": nll.item(), "ece": (gap.abs().sum() / count.sum()).item(),
+            "confidence": confidence.mean().item()}
 
 
 def standard_errors(logits: Tensor, targets: Tensor, resamples: int = 200) -> dict[str, float]:

@@ -31,6 +31,10 @@ class Data:
                 raise ValueError(f"the {name} data has {len(x)} inputs and {len(y)} targets")
             if y.is_floating_point() or y.dim() != 1 or y.min() < 0 or y.max() >= self.classes:
                 raise ValueError(f"the {name} targets must be class numbers from 0 to {self.classes - 1}")
+            broken = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
+            if bool(broken.any()):
+                raise ValueError(f"{int(broken.sum())} of {len(x)} {name} inputs hold NaN or inf, the first of them at "
+                                 f"index {int(broken.nonzero()[0])}: leave them out, or fill them in")
 
     def fingerprint(self) -> str:
         """Differs where any value, shape or dtype does: a resumed run must go on with what it began with."""
@@ -124,30 +128,56 @@ class Recipe:
                              f"shape {tuple(loss.shape)}")
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe of the library by name, or ``module:attribute`` from the user's own code.
+    """A recipe of the library by name, or ``module:attribute`` from the user's own code: one, or a function that
+    returns one.
 
     Raises:
-        ValueError: no such name, module or attribute, or not a :class:`Recipe`.
+        ValueError: no such name, module or attribute, not a :class:`Recipe`, or the user's code raised.
     """
     from . import RECIPES
 
     if name in RECIPES:
         return RECIPES[name]
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
+    if not name.partition(":")[2]:
         raise ValueError(f"no recipe {name!r}: choose {', '.join(RECIPES)}, or module:attribute for your own")
+    value = users_own(name)
+    if not isinstance(value, Recipe):
+        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe, nor a function that returns one "
+                         f"(found {type(value).__name__})")
+    return value
+
+
+def users_own(name: str, seed: int = 0) -> Any:
+    """``module:attribute`` from the user's own code; a function is called, without arguments.
+
+    Torch is seeded before the import and before the call, so that the same weights come back when a run is resumed.
+
+    Raises:
+        ValueError: no such module or attribute, or the user's code raised.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"your own code is named module:attribute, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    torch.manual_seed(seed)
     try:
-        module = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's own code may raise anything
-        raise ValueError(f"cannot import {module_name!r} for the recipe {name!r}: {_said(error)}") from error
-    value: Any = getattr(module, attribute, None)
-    if not isinstance(value, Recipe):
-        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe (found {type(value).__name__})")
+        raise ValueError(f"cannot import {module_name!r} for {name!r}: {_said(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            raise ValueError(f"{module_name!r} has no {attribute!r}")
+        value = getattr(value, part)
+    if callable(value) and not isinstance(value, nn.Module):
+        torch.manual_seed(seed)
+        try:
+            value = value()
+        except Exception as error:
+            raise ValueError(f"{name}() raised {_said(error)}") from error
     return value

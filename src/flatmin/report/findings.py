@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .reading import Gap, Reading, Stat, gap, numbers, plus_minus, section
+from .reading import Gap, Reading, Stat, gap, in_range, numbers, plus_minus, section
 
 LOSSES = {  # what should be small: the metric and its name
     "nll": "Negative log-likelihood",
@@ -31,7 +31,7 @@ def headline(record: Mapping[str, Any]) -> str:
     r = Reading(record)
     ranked = _ranked(r)
     if not ranked:
-        return "No result yet"
+        return "No method has learnt" if any(r.stat(m, "accuracy").known for m in r.methods) else "No result yet"
     best, base = ranked[0], r.baseline
     if len(ranked) == 1:
         return f"{r.label(best)} reaches {percent(r.stat(best, 'accuracy'))} {r.test_name}"
@@ -54,12 +54,13 @@ def verdict(record: Mapping[str, Any]) -> str:
     r = Reading(record)
     ranked = _ranked(r)
     if not ranked:
-        return "No run has finished with a test accuracy, so there is nothing to compare yet."
+        return "No method has learnt: none is above chance." if any(r.stat(m, "accuracy").known for m in r.methods) \
+            else "No run has finished with a test accuracy, so there is nothing to compare yet."
     best = ranked[0]
     stat = r.stat(best, "accuracy")
     first = f"{r.label(best)} has the highest {r.test_name}: {percent(stat)}"
     if len(ranked) == 1:
-        return f"{first}. It is the only method with a result, so nothing is compared."
+        return f"{first}. It is the only method with a result that can be compared."
     other = r.baseline if r.baseline in ranked and best != r.baseline else ranked[1]
     step = gap(stat, r.stat(other, "accuracy"))
     text = f"{first}, {_points(step)} above {r.label(other)} ({percent(r.stat(other, 'accuracy'))}); {_against(step)}."
@@ -72,8 +73,8 @@ def verdict(record: Mapping[str, Any]) -> str:
 def worse(record: Mapping[str, Any]) -> list[str]:
     """Everything measured that got worse than with the baseline, also where it is within the spread."""
     r = Reading(record)
-    base, others = r.baseline, [m for m in r.methods if m != r.baseline]
-    out = []
+    base, out = r.baseline, _not_learnt(r)
+    others = [m for m in r.methods if m != base and r.learnt(m)] if r.learnt(base) else []
     lower = [m for m in others if r.stat(m, "accuracy").mean < r.stat(base, "accuracy").mean]
     if lower:
         out.append(_listing(r, f"{r.test_name.capitalize()} is lower", "accuracy", lower))
@@ -96,6 +97,16 @@ def worse(record: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def _not_learnt(r: Reading) -> list[str]:
+    idle = [m for m in r.methods if r.stat(m, "accuracy").known and not r.learnt(m)]
+    if not idle:
+        return []
+    verb, they = ("has", "It is") if len(idle) == 1 else ("have", "They are")
+    values = joined([f"{r.label(m)} {percent(r.stat(m, 'accuracy'))}" for m in idle])
+    return [f"{_names(r, idle)} {verb} not learnt: {values} is not above chance, {100 * r.chance:.1f} %. {they} not "
+            f"compared with the others."]
+
+
 def seen(record: Mapping[str, Any]) -> list[str]:
     """Flatness, how well it goes with accuracy, and what training longer did."""
     r = Reading(record)
@@ -106,28 +117,33 @@ def _flatter(r: Reading) -> list[str]:
     out = []
     for metric, name in (("sharpness", "one-step sharpness"), ("eigenvalue", "the largest Hessian eigenvalue")):
         base = r.stat(r.baseline, metric)
-        lower = [m for m in r.methods if r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
+        lower = [m for m in r.methods if r.competes(m, metric) and r.learnt(r.baseline)
+                 and r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
         if lower:
             out.append(_listing(r, f"Flatter: {name} is lower", metric, lower))
     return out
 
 
 def _parts(r: Reading) -> list[str]:
-    shares = [(abs(r.stat(m, "first_order").mean) / r.stat(m, "sharpness").mean, m) for m in r.methods
-              if r.stat(m, "first_order").known and r.stat(m, "sharpness").mean > 0]
+    able = [m for m in r.methods if r.competes(m, "sharpness") and r.stat(m, "first_order").known]
+    beyond = [m for m in able if not in_range(*r.parts(m))]
+    out = [f"For {_names(r, beyond)}, a step of ρ = {r.probe():g} is beyond the range of slope and curvature at the "
+           f"point: they leave more than a quarter of one-step sharpness unexplained."] if beyond else []
+    shares = [(abs(r.stat(m, "first_order").mean) / r.stat(m, "sharpness").mean, m) for m in able
+              if m not in beyond and r.stat(m, "sharpness").mean > 0]
     most = [m for share, m in shares if share > 0.5]
     if not most:
-        return []
+        return out
     whose = "every method" if len(most) == len(r.methods) > 1 else _names(r, most)
     low, high = min(s for s, m in shares if m in most), max(s for s, m in shares if m in most)
     part = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
-    return [f"For {whose}, {part.replace('%', ' %')} of one-step sharpness is its first-order part ρ‖g‖: it tells how "
-            f"far training is from a stationary point more than how curved the loss is."]
+    return [*out, f"For {whose}, {part.replace('%', ' %')} of one-step sharpness is its first-order part ρ‖g‖: it "
+            f"tells how far training is from a stationary point more than how curved the loss is."]
 
 
 def _rankings(r: Reading) -> list[str]:
     clashes = []
-    for a, b in combinations(r.methods, 2):
+    for a, b in combinations([m for m in r.methods if r.learnt(m)], 2):
         s, h = (gap(r.stat(a, m), r.stat(b, m)) for m in ("sharpness", "eigenvalue"))
         if s.difference * h.difference < 0:
             clashes.append((s.decided and h.decided, (a, b) if s.difference < 0 else (b, a)))
@@ -147,7 +163,7 @@ def _rankings(r: Reading) -> list[str]:
 def _peaks(r: Reading) -> list[str]:
     """Methods whose test accuracy fell clearly from its best epoch, which is read off the test set and never used."""
     fell = []
-    for m in r.methods:
+    for m in filter(r.learnt, r.methods):
         curves = [numbers(section(x, "history").get("test_accuracy")) for x in r.runs(m)]
         drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
         if drops and sum(drops) / len(drops) > 0.02:
@@ -161,7 +177,7 @@ def percent(stat: Stat) -> str:
 
 
 def _ranked(r: Reading) -> list[str]:
-    return sorted((m for m in r.methods if r.stat(m, "accuracy").known), key=lambda m: -r.stat(m, "accuracy").mean)
+    return sorted((m for m in r.methods if r.competes(m, "accuracy")), key=lambda m: -r.stat(m, "accuracy").mean)
 
 
 def _tied(r: Reading, ranked: Sequence[str]) -> list[str]:

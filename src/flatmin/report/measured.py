@@ -6,28 +6,30 @@ import math
 import textwrap
 from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import versus
 from .figures import RULE, color, draw
 from .page import _count, _flat, _list, _text
-from .reading import number, numbers, section, significant
+from .reading import in_range, number, numbers, section, significant
 from .style import sheet
 from .turning import policy, turnable
 from .versus import printable as _printable
 
 NAMES = {"one_step": "one-step sharpness", "spectrum": "largest eigenvalues", "trace": "trace", "density": "density",
          "worst_case": "worst case", "adaptive_worst_case": "adaptive worst case",
-         "critical_sharpness": "critical sharpness", "average_case": "average case", "m_sharpness": "m-sharpness",
+         "critical_sharpness": "critical sharpness", "average_case": "average case",
+         "largest_random": "largest random rise", "m_sharpness": "m-sharpness",
          "normalized_flatness": "normalized flatness", "agreement": "agreement", "line": "line", "surface": "surface"}
 LARGEST, AT_ZERO = "largest eigenvalue", "share of eigenvalues next to 0"
 FIRST = ("one-step", LARGEST, "trace", AT_ZERO, "worst case")                # what stands beside the headline
 PARTS = (("first_order", "slope, ρ‖g‖"), ("second_order", "curvature, ½ρ²ĝᵀHĝ"), ("remainder", "remainder"))
-OTHERS = ("worst_case", "adaptive_worst_case", "average_case", "m_sharpness", "normalized_flatness",
+OTHERS = ("worst_case", "adaptive_worst_case", "average_case", "largest_random", "m_sharpness", "normalized_flatness",
           "critical_sharpness")
 CARE = (
-    "Every number is of this model on these data and this loss; another sample of data gives another number. The "
-    "errors are those of the computation on the data given, not of the data.",
+    "Every number is of this model on these data and this loss. The error of the computation is for the data given; "
+    "the standard error over batches says how far another sample of data would move the number. Where it is missing, "
+    "there are too few batches to tell, or the measure does not have it yet.",
     "Plain sharpness and Hessian eigenvalues change when a network is rescaled without changing what it computes: "
     "compare them between models of one architecture that are trained alike.",
     "One-step sharpness mixes slope and curvature; its first-order part vanishes only at a stationary point.",
@@ -42,6 +44,28 @@ padding-left:0;max-width:none}.small td,.small td span{white-space:normal}
 .ok{color:var(--c3)}.no{color:var(--warn);font-weight:600}dl.one{columns:1;margin-top:6px}
 .ranks.measures li{grid-template-columns:1fr auto}.ranks.measures div{text-align:right}
 """
+
+
+class Pair(NamedTuple):
+    """An eigenvalue, its residual, whether it converged, and its standard error over batches."""
+
+    value: float
+    residual: float
+    converged: bool | None
+    data: float
+
+
+class Row(NamedTuple):
+    """A measured number as text: what it is, its two errors ("" where there is none), and how it was found."""
+
+    what: str
+    value: str
+    computation: str = ""
+    data: str = ""
+    how: str = ""
+
+
+HEADS = "", "value", "error of the computation", "standard error over batches"
 
 
 class Measured:
@@ -67,16 +91,18 @@ class Measured:
     def rho(self) -> float:
         return number(section(self.result("one_step"), "settings").get("rho", self.settings.get("rho")))
 
-    def pairs(self) -> list[tuple[float, float, bool | None]]:
-        """Eigenvalues with their residuals and whether they converged, the largest first."""
+    def pairs(self) -> list[Pair]:
+        """The eigenvalues with their errors, the largest first."""
         r = self.result("spectrum")
-        values, errors = numbers(r.get("eigenvalues")), numbers(r.get("residuals"))
+        values, errors, data = (numbers(r.get(k)) for k in ("eigenvalues", "residuals", "data_stderr"))
         done = r.get("converged")
         done = list(done) if isinstance(done, list) else []
         n = len(values)
-        errors, done = (errors + [math.nan] * n)[:n], (done + [None] * n)[:n]
-        return sorted(((v, e, d if isinstance(d, bool) else None) for v, e, d in
-                       zip(values, errors, done, strict=True)), key=lambda t: -t[0] if t[0] == t[0] else math.inf)
+        errors, data = ((column + [math.nan] * n)[:n] for column in (errors, data))
+        done = (done + [None] * n)[:n]
+        found = [Pair(v, e, d if isinstance(d, bool) else None, s)
+                 for v, e, d, s in zip(values, errors, done, data, strict=True)]
+        return sorted(found, key=lambda p: -p.value if p.value == p.value else math.inf)
 
     def parts(self) -> list[tuple[str, str, float]]:
         r = self.result("one_step")
@@ -84,6 +110,12 @@ class Measured:
         if not math.isfinite(found["remainder"]):
             found["remainder"] = self.get("one_step") - found["first_order"] - found["second_order"]
         return [(key, label, found[key]) for key, label in PARTS if math.isfinite(found[key])]
+
+    def in_range(self) -> bool:
+        """Whether slope and curvature say how the loss rises over the step; the record's own word where it has one."""
+        said = self.result("one_step").get("expansion_holds")
+        parts = [v for _, _, v in self.parts()]
+        return said if isinstance(said, bool) else len(parts) < 3 or in_range(*parts)
 
     def warnings(self) -> list[tuple[str, str, list[str]]]:
         """(kind, text, the measures that gave it), each once."""
@@ -109,16 +141,21 @@ def sentence(m: Measured) -> str:
         if isinstance(named, list) and "RoundingWarning" in named:
             moved += ", which is within rounding: take a larger ρ"
         elif top is not None and total > 0 and len(parts) == 3:
-            share = f"{100 * abs(top[2]) / total:.0f} %"
-            moved += {"first_order": f", mostly by the slope ({share}): the gradient leads, so this is not yet the "
-                                     "sharpness of a minimum",
-                      "second_order": f", mostly by curvature ({share})",
-                      "remainder": f", mostly beyond second order ({share}): slope and curvature at the point do not "
-                                   "say how the loss rises over such a step"}[top[0]]
+            shares = {key: f"{100 * abs(v) / total:.0f} %" for key, _, v in parts}
+            if not m.in_range():
+                moved += (f". Such a step is beyond the range of slope and curvature at the point, which leave "
+                          f"{significant(parts[2][2])} unexplained ({shares['remainder']} of all parts): a smaller ρ "
+                          "would tell them apart")
+            elif abs(top[2]) <= total / 2:
+                moved += f", by the slope ({shares['first_order']}) and curvature ({shares['second_order']})"
+            else:
+                moved += {"first_order": f", mostly by the slope ({shares['first_order']}): the gradient leads, so "
+                                         "this is not yet the sharpness of a minimum",
+                          "second_order": f", mostly by curvature ({shares['second_order']})"}[top[0]]
         out.append(moved + ".")
     pairs = m.pairs()
     if pairs:
-        top, error, done = pairs[0]
+        top, error, done, _ = pairs[0]
         sure = f"is {significant(top)}" + (f" within {significant(error, 2)}" if error > 0 else "") if done else \
             f"was not found to the tolerance asked for (so far {significant(top)}, residual {significant(error, 2)})"
         out.append(f"The largest Hessian eigenvalue {sure}" + (
@@ -137,41 +174,43 @@ def headline(m: Measured) -> str:
     value, pairs = m.get("one_step"), m.pairs()
     if math.isfinite(value) and pairs:
         return (f"Loss {'+' if value >= 0 else '−'}{significant(abs(value))} one step uphill, "
-                f"largest curvature {significant(pairs[0][0])}")
+                f"largest curvature {significant(pairs[0].value)}")
     if pairs:
-        return f"The largest Hessian eigenvalue is {significant(pairs[0][0])}"
+        return f"The largest Hessian eigenvalue is {significant(pairs[0].value)}"
     if math.isfinite(value):
         return f"Loss {'+' if value >= 0 else '−'}{significant(abs(value))} one step uphill"
     return f"What was measured of {m.name}"
 
 
-def rows(m: Measured) -> list[tuple[str, str, str, str]]:
-    """(what, value, error, how) of every scalar, for the terminal and for the page."""
-    out: list[tuple[str, str, str, str]] = []
+def rows(m: Measured) -> list[Row]:
+    """Every scalar, for the terminal and for the page."""
+    out: list[Row] = []
     at = f"ρ = {m.rho:g}"
     if m.result("one_step"):
         how = " ".join(f"{'+' if v >= 0 else '−'} {significant(abs(v))} {label.split(',')[0]}" for _, label, v in
                        m.parts())
-        how = how.removeprefix("+ ")
-        out.append((f"one-step sharpness, {at}", significant(m.get("one_step")), "", f"= {how}" if how else ""))
-    for i, (value, error, done) in enumerate(m.pairs(), 1):
+        how = how.removeprefix("+ ") + ("" if m.in_range() else "; beyond the range of both")
+        out.append(Row(f"one-step sharpness, {at}", significant(m.get("one_step")), "",
+                       _error(m.get("one_step", "data_stderr")), f"= {how}" if m.parts() else ""))
+    for i, (value, error, done, data) in enumerate(m.pairs(), 1):
         mark = {True: "converged", False: "NOT CONVERGED", None: ""}[done]
-        out.append((f"eigenvalue {i}" if i > 1 else LARGEST, significant(value, 5), significant(error, 2),
-                    f"residual; {mark}"))
+        name = f"eigenvalue {i}" if i > 1 else LARGEST
+        out.append(Row(name, significant(value, 5), _error(error), _error(data), mark))
     for name in ("trace", *OTHERS):
         if m.result(name):
-            out.append((_title(name, m), significant(m.get(name)), _error(m.get(name, "stderr")), _how(name, m)))
+            error = "" if name == "largest_random" else _error(m.get(name, "stderr"))       # of its mean, not its max
+            out.append(Row(_title(name, m), significant(m.get(name)), error, _error(m.get(name, "data_stderr")),
+                           _how(name, m)))
     zero = section(m.result("density"), "mass_at_zero")
     if zero:
         nodes = m.result("density").get("nodes")
         r = [v for row in nodes for v in numbers(row) if math.isfinite(v)] if isinstance(nodes, list) else []
-        out.append((AT_ZERO, significant(number(zero.get("value"))),
-                    _error(number(zero.get("stderr"))),
-                    f"nodes from {significant(min(r))} to {significant(max(r))}" if r else ""))
+        out.append(Row(AT_ZERO, significant(number(zero.get("value"))), _error(number(zero.get("stderr"))), "",
+                       f"nodes from {significant(min(r))} to {significant(max(r))}" if r else ""))
     if m.result("agreement"):
         order = m.get("agreement")
-        out.append(("agreement, order of remainder", significant(order) if math.isfinite(order) else "–", "",
-                    _how("agreement", m)))
+        out.append(Row("agreement, order of remainder", significant(order) if math.isfinite(order) else "–",
+                       how=_how("agreement", m)))
     return out
 
 
@@ -185,7 +224,7 @@ def _title(name: str, m: Measured) -> str:
     return {"trace": "trace of the Hessian", "average_case": f"average case, σ = {at:.3g} a weight",
             "m_sharpness": f"m-sharpness, m = {size:g}, ρ = {at:g}", "worst_case": f"worst case, ρ = {at:g}",
             "adaptive_worst_case": f"adaptive worst case, ρ = {at:g}",
-            "critical_sharpness": "critical sharpness, 2/η_c",
+            "critical_sharpness": "critical sharpness, 2/η_c", "largest_random": f"largest random rise, ρ = {at:g}",
             "normalized_flatness": "normalized flatness, Σ w²H"}[name]
 
 
@@ -198,6 +237,9 @@ def _how(name: str, m: Measured) -> str:
         return f"the loss falls along −g up to η_c = {significant(number(r.get('critical_rate')))}"
     if name in ("worst_case", "adaptive_worst_case"):
         return f"a lower bound, {number(r.get('evaluations')):.0f} evaluations"
+    if name == "largest_random":
+        count = _count(len(numbers(r.get("draws"))), "random direction")
+        return f"of {count}, mean {significant(number(r.get('mean')))}"
     if name == "average_case":
         return f"{number(r.get('evaluations')):.0f} evaluations"
     if name == "m_sharpness":
@@ -214,10 +256,14 @@ def _how(name: str, m: Measured) -> str:
 def summary(record: Mapping[str, Any]) -> str:
     """What was measured, as aligned plain text."""
     m = Measured(record)
-    table = [(what, value + (f" ± {error}" if error else ""), how) for what, value, error, how in rows(m)]
-    widths = [max((len(row[i]) for row in table), default=0) for i in range(2)]
-    lines = [f"{m.name} · {_size(m)}", "─" * max(40, sum(widths) + 4)]
-    lines += [f"{what:<{widths[0]}}  {value:<{widths[1]}}  {how}".rstrip() for what, value, how in table]
+    table = [Row("", "value", "computation", "data"), *rows(m)]
+    shown = [i for i in range(4) if i < 2 or any(row[i] for row in table[1:])]
+    widths = {i: max(len(row[i]) for row in table) for i in shown}
+    lines = [f"{m.name} · {_size(m)}", "─" * max(40, sum(widths.values()) + 2 * len(widths))]
+    lines += [f"{'  '.join(f'{row[i]:<{widths[i]}}' for i in shown)}  {row.how}".rstrip() for row in table]
+    named = [text for i, text in ((2, "computation: the residual of an eigenvalue, else the standard error over random "
+                                      "draws"), (3, "data: the standard error over batches")) if i in shown]
+    lines += textwrap.wrap("; ".join(named), 100)
     pictures = [NAMES[name] for name in ("density", "line", "surface") if m.result(name)]
     lines += versus.summary(m.result("comparison"))
     lines += [f"pictures in the report: {', '.join(pictures)}"] if pictures else []
@@ -263,12 +309,18 @@ def _hero(m: Measured) -> str:
     about += (f"; {kind}" if kind else "") + (f", weights from {_printable(str(file))}" if file else "")
     about += f"; evaluated in mode “{_printable(str(m.data['mode']))}”" if m.data.get("mode") else ""
     items = "".join(f'<li><span class="name">{_text(what)}</span><div><b>{escape(value)}</b>'
-                    f"{f' <span>± {escape(error)}</span>' if error else ''}</div></li>"
-                    for what, value, error, _ in rows(m) if what.startswith(FIRST))
+                    f"{_beside(error, data)}</div></li>"
+                    for what, value, error, data, _ in rows(m) if what.startswith(FIRST))
     aside = f'<div><ul class="ranks measures">{items}</ul></div>' if items else ""
     return (f'<header>{banner}<p class="over">flatmin measure · {escape(m.name)}</p><h1>{_text(headline(m))}</h1>'
             f'<div class="hero"><div><p class="lede">{_text(sentence(m))}</p><p class="quiet">{_text(about)}.</p></div>'
             f"{aside}</div></header>")
+
+
+def _beside(computation: str, data: str) -> str:
+    """Both errors of a number, named."""
+    named = [f"{name} {value}" for name, value in (("computation", computation), ("data", data)) if value]
+    return f"<br><span>error: {escape(', '.join(named))}</span>" if named else ""
 
 
 def _warned(m: Measured) -> str:
@@ -310,17 +362,20 @@ def _spectrum(m: Measured) -> str:
         return ""
     blocks = []
     if pairs:
+        has_data = any(math.isfinite(p.data) for p in pairs)
         body = "".join(f"<tr><td>{i}</td><td><b>{escape(significant(v, 6))}</b></td>"
-                       f"<td>{escape(significant(e, 2))}</td><td>{_mark(done)}</td></tr>"
-                       for i, (v, e, done) in enumerate(pairs[:200], 1))
+                       f"<td>{escape(significant(e, 2))}</td>{f'<td>{escape(_error(s))}</td>' * has_data}"
+                       f"<td>{_mark(done)}</td></tr>" for i, (v, e, done, s) in enumerate(pairs[:200], 1))
         complete = "A search for missing ones found none, at 99 % confidence." if r.get("complete") is True else \
             "The search for missing ones ran out of its budget." if r.get("complete") is False else ""
         certified = "Residuals ‖Av − λv‖ are from fresh products" if r.get("certified") else \
             "Residuals are estimated by the recurrence"
-        note = f"{certified}; the Hessian has an eigenvalue within each. {complete} " \
+        of_data = " The standard error is over batches of the data." if has_data else ""
+        note = f"{certified}; the Hessian has an eigenvalue within each. {complete}{of_data} " \
                f"{number(r.get('matvecs')):.0f} products."
         blocks.append(f'<div><h3>Largest eigenvalues</h3><table class="small"><thead><tr><th></th><th>λ</th>'
-                      f"<th>residual</th><th></th></tr></thead><tbody>{body}</tbody></table>"
+                      f"<th>residual</th>{'<th>standard error</th>' * has_data}<th></th></tr></thead>"
+                      f"<tbody>{body}</tbody></table>"
                       f'<p class="quiet">{_text(note)}</p></div>')
         if len(pairs) > 1:
             blocks.insert(0, f"<figure><h3>λ, with residuals</h3><figcaption>a bar as long as the residual on each "
@@ -329,20 +384,23 @@ def _spectrum(m: Measured) -> str:
     if trace:
         low, high = (numbers(trace.get("interval")) + [math.nan] * 2)[:2]
         size = number(m.model.get("parameters"))
-        facts = [("mean eigenvalue, trace / d", significant(m.get("trace") / size) if size > 0 else "nan"),
+        facts = [("standard error over random probes", _error(m.get("trace", "stderr"))),
+                 ("standard error over batches", _error(m.get("trace", "data_stderr"))),
+                 ("mean eigenvalue, trace / d", significant(m.get("trace") / size) if size > 0 else "nan"),
                  (f"interval, {100 * number(trace.get('confidence')):.0f} %",
                   f"{significant(low)} to {significant(high)}"),
                  ("products", f"{number(trace.get('matvecs')):.0f}"),
                  ("relative error asked for", str(section(trace, "settings").get("rtol", "")))]
         done = "" if trace.get("converged") else '<p class="no">The error asked for was not reached.</p>'
-        blocks.append(f'<div><h3>Trace</h3><p class="big">{escape(significant(m.get("trace"), 4))} <span>± '
-                      f"{escape(significant(m.get('trace', 'stderr'), 2))}</span></p>{done}{_dl(facts)}</div>")
+        facts = [(k, v) for k, v in facts if v]
+        value = escape(significant(m.get("trace"), 4))
+        blocks.append(f'<div><h3>Trace</h3><p class="big">{value}</p>{done}{_dl(facts)}</div>')
     return _section("Curvature", "Of the Hessian of the mean loss over all the data.",
                     f'<div class="two">{"".join(blocks)}</div>')
 
 
-def _ladder(pairs: list[tuple[float, float, bool | None]]) -> str:
-    finite = [(i, *p) for i, p in enumerate(pairs, 1) if math.isfinite(p[0])]
+def _ladder(pairs: list[Pair]) -> str:
+    finite = [(i, p.value, p.residual, p.converged) for i, p in enumerate(pairs, 1) if math.isfinite(p.value)]
 
     def paint(axes: Any) -> None:
         for i, v, e, done in finite:
@@ -398,7 +456,7 @@ def _density(m: Measured) -> str:
              ("probes", str(section(r, "settings").get("probes", ""))),
              ("products", f"{number(r.get('matvecs')):.0f}")]
     return _section("Spectral density", "All eigenvalues at once, smoothed; a logarithmic scale, on which single "
-                    "outliers show. The band is two standard errors over random probes.",
+                    "outliers show. The band is two standard errors over random probes; ± is one.",
                     f'<div class="two"><figure>{draw(paint, "spectral density", size=(6.2, 3.6))}</figure>'
                     f"{_dl(facts)}</div>")
 
@@ -411,15 +469,17 @@ def _pm(scalar: Mapping[str, Any]) -> str:
 def _others(m: Measured) -> str:
     if not any(m.result(name) for name in (*OTHERS, "agreement")):
         return ""
-    found = {what: (value, error, how) for what, value, error, how in rows(m)}
-    body, told = "", str(m.result("agreement").get("sentence", ""))
-    for what, (value, error, how) in found.items():
-        if what.startswith(("worst", "adaptive", "average", "m-", "normalized", "critical", "agreement")):
-            body += (f"<tr><th>{_text(what)}</th><td><b>{escape(value)}</b>"
-                     f"{f' <span>± {escape(error)}</span>' if error else ''}</td><td>{_text(how)}</td></tr>")
+    shown = [row for row in rows(m) if row.what.startswith(("worst", "adaptive", "average", "largest random", "m-",
+                                                            "normalized", "critical", "agreement"))]
+    kept = [i for i in (2, 3) if any(row[i] for row in shown)]
+    head = "".join(f"<th>{h}</th>" for h in ("", "value", *(HEADS[i] for i in kept), ""))
+    told = str(m.result("agreement").get("sentence", ""))
+    body = "".join(f"<tr><th>{_text(row.what)}</th><td><b>{escape(row.value)}</b></td>"
+                   f"{''.join(f'<td>{escape(row[i])}</td>' for i in kept)}<td>{_text(row.how)}</td></tr>"
+                   for row in shown)
     return _section("Other measures", "The average case moves every weight by a normal draw, so that the length of a "
-                    "move is ρ in the mean square.", f'<div class="scroll"><table class="small"><tbody>{body}</tbody>'
-                    f'</table></div><p>{_text(_printable(told))}</p>')
+                    "move is ρ in the mean square.", f'<div class="scroll"><table class="small"><thead><tr>{head}</tr>'
+                    f'</thead><tbody>{body}</tbody></table></div><p>{_text(_printable(told))}</p>')
 
 
 def _line(m: Measured) -> str:

@@ -207,26 +207,27 @@ def _chosen(part: Mapping[str, Any]) -> str:
 
 
 def _diagnosis(r: Reading) -> str:
-    """What each run's own record shows to be wrong, with the numbers it rests on; one entry a method and fault."""
-    seen_faults: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    looked = False
-    for run in r.all_runs:
-        looked = looked or "findings" in run
-        for fault in run.get("findings") or ():
-            if isinstance(fault, Mapping):
-                seen_faults.setdefault((str(run.get("method")), str(fault.get("name"))), []).append(fault)
+    """What the runs of each method show to be wrong, with the numbers it rests on, and the radius to try next."""
+    items, looked = [], [m for m in r.methods if section(r.record, "diagnosis", m)]
+    for m in looked:
+        part = section(r.record, "diagnosis", m)
+        found = part.get("findings")
+        for fault in found if isinstance(found, list) else []:
+            evidence = ", ".join(f"{k} {number(v):.3g}" for k, v in section(fault, "evidence").items())
+            advice = f"{section(fault).get('cause')}; {section(fault).get('solution')}."
+            items.append(f"<li><b>{escape(r.label(m))}: {escape(str(section(fault).get('symptom')))}</b> in "
+                         f"{number(section(fault).get('runs')):.0f} of {number(part.get('runs')):.0f} runs "
+                         f"({escape(evidence)}). {escape(advice[0].upper() + advice[1:])}</li>")
+        now, tried = number(part.get("rho")), number(part.get("next_rho"))
+        if math.isfinite(tried) and tried != now:
+            items.append(f"<li><b>{escape(r.label(m))}: try ρ = {tried:g} next</b>, after {now:g}.</li>")
     if not looked:
         return ""
-    items = []
-    for (method, name), faults in seen_faults.items():
-        first = faults[0]
-        evidence = first.get("evidence")
-        shown = ", ".join(f"{k} {number(v):.3g}" for k, v in evidence.items()) if isinstance(evidence, Mapping) else ""
-        advice = f"{first.get('cause')}; {first.get('solution')}."
-        items.append(f"<li><b>{escape(r.label(method))}: {escape(name)}</b> in {_count(len(faults), 'run')} "
-                     f"({escape(shown)}). {escape(advice[0].upper() + advice[1:])}</li>")
     body = f"<ul>{''.join(items)}</ul>" if items else "<p>No run shows any of the faults that are looked for.</p>"
-    return f"<section><h2>Diagnosis</h2><p>Read from each run's steps, one an epoch.</p>{body}</section>"
+    return (f"<section><h2>Diagnosis</h2><p>Read from some hundreds of steps of each run, and of one more run for each "
+            f"method that left a fifth of the training data out, to be evaluated on it. The test data were not used. "
+            f"The functional share of sharpness is not recorded: whether sharpness falls because predictions become "
+            f"one-hot is judged by confidence and calibration.</p>{body}</section>")
 
 
 def _fine_print(r: Reading) -> str:

@@ -53,6 +53,15 @@ def gap(a: Stat, b: Stat) -> Gap:
     return Gap(a.mean - b.mean, math.hypot(a.sd, b.sd))
 
 
+def in_range(first: float, second: float, remainder: float) -> bool:
+    """Whether slope and curvature at a point say how the loss rises over a step: they leave a quarter of it or less.
+
+    >>> in_range(0.2, 0.1, 0.01), in_range(0.2, 0.1, -0.3)
+    (True, False)
+    """
+    return not abs(remainder) > 0.25 * (abs(first) + abs(second) + abs(remainder))
+
+
 def number(value: Any) -> float:
     """A float, whatever the record holds: "inf" and "nan" are read, everything else that is no number is nan."""
     try:
@@ -147,11 +156,37 @@ class Reading:
         spread = statistics.stdev(values) if finite and len(values) > 1 else math.nan
         return Stat(sum(values) / len(values), spread, len(values))
 
+    def learnt(self, method: str) -> bool:
+        """Whether the mean test accuracy is above chance by two standard errors; True where this cannot be told.
+
+        Chance is the share of the most frequent class; a method that is no better has learnt nothing, and how flat or
+        well calibrated it is says nothing.
+        """
+        accuracy, n = self.stat(method, "accuracy"), number(self.data.get("test"))
+        chance = self.chance
+        if not (accuracy.known and math.isfinite(chance) and n > 0):
+            return not any(map(math.isnan, self.seeds(method, "accuracy")))
+        return accuracy.mean > chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+    @property
+    def chance(self) -> float:
+        classes = number(self.data.get("classes"))
+        return number(self.data.get("chance", 1 / classes if classes > 0 else math.nan))
+
+    def competes(self, method: str, metric: str) -> bool:
+        """Whether a method has a value that can be compared with others'."""
+        return self.stat(method, metric).known and self.learnt(method)
+
     def timing(self, method: str) -> tuple[float, float]:
         """Seconds a step, and its ratio to the baseline's (the record's may be relative to another method)."""
         given = section(self.record, "timing", method)
         unit = number(section(self.record, "timing", self.baseline).get("ratio", 1.0))
         return number(given.get("seconds")), number(given.get("ratio")) / unit if unit > 0 else math.nan
+
+    def parts(self, method: str) -> tuple[float, float, float]:
+        """Means of the first- and second-order part of one-step sharpness, and of what they leave unexplained."""
+        value, first, second = (self.stat(method, m).mean for m in ("sharpness", "first_order", "second_order"))
+        return first, second, value - first - second
 
     def probe(self) -> float:
         """The ρ with which one-step sharpness was measured."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from .reading import Reading, gap, number, numbers, plus_minus, section, significant
+from .reading import Reading, gap, in_range, number, numbers, plus_minus, section, significant
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def table(record: Mapping[str, Any]) -> str:
     """Mean ± standard deviation over seeds, one method a line, as plain text.
 
     A residual stands behind its eigenvalue in parentheses; "1st + 2nd" are the means of the parts of one-step
-    sharpness; "× SGD" is the time a step costs in units of SGD's.
+    sharpness, followed by the rest where that is more than a quarter; "× SGD" is the time of a step in units of SGD's.
     """
     r = Reading(record)
     head = ["", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step", f"× {r.label(r.baseline)}"]
@@ -89,7 +89,10 @@ def _parts(r: Reading, method: str) -> str:
         return "–"
     size = max(abs(p.mean) for p in parts)
     decimals = max(0, 2 - math.floor(math.log10(size))) if 1e-4 <= size < 1e5 else 0
-    return " + ".join(f"{p.mean:.{decimals}f}" if decimals else f"{p.mean:.1e}" for p in parts)
+    shown = r.parts(method)
+    shown = shown[:2] if in_range(*shown) else shown
+    text = " + ".join(f"{v:.{decimals}f}" if decimals else f"{v:.1e}" for v in shown)
+    return text.replace("+ -", "− ")
 
 
 def _power(value: float) -> str:
@@ -114,10 +117,25 @@ def _quartiles(r: Reading, method: str) -> str:
 def _note(r: Reading) -> list[str]:
     counts = {r.stat(m, "accuracy").n for m in r.methods} - {0}
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts) if counts else "no"
-    spread = "mean ± sd over" if counts and max(counts) > 1 else "no spread:"
+    spread = "± is the standard deviation over" if counts and max(counts) > 1 else "no spread:"
     probe = f", one-step sharpness at ρ = {r.probe():g}" if math.isfinite(r.probe()) else ""
     residual = ", eigenvalue (residual)" if any(r.stat(m, "residual").known for m in r.methods) else ""
-    return [f"{spread} {seeds} seed{'' if seeds == '1' else 's'}{probe}{residual}"]
+    beyond = any(r.stat(m, "second_order").known and not in_range(*r.parts(m)) for m in r.methods)
+    rest = ", a third part is what slope and curvature leave unexplained" if beyond else ""
+    idle = [r.label(m) for m in r.methods if r.stat(m, "accuracy").known and not r.learnt(m)]
+    chance = [f"not above chance ({100 * r.chance:.1f} %), so not compared: {', '.join(idle)}"] if idle else []
+    return [f"{spread} {seeds} seed{'' if seeds == '1' else 's'}{probe}{residual}{rest}", *chance, *_next_radii(r)]
+
+
+def _next_radii(r: Reading) -> list[str]:
+    """The radius to try next, where the diagnosis of a method asks for another one."""
+    out = []
+    for m in r.methods:
+        part = section(r.record, "diagnosis", m)
+        now, tried = number(part.get("rho")), number(part.get("next_rho"))
+        if math.isfinite(tried) and tried != now:
+            out.append(f"{r.label(m)}: {part.get('next_rho_because')} at ρ = {now:g}; try {tried:g} next")
+    return out
 
 
 def _width(text: str) -> int:
@@ -130,13 +148,13 @@ def _pad(text: str, width: int, left: bool = False) -> str:
 
 
 def _strong(r: Reading, column: Column) -> set[str]:
-    known = [m for m in r.methods if r.stat(m, column.metric).known]
+    known = [m for m in r.methods if r.competes(m, column.metric)]
     if len(known) < 2:
         return set()
     best = (max if column.up else min)(known, key=lambda m: r.stat(m, column.metric).mean)
     top = r.stat(best, column.metric)
     tied = {m for m in known if not gap(top, r.stat(m, column.metric)).decided}
-    return tied if len(tied) < len(known) else set()
+    return tied if len(tied) < len(known) or len(known) < len(r.methods) else set()
 
 
 def _note_on(r: Reading, column: Column) -> str:

@@ -2,14 +2,15 @@
 
 The table is that of the guide in seed 003, put right in one place: good training and poor validation accuracy is
 overfitting, not underfitting, and underfitting asks for a smaller radius, not a larger one. Thresholds are this
-library's conventions; each finding shows the numbers it rests on.
+library's conventions, made for records of some hundreds of steps; each finding shows the numbers it rests on. Findings
+that would ask for a larger and for a smaller radius at once do not occur together: see ``consistent``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..results import plain
@@ -25,12 +26,13 @@ TABLE = {  # name: symptom, cause, solution
                  "halve rho (0.01 to 0.02 is the floor), warm it up, or lower the learning rate"),
     "no improvement": ("no better than the base optimizer", "rho is too small to matter",
                        "double rho (0.1 to 0.2), as long as training stays stable"),
-    "no improvement at this radius": ("no better than the base optimizer", "rho acts, but flatness is not what limits "
-                                      "this run", "choose rho on validation data, or try another direction or rule"),
+    "no improvement at this radius": ("no better than the base optimizer", "another radius is needed, or flatness is "
+                                      "not what limits this run", "choose rho on held-out data, or try another "
+                                      "direction or rule"),
     "underfitting": ("training accuracy is low", "rho is too large, the model too small or the run too short",
                      "lower rho, train longer, or add capacity"),
     "overfitting": ("training is perfect and validation is poor", "the model memorises in spite of the flat minimum",
-                    "check the augmentation, add weight decay, or raise rho"),
+                    "check the augmentation, or add weight decay"),
     "spurious flattening": ("sharpness falls because predictions become one-hot", "the logit path lowers the sharpness "
                             "without flattening the function", "use a functional rule (functional_sam, "
                             "preconditioned_functional_sam), or label smoothing"),
@@ -41,8 +43,19 @@ TABLE = {  # name: symptom, cause, solution
                                "w + ε is a critical point and w is not, so that the steps stop early",
                                "lower rho, let it decay, or take plain steps at the end"),
     "bf16 rounding": ("the step taken is not the one asked for", "half-precision weights round ε away",
-                      "keep float32 weights under autocast, or raise rho"),
+                      "keep float32 weights, and compute in half precision under autocast"),
 }
+WITHOUT_RHO = {  # the same of a run that has no radius: a plain optimizer's
+    "diverging": ("training loss diverges", "the learning rate is too large", "lower the learning rate"),
+    "unstable": ("training loss has spikes", "the learning rate is too large", "warm it up, or lower it"),
+    "underfitting": ("training accuracy is low", "the model is too small or the run too short",
+                     "train longer, or add capacity"),
+    "overfitting": ("training is perfect and validation is poor", "the model memorises",
+                    "check the augmentation, or add weight decay"),
+}
+SMALLER = ("diverging", "unstable", "rho too large", "hallucinated minimizer", "underfitting")
+LARGER = ("rho too small", "no improvement")
+"""Findings that ask for another radius."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +83,16 @@ def diagnose(steps: Sequence[Step], *, base: Sequence[Step] | None = None, rho: 
     """Every fault that a run record shows, each with its evidence; an empty list where none does.
 
     Args:
-        steps: one mapping a step. Read where present: ``loss``, ``perturbed_loss``, ``gradient_norm``,
-            ``perturbed_gradient_norm``, ``radius``, ``cosine`` (as in ``Sharpener.last.to_dict()``), and on the steps
-            where they were evaluated ``train_accuracy``, ``accuracy`` (validation), ``confidence``, ``ece``,
-            ``tau_func``. What is missing is not diagnosed.
+        steps: one mapping a step, or every n-th step of a longer run; 20 at least, some hundreds are better. Read
+            where present: ``loss``, ``perturbed_loss``, ``gradient_norm``, ``perturbed_gradient_norm``, ``radius``,
+            ``cosine`` (as in ``Sharpener.last.to_dict()``), and on the steps where they were evaluated
+            ``train_accuracy``, ``accuracy``, ``confidence``, ``ece``, ``tau_func``, all but the first on data held
+            out from training (not on the test data, if the findings are to be acted upon). What is missing is not
+            diagnosed. Steps without a finite ``loss`` but with a finite ``perturbed_loss`` are those of a one-pass
+            method. A record without any ``perturbed_loss`` is a plain optimizer's and gets no advice on rho.
         base: the record of the base optimizer's run, for "no improvement" and underfitting.
-        rho: the radius asked for, for rounding.
+        rho: the length that every step should have, for rounding; None where it is not rho by definition (ESAM,
+            LookSAM, unnormalized SAM).
         spread: a difference of accuracy that means nothing.
 
     >>> steps = [{"loss": 2.0 / (1 + t), "perturbed_loss": 2.0004 / (1 + t)} for t in range(100)]
@@ -84,24 +101,47 @@ def diagnose(steps: Sequence[Step], *, base: Sequence[Step] | None = None, rho: 
     """
     run = _Run(list(steps), list(base or []), rho, spread)
     found = [finding for check in CHECKS if (finding := check(run)) is not None]
-    return found
+    return consistent([_without_rho(f) for f in found if f.name in WITHOUT_RHO] if run.plain else found)
 
 
-def next_radius(findings: Sequence[Finding], rho: float) -> tuple[float, str]:
+def consistent(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings of one or several runs of a method, without those that another of them explains or contradicts.
+
+    What asks for a smaller radius goes before what asks for a larger one. Underfitting does so where the base run fits
+    better; without a base run, a radius too small to matter is not its cause, and its advice leaves rho out. "No
+    improvement" is said where nothing else asks for another radius.
+    """
+    names = {finding.name for finding in findings}
+    harmed = any(finding.name == "underfitting" and "base train" in finding.evidence for finding in findings)
+    dropped: set[str] = set()
+    if harmed or names & {*SMALLER} - {"underfitting"}:
+        dropped |= {*LARGER}
+    elif "underfitting" in names:
+        dropped.add("no improvement")
+    if names & {*SMALLER, *LARGER, "bf16 rounding"}:
+        dropped.add("no improvement at this radius")
+    kept = [finding for finding in findings if finding.name not in dropped]
+    if "rho too small" in names - dropped:
+        kept = [_without_rho(finding) if finding.name == "underfitting" else finding for finding in kept]
+    return kept
+
+
+def next_radius(findings: Sequence[Finding], rho: float, *, low: float = 0.01, high: float = 1.0
+                ) -> tuple[float, str]:
     """The radius to try next, by the guide's recipe, and why: half where a finding says too large, twice where one says
-    too small, between 0.01 and 1; the same radius otherwise. Instability goes before the rest.
+    too small, not beyond ``low`` and ``high``; the same radius otherwise. Instability goes before the rest.
 
     >>> next_radius([], 0.05)
     (0.05, 'no finding asks for another radius')
     """
-    names = [finding.name for finding in findings]
-    for name in ("diverging", "unstable", "rho too large", "hallucinated minimizer", "underfitting"):
-        if name in names:
-            return max(min(rho, 0.01), rho / 2), f"{name}: half"
-    for name in ("bf16 rounding", "rho too small", "no improvement"):
-        if name in names:
-            return min(max(rho, 1.0), 2 * rho), f"{name}: twice"
-    return rho, "no finding asks for another radius"
+    names = [finding.name for finding in consistent(findings)]
+    larger = [name for name in LARGER if name in names]
+    smaller = [name for name in SMALLER if name in names]
+    if not smaller and not larger:
+        return rho, "no finding asks for another radius"
+    tried = min(max(rho, high), 2 * rho) if larger else max(min(rho, low), rho / 2)
+    name, size = (larger[0], "largest") if larger else (smaller[0], "smallest")
+    return tried, f"{name}, and {rho:g} is already the {size} to try" if tried == rho else name
 
 
 class _Run:
@@ -127,9 +167,34 @@ class _Run:
         last = self.values(name, of)[-3:]
         return math.fsum(last) / len(last) if last else math.nan
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is the record of a plain optimizer, which has no radius."""
+        return self.rho is None and not any(step.get("perturbed_loss") is not None for step in self.steps)
+
+    def losses(self) -> list[float]:
+        """The training loss by step, finite or not: at w, or at w + ε where a one-pass method knows no other."""
+        out = []
+        for step in self.steps:
+            loss, moved = (math.nan if step.get(n) is None else float(step[n]) for n in ("loss", "perturbed_loss"))
+            if step.get("loss") is not None or not math.isnan(moved):
+                out.append(moved if math.isnan(loss) and not math.isnan(moved) else loss)
+        return out
+
     def relative_sharpness(self) -> list[float]:
-        """(L(w + ε) − L(w)) / L(w) where L(w) is not near zero."""
-        return [(b - a) / a for _, (a, b) in self.column("loss", "perturbed_loss") if a > 1e-4]
+        """(L(w + ε) − L(w)) / L(w) while L(w) is at least a tenth of what it was at first; inf if L(w + ε) overflows.
+
+        Where a network fits its data the loss goes to zero, and every step is large beside it.
+        """
+        out, rows = [], self.column("loss")
+        first = median([a for _, (a,) in rows[:max(1, len(rows) // 10)]])
+        for i, (a,) in rows:
+            moved = self.steps[i].get("perturbed_loss")
+            moved = math.nan if moved is None else float(moved)
+            moved = math.inf if self.steps[i].get("skipped") and math.isnan(moved) else moved
+            if a > 0.1 * first and not math.isnan(moved):
+                out.append((moved - a) / a)
+        return out
 
 
 def median(values: Sequence[float]) -> float:
@@ -144,50 +209,76 @@ def windows(values: Sequence[float], parts: int = 10) -> list[float]:
     return [median(values[i * n // parts:(i + 1) * n // parts]) for i in range(parts)] if n >= 2 * parts else []
 
 
+def noise(losses: Sequence[float], window: int = 20) -> tuple[list[float], float]:
+    """log L_t − log(median of the window before t) for t from the window on, and the standard deviation, by the MAD."""
+    logs = [math.log(max(v, 1e-300)) for v in losses]
+    steps = [logs[t] - median(logs[t - window:t]) for t in range(window, len(logs))]
+    middle = median(steps)
+    return steps, 1.4826 * median([abs(s - middle) for s in steps]) if steps else 0.0
+
+
 def _finding(name: str, evidence: dict[str, float], step: int | None = None) -> Finding:
     symptom, cause, solution = TABLE[name]
     return Finding(name=name, symptom=symptom, cause=cause, solution=solution, evidence=evidence, step=step)
 
 
+def _without_rho(finding: Finding) -> Finding:
+    symptom, cause, solution = WITHOUT_RHO[finding.name]
+    return replace(finding, symptom=symptom, cause=cause, solution=solution)
+
+
 def unstable(run: _Run) -> Finding | None:
-    """A loss that is not finite, or ends well above its best; or at least 1 % of steps above thrice the last twenty."""
-    for i, step in enumerate(run.steps):
-        if step.get("loss") is not None and not math.isfinite(float(step["loss"])):
-            return _finding("diverging", {"loss": float(step["loss"])}, i)
-    losses = run.values("loss")
+    """A loss that is not finite, or ends well above its first or its best; or 1 % of steps far above those before.
+
+    "Well above" is 1.5 times and four standard errors of the medians compared; "far above", thrice the median of the
+    twenty before and five standard deviations; both in the logarithm, whose noise is measured on the run itself.
+    """
+    losses = run.losses()
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return _finding("diverging", {"loss": loss}, i)
     parts = windows(losses)
     if not parts:
         return None
-    best, last, first = min(parts), parts[-1], parts[0]
-    if last > 1.5 * best and last - best > 0.1 * max(first - best, 0.1 * first):
+    jumps, sigma = noise(losses)
+    best, last, first = min(parts), parts[-1], losses[0]
+    error = 1.25 * sigma * math.sqrt(2 * len(parts) / len(losses))
+    if _log_ratio(last, best) > max(math.log(1.5), 4 * error) and \
+            last - best > 0.1 * max(parts[0] - best, 0.1 * parts[0]):
         return _finding("diverging", {"last": last, "best": best}, parts.index(best) * len(losses) // 10)
-    spikes = [i for i in range(20, len(losses)) if losses[i] > 3 * median(losses[i - 20:i])
-              and losses[i] - median(losses[i - 20:i]) > 0.1 * first]
+    if _log_ratio(last, first) > max(math.log(1.5), 5 * sigma):
+        return _finding("diverging", {"last": last, "first": first}, 0)
+    spikes = [i for i, jump in enumerate(jumps, len(losses) - len(jumps)) if jump > max(math.log(3), 5 * sigma)
+              and losses[i] - median(losses[i - 20:i]) > 0.1 * parts[0]]
     if len(spikes) >= max(3, 0.01 * len(losses)):
         return _finding("unstable", {"spikes": len(spikes), "highest": max(losses[i] for i in spikes)}, spikes[0])
     return None
 
 
+def _log_ratio(a: float, b: float) -> float:
+    return math.log(max(a, 1e-300)) - math.log(max(b, 1e-300))
+
+
 def no_improvement(run: _Run) -> Finding | None:
-    """Validation accuracy not above the base run's by more than the spread."""
+    """Held-out accuracy not above the base run's by more than the spread."""
     ours, theirs = run.final("accuracy"), run.final("accuracy", run.base)
     if not ours - theirs <= run.spread:
         return None
     relative = median(run.relative_sharpness())
-    name = "no improvement at this radius" if relative >= 5 * USEFUL[0] else "no improvement"
+    name = "no improvement" if relative < 5 * USEFUL[0] else "no improvement at this radius"
     evidence = {"accuracy": ours, "base": theirs}
     return _finding(name, evidence if math.isnan(relative) else evidence | {"sharpness over loss": relative})
 
 
 def underfitting(run: _Run) -> Finding | None:
-    """Training accuracy below the base run's by 2 points; without one, below 0.8 and no better than validation."""
+    """Training accuracy below the base run's by 2 points; without one, below 0.8 and at most 0.1 above validation."""
     train, validation = run.final("train_accuracy"), run.final("accuracy")
     theirs = run.final("train_accuracy", run.base)
     if math.isfinite(theirs):
         worse = run.final("accuracy", run.base) - validation > run.spread
         return _finding("underfitting", {"train": train, "base train": theirs, "validation": validation}) \
             if theirs - train > 0.02 and worse else None
-    if train < 0.8 and train - validation < 0.02:
+    if train < 0.8 and train - validation < 0.1:
         return _finding("underfitting", {"train": train, "validation": validation})
     return None
 
@@ -226,14 +317,15 @@ def radius_out_of_range(run: _Run) -> Finding | None:
     if len(relative) < 10:
         return None
     middle = median(relative)
-    if USEFUL[0] <= middle <= USEFUL[1]:
+    if math.isnan(middle) or USEFUL[0] <= middle <= USEFUL[1]:
         return None
     return _finding("rho too small" if middle < USEFUL[0] else "rho too large", {"sharpness over loss": middle})
 
 
 def hallucinated_minimizer(run: _Run) -> Finding | None:
     """In the last tenth ‖∇L(w + ε)‖ is below a tenth of ‖∇L(w)‖, which is not below a tenth of what it was at first."""
-    rows = run.column("gradient_norm", "perturbed_gradient_norm")
+    rows = [row for row in run.column("gradient_norm", "perturbed_gradient_norm")
+            if run.steps[row[0]].get("passes", 2) > 1]
     if len(rows) < 20:
         return None
     tenth = max(1, len(rows) // 10)
@@ -246,7 +338,7 @@ def hallucinated_minimizer(run: _Run) -> Finding | None:
 
 
 def rounding(run: _Run) -> Finding | None:
-    """The step taken has a cosine below 0.95 to the one asked for, or a radius off by a tenth, in the median."""
+    """The step taken has a cosine below 0.95 to the one asked for, or a length a tenth off ``rho``, in the median."""
     cosine = median(run.values("cosine"))
     radius = median(run.values("radius")) / run.rho if run.rho else math.nan
     evidence = {key: value for key, value in (("cosine", cosine), ("radius over rho", radius)) if math.isfinite(value)}
