@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_one_step import A, W, quadratic
 from test_worst_case import relu_net
-from torch import nn
 
 from flatmin import Objective
 from flatmin.sharpness import (
@@ -16,12 +15,11 @@ from flatmin.sharpness import (
     largest_random,
     m_sharpness,
     normalized_flatness,
-    normalized_logits,
     one_step,
     update_of,
     worst_case,
 )
-from problems import LinearNet, NoisyNet, assert_same, batch, build, flat, loss_fn
+from problems import NoisyNet, assert_same, batch, build, flat, loss_fn
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")
 
@@ -90,21 +88,6 @@ def test_m_sharpness_of_mappings():
 def test_unknown_measures_list_the_choices():
     with pytest.raises(ValueError, match="one_step, worst_case, average_case"):
         m_sharpness(net(batch(0)), 4, measure="sharp")
-
-
-def test_normalised_logits_do_not_see_the_scale_of_the_last_layer():
-    o = Objective(build(LinearNet), nn.CrossEntropyLoss(), batch(0))
-    before = [float(one_step(f(o), 0.1).value) for f in (normalized_logits, lambda o: o)]
-    weights = worst_case(normalized_logits(o), 0.1, adaptive="element", iterations=5).value
-    with torch.no_grad():
-        for p in o.parameters:
-            p.mul_(20)
-    assert worst_case(normalized_logits(o), 0.1, adaptive="element", iterations=5).value == pytest.approx(weights)
-    assert one_step(o, 0.1).value != pytest.approx(before[1], rel=0.1)
-    z = o.model(batch(0)[0]).detach()
-    z = z - z.mean(1, keepdim=True)
-    assert float(normalized_logits(o).value()) == pytest.approx(float(loss_fn(z / z.norm(dim=1, keepdim=True),
-                                                                              batch(0)[1])))
 
 
 @pytest.mark.parametrize("kind", ["element", "row", "column", "row_column"])

@@ -117,7 +117,7 @@ def _chain_on_data(objective: Objective) -> bool:
     """Whether the model is one sequence of known layers, none of which draws, and its batches lie where it does."""
     model, data = objective.model, objective.data
     return isinstance(model, nn.Sequential) and "forward" in vars(model) and objective.device.type == "cpu" and \
-        objective._forward is None and isinstance(data, (list, batches._Single)) and \
+        objective._forward is None and isinstance(data, (list, batches.Single)) and \
         all(isinstance(b, (tuple, list)) and all(isinstance(t, Tensor) for t in b) for b in data) and \
         not any(isinstance(m, nn.Dropout) and m.training for m in model)
 
