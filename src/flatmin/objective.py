@@ -61,6 +61,7 @@ class Objective(Batchwise):
             raise ValueError(f'mode must be "eval", "train", "batch_statistics" or "as_is", got {mode!r}')
         if forward is not None and loss_fn is None:
             raise ValueError("forward= needs a loss: loss_fn(outputs, batch)")
+        checks.refuse_parameters(model)
         super().__init__(model, loss_fn, batches.as_data(data, any_form=forward is not None), forward, weight, seed)
         self.mode, self._check = mode, check
 
@@ -122,9 +123,12 @@ class Objective(Batchwise):
             samples = int(self.ranks.total(samples)[0])
             g = self._mean_gradient(sums, w, first / self.normalizer(weights)) if gradient else []
             loss = self._total(zip(losses, weights, strict=True))
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        missing = tuple(names[id(p)] for p, t in zip(w, sums, strict=True) if t is None) if gradient else ()
-        return Pass(loss, each, tuple(weights), samples, g, missing)
+        return Pass(loss, each, tuple(weights), samples, g, self._without(sums, w) if gradient else ())
+
+    def _without(self, sums: list[Tensor | None], w: list[nn.Parameter]) -> tuple[str, ...]:
+        """The names of the parameters that no gradient came for."""
+        missing = {id(p) for p, t in zip(w, sums, strict=True) if t is None}
+        return tuple(name for name, p in self.model.named_parameters() if id(p) in missing) if missing else ()
 
     def _add_gradient(self, sums: list[Tensor | None], loss: Tensor, term: Term, w: list[nn.Parameter],
                       share: float) -> None:
@@ -185,7 +189,6 @@ class Objective(Batchwise):
                 self.check()
             yield
             return
-        checks.refuse_parameters(self.model)
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
