@@ -68,7 +68,7 @@ def move(batch: Any, device: torch.device) -> Any:
 
 def copied(batch: Any) -> Any:
     """A batch with tensors of its own, so that a model or a loss may change them in place."""
-    return _each_tensor(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+    return _each_tensor(batch, lambda t: t.detach().clone().requires_grad_() if t.requires_grad else t.clone())
 
 
 def _each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -98,6 +98,14 @@ def equal(a: Any, b: Any) -> bool:
     left, right = leaves(a), leaves(b)
     pairs = [(x, y) for x, y in zip(left, right, strict=False) if isinstance(x, Tensor) and isinstance(y, Tensor)]
     return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def rows(batch: Any, wanted: slice) -> Any:
+    """Some samples of a batch, or None where a tensor of it has not one row a sample."""
+    n = samples_in(batch)
+    if not all(t.dim() and len(t) == n for t in tensors(batch)):
+        return None
+    return _each_tensor(batch, lambda t: t[wanted])
 
 
 def merged(a: Any, b: Any) -> Any:

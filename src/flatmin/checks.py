@@ -96,9 +96,9 @@ class _Pair:
         wrong, unequal = self.objective.ranks.total(float(found is not None), float(bool(found and found[1])))
         if not wrong:
             return
-        text = found[0] if found is not None else "the batches of another rank"
-        what = (f"the loss of two batches together is not their mean, weighted by the terms that each is taken to "
-                f"average: {text}. A reduction, ignore_index or class weights inside a function cannot be seen, and a "
+        text = found[0] if found is not None else "on another rank"
+        what = (f"the loss of parts of two batches together is not their mean, weighted by the terms that each is taken "
+                f"to average: {text}. A reduction, ignore_index or class weights inside a function cannot be seen, and a "
                 "loss that compares the samples of a batch is no mean over them")
         if unequal:
             raise ValueError(f"{what}. Pass weight=, a function of a batch that gives its number of terms")
@@ -107,29 +107,44 @@ class _Pair:
 
     def _found(self) -> tuple[str, bool] | None:
         """What was found as a text, and whether the mean over these batches is wrong for certain."""
-        a, b = self.first, self.second
-        if a is None or b is None:
+        if self.first is None or self.second is None:
             return None
+        for a, b in ((0.6, 0.4), (0.3, 0.7), (-0.5, -0.5)):     # parts: no more is held than for one batch
+            found = self._apart_and_together(_part(self.first, a), _part(self.second, b))
+            if found is not None:
+                return found
+        return None
+
+    def _apart_and_together(self, a: Term | None, b: Term | None) -> tuple[str, bool] | None:
         objective = self.objective
+        if a is None or b is None or not (a.weight > 0 and b.weight > 0):
+            return None
         (za, la), (zb, lb) = map(_evaluated, (a, b))
-        both = _term(objective, a, batches.merged(a.batch, b.batch))
-        z, loss = _evaluated(both)
+        z, loss = _evaluated(_with(a, batches.merged(a.batch, b.batch)))
         kinds = {t.dtype for t in (*objective.parameters, *batches.tensors(z)) if t.is_floating_point()}
         tolerance = max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
         if not _rows_agree(za, zb, z, tolerance):
             return None
-        total = 1.0 if objective.sums else a.weight + b.weight
-        mean = (a.weight * la + b.weight * lb) / total
+        mean = (a.weight * la + b.weight * lb) / (1.0 if objective.sums else a.weight + b.weight)
         if _near(loss, mean, tolerance, abs(la) + abs(lb)):
             return None
-        twice = _evaluated(_term(objective, a, batches.merged(a.batch, a.batch)))[1]
+        twice = _evaluated(_with(a, batches.merged(a.batch, a.batch)))[1]
+        assert self.first is not None and self.second is not None
         text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
                 f"{loss:.6g} together")
-        return text, a.weight != b.weight or _near(twice, la, tolerance, abs(la))
+        return text, self.first.weight != self.second.weight or _near(twice, la, tolerance, abs(la))
 
 
-def _term(objective: Objective, like: Term, batch: Any) -> Term:
-    return type(like)(objective, batch, objective.weight(batch), like.index)
+def _part(term: Term, share: float) -> Term | None:
+    """The first, or for a negative share the last, samples of a batch; None where it cannot be cut."""
+    n = batches.samples_in(term.batch)
+    k = max(1, round(n * abs(share)))
+    batch = batches.rows(term.batch, slice(k) if share > 0 else slice(n - k, n))
+    return None if batch is None else _with(term, batch)
+
+
+def _with(term: Term, batch: Any) -> Term:
+    return type(term)(term.objective, batch, term.objective.weight(batch), term.index)
 
 
 def _evaluated(term: Term) -> tuple[Any, float]:
