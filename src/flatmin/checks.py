@@ -97,9 +97,9 @@ class _Pair:
         if not wrong:
             return
         text = found[0] if found is not None else "on another rank"
-        what = (f"the loss of parts of two batches together is not their mean, weighted by the terms that each is taken "
-                f"to average: {text}. A reduction, ignore_index or class weights inside a function cannot be seen, and a "
-                "loss that compares the samples of a batch is no mean over them")
+        what = ("the loss of parts of two batches together is not their mean, weighted by the terms that each is "
+                f"taken to average: {text}. A reduction, ignore_index or class weights inside a function cannot be "
+                "seen, and a loss that compares the samples of a batch is no mean over them")
         if unequal:
             raise ValueError(f"{what}. Pass weight=, a function of a batch that gives its number of terms")
         warnings.warn(f"{what}. With batches of equal size the objective is the mean over batches of the loss of each; "

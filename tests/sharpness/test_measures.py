@@ -98,6 +98,66 @@ def test_flatness_and_rescaling(kind):
     assert one.exact and same == (kind in ("element", "row_column"))
 
 
+def rescaled(width, depth, by):
+    """A ReLU net whose hidden units are multiplied by factors up to ``by`` and divided out again: one function."""
+    g = torch.Generator().manual_seed(5)
+    sizes = [6] + [width] * depth + [3]
+    layers = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    net = nn.Sequential(*layers[:-1]).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) / p.shape[-1] ** 0.5)
+        for first, second in zip(net[0:-2:2], net[2::2], strict=True):
+            d = by ** (2 * torch.rand(len(first.weight), generator=g, dtype=torch.float64) - 1)
+            first.weight.mul_(d[:, None])
+            first.bias.mul_(d)
+            second.weight.div_(d)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["element", "row_column"])
+@pytest.mark.parametrize(("width", "depth"), [(5, 1), (12, 1), (20, 2), (9, 4)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_flatness_is_invariant_at_any_size(kind, width, depth, zeros):
+    """Exact up to 100 parameters, estimated beyond, with pruned weights too: 68, 123, 603 and 360 parameters."""
+    found = []
+    for by in (1.0, 20.0):
+        net = rescaled(width, depth, by)
+        if zeros:
+            with torch.no_grad():
+                net[0].weight[:, ::2] = 0
+                net[2].weight[1, 1:] = 0
+        found.append(normalized_flatness(Objective(net, nn.CrossEntropyLoss(), batch(0, 40, torch.float64)), kind))
+    assert found[0].exact == (width == 5)
+    assert found[1].value == pytest.approx(found[0].value, rel=1e-6)
+
+
+def test_convolutions_are_rescaled_by_channel():
+    found = []
+    for a in (1.0, 30.0):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        with torch.no_grad():
+            d = a ** torch.linspace(-1, 1, 6)
+            net[0].weight.mul_(d.view(-1, 1, 1, 1))
+            net[0].bias.mul_(d)
+            net[2].weight.div_(d.view(1, -1, 1, 1))
+        x = torch.randn(10, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found.append(normalized_flatness(Objective(net, nn.CrossEntropyLoss(), (x, torch.arange(10) % 3)),
+                                         "row_column", samples=20).value)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_the_estimated_relatives_come_near_the_exact_ones():
+    o = Objective(rescaled(12, 1, 5.0), nn.MSELoss(), (batch(0, 40, torch.float64)[0], torch.zeros(40, 3)))
+    for kind in ("row", "column", "row_column"):
+        exact, drawn = normalized_flatness(o, kind, samples=1000), normalized_flatness(o, kind, samples=120)
+        assert exact.exact and not drawn.exact
+        assert drawn.value == pytest.approx(exact.value, rel=0.25)
+
+
 def test_flatness_in_closed_form_and_by_sampling():
     expected = float((W**2 * A.diagonal()).sum())
     exact = normalized_flatness(quadratic())

@@ -1,5 +1,6 @@
 """One-step sharpness: closed forms, memory, and that nothing is changed by measuring."""
 
+import copy
 import math
 import warnings
 
@@ -134,6 +135,32 @@ def test_a_good_measurement_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert one_step(Objective(build(NoisyNet), loss_fn, batch(0))).warnings == ()
+
+
+@pytest.mark.parametrize(("loss", "rho", "holds"), [
+    (lambda w, _: 3 + w.sum() + w.square().sum(), 0.5, True),
+    (lambda w, _: 3 + w.sum() + 40 * w.pow(4).sum(), 1.5, False),
+    (lambda w, _: 3 + 9 * w.sum() + 5 * w.cos().sum(), 0.1, True),
+    (lambda w, _: 3 + (20 * w).sin().sum() / 10, 1.0, False),
+])
+def test_says_where_the_expansion_does_not_hold(loss, rho, holds):
+    s = one_step(Objective(Vector([0.1, -0.1]), loss, torch.zeros(8, 1), forward=lambda m, _: m()), rho)
+    assert s.expansion_holds is holds and (s.dominant == "remainder") is not holds
+    assert holds == (abs(s.remainder) <= (abs(s.first_order) + abs(s.second_order)) / 2)
+    assert one_step(quadratic(), rho, second_order=False).expansion_holds is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.2, 1.0])
+def test_half_precision_is_right_to_a_per_cent_or_warned_of(dtype, rho):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).to(dtype)
+        x, y = torch.randn(64, 20).to(dtype), torch.randint(0, 3, (64,))
+        found = one_step(Objective(model, nn.CrossEntropyLoss(), (x, y)), rho, second_order=False)
+        exact = one_step(Objective(copy.deepcopy(model).double(), nn.CrossEntropyLoss(), (x.double(), y)), rho,
+                         second_order=False)
+        assert "RoundingWarning" in found.warnings or found.value == pytest.approx(exact.value, rel=0.02)
 
 
 def test_a_step_too_short_to_be_seen_is_within_rounding():

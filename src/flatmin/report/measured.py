@@ -108,6 +108,9 @@ def sentence(m: Measured) -> str:
         named = m.result("one_step").get("warnings")
         if isinstance(named, list) and "RoundingWarning" in named:
             moved += ", which is within rounding: take a larger ρ"
+        elif m.result("one_step").get("expansion_holds") is False:
+            moved += (", which slope and curvature at the point do not explain: the step is beyond the range of the "
+                      "expansion")
         elif top is not None and total > 0 and len(parts) == 3:
             share = f"{100 * abs(top[2]) / total:.0f} %"
             moved += {"first_order": f", mostly by the slope ({share}): the gradient leads, so this is not yet the "
