@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_one_step import A, W, quadratic
 from test_worst_case import relu_net
+from torch import nn
 
 from flatmin import Objective
 from flatmin.sharpness import (
@@ -138,7 +139,8 @@ def test_convolutions_are_rescaled_by_channel():
     found = []
     for a in (1.0, 30.0):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(),
+                            nn.Linear(16, 3))
         with torch.no_grad():
             d = a ** torch.linspace(-1, 1, 6)
             net[0].weight.mul_(d.view(-1, 1, 1, 1))

@@ -150,6 +150,7 @@ def test_says_where_the_expansion_does_not_hold(loss, rho, holds):
     assert one_step(quadratic(), rho, second_order=False).expansion_holds is None
 
 
+@pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rho", [0.01, 0.05, 0.2, 1.0])
 def test_half_precision_is_right_to_a_per_cent_or_warned_of(dtype, rho):
