@@ -156,14 +156,26 @@ def _least(h: Tensor, w: Tensor, kind: str) -> float:
 
 
 def _row_column(h: Tensor, q: Tensor, steps: int = 2000, tol: float = 1e-12) -> float:
-    """min over s, t > 0 of Σ_ij h_ij sᵢtⱼ + q_ij/(sᵢtⱼ), by turns in s and t, each in closed form."""
-    tiny = torch.finfo(h.dtype).tiny
-    t, value = _factors(q)[1].clamp(min=tiny), math.inf     # a start that follows a rescaling, as all that comes after
+    """inf over s, t > 0 of Σ_ij h_ij sᵢtⱼ + q_ij/(sᵢtⱼ), by turns in s and t, each in closed form."""
+    h, q = _with_both(h, q)
+    if h.numel() == 0:
+        return 0.0
+    t, value = _factors(q)[1], math.inf         # a start that follows a rescaling, as all that comes after
     for _ in range(steps):
-        s = ((q / t).sum(1).clamp(min=tiny) / (h * t).sum(1).clamp(min=tiny)).sqrt()
-        a, b = (h * s[:, None]).sum(0).clamp(min=tiny), (q / s[:, None]).sum(0).clamp(min=tiny)
+        s = ((q / t).sum(1) / (h * t).sum(1)).sqrt()
+        a, b = (h * s[:, None]).sum(0), (q / s[:, None]).sum(0)
         t = (b / a).sqrt()
         before, value = value, 2 * float((a * b).sqrt().sum())
-        if before - value <= tol * value:
+        if not before - value > tol * value:
             break
-    return value
+    return min(before, value)
+
+
+def _with_both(h: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows and columns in which h or q is zero throughout: there the least value is zero."""
+    while h.numel():
+        rows, columns = ((h.sum(i) > 0) & (q.sum(i) > 0) for i in (1, 0))
+        if bool(rows.all()) and bool(columns.all()):
+            break
+        h, q = h[rows][:, columns], q[rows][:, columns]
+    return h, q
