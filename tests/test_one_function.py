@@ -156,6 +156,60 @@ def test_every_measure_checks_its_objective_once(name):
     assert not healthy._check
 
 
+class MovingMean(nn.Linear):
+    """Its output in training depends on a buffer that every evaluation moves (by rebinding it)."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("mean", torch.ones(3))
+
+    def forward(self, x):
+        z = super().forward(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
+        return z * self.mean
+
+
+class Counting(nn.Linear):
+    """A schedule by the number of calls, counted in place."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return super().forward(x) / (1 + self.calls)
+
+
+STATEFUL = (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)), MovingMean, Counting,
+            lambda: nn.Sequential(nn.BatchNorm1d(6, momentum=0.5), nn.Linear(6, 3)))
+
+
+@pytest.mark.parametrize("model", STATEFUL)
+@pytest.mark.parametrize("measure", [one_step, lambda o: worst_case(o, iterations=3, restarts=0),
+                                     lambda o: average_case(o, samples=4)])
+def test_buffers_that_evaluations_move_do_not_make_two_functions(model, measure):
+    """In training mode each batch finds the buffers as they are, in whatever order and however often it is read."""
+    torch.manual_seed(0)
+    model = model()
+    parts = [batch(0, 6), batch(1, 9)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found, losses = [measure(Objective(model, nn.CrossEntropyLoss(), p, mode="train")) for p in (parts, parts[::-1])], 0
+    assert found[0].value == pytest.approx(found[1].value, rel=1e-6)
+    for x, y in parts:
+        model.load_state_dict(before)
+        losses += nn.functional.cross_entropy(model.train()(x), y, reduction="sum")
+    model.load_state_dict(before)
+    objective = Objective(model, nn.CrossEntropyLoss(), parts, mode="train")
+    assert found[0].loss == pytest.approx(float(losses) / 15, rel=1e-12)
+    with Hessian(objective).session():
+        pass
+    for key, value in model.state_dict().items():
+        assert_same(value, before[key], key)
+
+
 # --- data that differ from pass to pass -------------------------------------------------------------------------------
 
 def loaders():

@@ -48,14 +48,16 @@ class Term:
 class Pass:
     """One pass over the data: L(w), L_b(w) and n_b of this rank's batches, and the number of samples on all ranks.
 
-    Where it was asked for, also ∇L(w) as local tensors in the order of ``Objective.parameters``, and the names of the
-    parameters that no batch's loss depends on.
+    ``eps`` is that of the least precise numbers among the weights, the outputs and the losses. Where it was asked for,
+    also ∇L(w) as local tensors in the order of ``Objective.parameters``, and the names of the parameters that no
+    batch's loss depends on.
     """
 
     loss: Tensor
     losses: tuple[float, ...]
     weights: tuple[float, ...]
     samples: int
+    eps: float
     gradient: list[Tensor] = field(default_factory=list)
     missing: tuple[str, ...] = ()
 
@@ -73,6 +75,7 @@ class Batchwise:
         self._model_seed = seed
         self._ranks: Ranks | None = None
         self._generators: list[torch.Generator] = []
+        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
 
     @property
     def ranks(self) -> Ranks:
@@ -151,12 +154,22 @@ class Batchwise:
     def _outputs(self, batch: Any, index: int) -> Any:
         state = perturbed.RandomState(self.devices)
         _seed(self._model_seed + index, self.devices)
+        self._set_buffers()
         try:
             if self._forward is not None:
                 return self._forward(self.model, batch)
             return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
         finally:
             state.set()
+
+    def _set_buffers(self) -> None:
+        """Modules in training mode find their buffers as they were, whatever was evaluated before: L is one function.
+
+        By new tensors in their place: a graph that is kept may need the values of those there.
+        """
+        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        for registry, name, b in self._buffers:
+            registry[name] = copies[id(b)]
 
     def _loss(self, outputs: Any, batch: Any) -> Tensor:
         if self._forward is not None:

@@ -39,9 +39,9 @@ class Objective(Batchwise):
             the loss, else -100), by their class weights where the loss has them; other targets count their elements;
             a mapping counts its ``labels``, without the first of each sequence where the model is a causal language
             model, which predicts labels[..., 1:]; batches without targets count samples.
-        mode: "eval" (the default: running statistics, no dropout), "train" (batch statistics, and dropout with one
-            fixed mask a batch), "batch_statistics" (eval, but with the batch statistics of normalization layers) or
-            "as_is" (the flags of the modules at the moment of the call).
+        mode: "eval" (the default: running statistics, no dropout), "train" (batch statistics, dropout with one fixed
+            mask a batch, and buffers that each batch finds as they are now), "batch_statistics" (eval, but with the
+            batch statistics of normalization layers) or "as_is" (the flags of the modules at the moment of the call).
         seed: for whatever the model or the data draw from torch's generators, so that every evaluation draws the same.
         check: whether measurements first make sure that two evaluations agree.
 
@@ -106,13 +106,16 @@ class Objective(Batchwise):
         sums: list[Tensor | None] = [None] * len(w)
         losses: list[Tensor] = []
         weights: list[float] = []
-        samples, first = 0, 1.0
+        samples, first, kinds = 0, 1.0, {p.dtype for p in w}
         with self.session(), torch.enable_grad():
             for term in self.terms():
                 if watch is not None:
                     watch(term)
                 first = first if losses else term.total
-                loss = term.loss(term.outputs())
+                outputs = term.outputs()
+                loss = term.loss(outputs)
+                kinds.update(t.dtype for t in batches.tensors(outputs) if t.is_floating_point())
+                del outputs
                 if gradient:
                     self._add_gradient(sums, loss, term, w, term.total / first)
                 losses.append(loss.detach())
@@ -123,7 +126,8 @@ class Objective(Batchwise):
             samples = int(self.ranks.total(samples)[0])
             g = self._mean_gradient(sums, w, first / self.normalizer(weights)) if gradient else []
             loss = self._total(zip(losses, weights, strict=True))
-        return Pass(loss, each, tuple(weights), samples, g, self._without(sums, w) if gradient else ())
+        eps = max((torch.finfo(kind).eps for kind in (*kinds, *(t.dtype for t in losses))), default=0.0)
+        return Pass(loss, each, tuple(weights), samples, eps, g, self._without(sums, w) if gradient else ())
 
     def _without(self, sums: list[Tensor | None], w: list[nn.Parameter]) -> tuple[str, ...]:
         """The names of the parameters that no gradient came for."""
@@ -203,6 +207,8 @@ class Objective(Batchwise):
             stack.enter_context(batches.eager(self.model))
             stack.enter_context(without_fast_path())
             stack.enter_context(self._held_generators())
+            self._buffers = [(m._buffers, name, b) for m in self.model.modules() if m.training
+                             for name, b in m._buffers.items() if b is not None]
             self._ranks = Ranks(self.model)
             stack.enter_context(self._ranks.evaluating())
             self._depth = 1
@@ -211,7 +217,7 @@ class Objective(Batchwise):
                     self.check()
                 yield
             finally:
-                self._depth, self._ranks = 0, None
+                self._depth, self._ranks, self._buffers = 0, None, []
 
     @contextmanager
     def _held_generators(self) -> Iterator[None]:

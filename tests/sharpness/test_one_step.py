@@ -164,6 +164,17 @@ def test_half_precision_is_right_to_a_per_cent_or_warned_of(dtype, rho):
         assert "RoundingWarning" in found.warnings or found.value == pytest.approx(exact.value, rel=0.02)
 
 
+def test_the_rounding_of_autocast_and_of_a_coarse_loss_is_seen():
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).float()
+    data = torch.randn(64, 20).float(), torch.randint(0, 3, (64,))
+    assert one_step(Objective(model, nn.CrossEntropyLoss(), data), 0.01).warnings == ()
+    with pytest.warns(cautions.RoundingWarning), torch.autocast("cpu", torch.bfloat16):
+        one_step(Objective(model, nn.CrossEntropyLoss(), data), 0.01, second_order=False)
+    with pytest.warns(cautions.RoundingWarning):
+        one_step(Objective(model, lambda z, y: nn.functional.cross_entropy(z, y).half(), data), 0.01,
+                 second_order=False)
+
+
 def test_a_step_too_short_to_be_seen_is_within_rounding():
     """The loss does not change at all in float32, although the gradient says that it should."""
     torch.manual_seed(0)

@@ -86,7 +86,7 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
         error = objective.data_stderr([total / evaluations for total in each], at.weights)
     mean, stderr = mean_and_error(draws)
     found = warn_of(objective, at, value=mean, data_stderr=error)
-    found += warn_of_rounded_step(objective, realised)[1] or warn_of_rounding(objective, mean, loss)
+    found += warn_of_rounded_step(objective, realised)[1] or warn_of_rounding(at, mean)
     return AverageCase(value=mean, stderr=stderr, data_stderr=error, loss=loss, draws=tuple(draws),
                        warnings=tuple(found), evaluations=1 + evaluations,
                        settings={"rho": rho, "p": p, "adaptive": adaptive, "samples": samples,

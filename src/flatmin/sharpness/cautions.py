@@ -112,17 +112,15 @@ def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stack
     return ratio, ["RoundingWarning"]
 
 
-def warn_of_rounding(objective: Objective, rise: float, loss: float, expected: float = 0.0,
-                     stacklevel: int = 3) -> list[str]:
+def warn_of_rounding(at: Pass, rise: float, expected: float = 0.0, stacklevel: int = 3) -> list[str]:
     """Warn where the rounding of two losses may be more than one per cent of their difference.
 
     No rise at all is nothing to warn of, unless one was ``expected``.
     """
-    eps = max((torch.finfo(p.dtype).eps for p in objective.parameters), default=0.0)
+    eps, loss = at.eps, float(at.loss)
     if rise == expected == 0 or abs(rise) > 100 * eps * abs(loss):
         return []
-    kind = str(objective.parameters[0].dtype).removeprefix("torch.")
     off = f"about {100 * eps * abs(loss / rise):.0f} %" if abs(rise) > eps * abs(loss) else "more than all of it"
-    warnings.warn(f"the loss changes by {rise:.1e}, of which {off} is within the rounding of a loss of {loss:.3g} in "
-                  f"{kind}: take a larger rho, or float64", RoundingWarning, stacklevel=stacklevel + 1)
+    warnings.warn(f"the loss changes by {rise:.1e}, of which {off} is within the rounding of a loss of {loss:.3g} to "
+                  f"{eps:.1e}: take a larger rho, or float64", RoundingWarning, stacklevel=stacklevel + 1)
     return ["RoundingWarning"]

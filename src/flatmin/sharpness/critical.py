@@ -78,7 +78,7 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
             realised = displacement.realised
             return float(seen[eta].loss) - loss
 
-        noise = 4 * max(torch.finfo(p.dtype).eps for p in w) * abs(loss)
+        noise = 4 * at.eps * abs(loss)
         low, high, used = _bracket(rise, noise, lr or 1e-2 / length, most)
         while high - low > rtol * high and used < most and 0 < low and math.isfinite(high):
             middle = math.sqrt(low * high)

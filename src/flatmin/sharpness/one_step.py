@@ -125,7 +125,7 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     rise, loss, first = float(moved.loss - at.loss), float(at.loss), rho * float(length)
     found = warn_of(objective, at, value=rise, data_stderr=error)
     ratio, rounded = warn_of_rounded_step(objective, realised or ())
-    found += rounded or warn_of_rounding(objective, rise, loss, expected=float(length))
+    found += rounded or warn_of_rounding(at, rise, expected=float(length))
     holds = None if second is None else not abs(rise - first - second) > (abs(first) + abs(second)) / 2
     settings = {"rho": rho, "mode": objective.mode, "samples": at.samples}
     return OneStep(value=rise, first_order=first, second_order=second, loss=loss, data_stderr=error,

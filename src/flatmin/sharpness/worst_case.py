@@ -102,7 +102,7 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
         error = objective.data_stderr(rises, at.weights)
     found = warn_of(objective, at, value=best.value, data_stderr=error)
     rounded = warn_of_rounded_step(objective, ball.realised)[1]     # of the last step
-    found += rounded or warn_of_rounding(objective, best.value, base)
+    found += rounded or warn_of_rounding(at, best.value)
     kind = adaptive if isinstance(adaptive, str) else "element" if adaptive else "none"
     return WorstCase(value=best.value, data_stderr=error, loss=base, perturbed_loss=base + best.value, norm=norm,
                      displacement=length, start=best.start, iteration=best.iteration,
