@@ -48,8 +48,9 @@ def check(objective: Objective) -> None:
                 moved.append(name)
                 t.copy_(old)
         del before
-    if moved:
-        raise ValueError(f"evaluating the model changed its parameter {moved[0]!r}. A measurement needs weights that "
+    if objective.ranks.total(float(len(moved)))[0]:
+        where = repr(moved[0]) if moved else "on another rank"
+        raise ValueError(f"evaluating the model changed its parameter {where}. A measurement needs weights that "
                          "stay: move what changes them (max_norm of an embedding, a clamp, a projection) from the "
                          "forward pass into the training step")
     try:

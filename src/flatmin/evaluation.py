@@ -75,7 +75,7 @@ class Batchwise:
         self._model_seed = seed
         self._ranks: Ranks | None = None
         self._generators: list[torch.Generator] = []
-        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
 
     @property
     def ranks(self) -> Ranks:
@@ -168,8 +168,8 @@ class Batchwise:
         By new tensors in their place: a graph that is kept may need the values of those there.
         """
         copies = {id(b): b.clone() for _, _, b in self._buffers}
-        for registry, name, b in self._buffers:
-            registry[name] = copies[id(b)]
+        for module, name, b in self._buffers:
+            setattr(module, name, copies[id(b)])
 
     def _loss(self, outputs: Any, batch: Any) -> Tensor:
         if self._forward is not None:

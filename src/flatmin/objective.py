@@ -207,8 +207,8 @@ class Objective(Batchwise):
             stack.enter_context(batches.eager(self.model))
             stack.enter_context(without_fast_path())
             stack.enter_context(self._held_generators())
-            self._buffers = [(m._buffers, name, b) for m in self.model.modules() if m.training
-                             for name, b in m._buffers.items() if b is not None]
+            self._buffers = [(m, name, b) for m in self.model.modules() if m.training
+                             for name, b in m.named_buffers(recurse=False)]
             self._ranks = Ranks(self.model)
             stack.enter_context(self._ranks.evaluating())
             self._depth = 1
