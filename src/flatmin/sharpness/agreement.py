@@ -76,7 +76,8 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
         worst = worst_case(objective, rho, iterations=iterations, restarts=restarts, seed=generator).value
     warn_of(objective, at)
     remainders = tuple(s - p for s, p in zip(rises, parts, strict=True))
-    noise = 8 * at.eps * (abs(loss) + max(map(abs, parts)))
+    eps = max(torch.finfo(p.dtype).eps for p in objective.parameters)
+    noise = 8 * eps * (abs(loss) + max(map(abs, parts)))
     order = observed_order(remainders, noise)
     third = None if math.isnan(order) else order >= ORDER
     bound = 0.5 * rho**2 * max(top, 0.0)
