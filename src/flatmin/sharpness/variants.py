@@ -51,7 +51,8 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     Raises:
         ValueError: m < 1, an unknown measure, batches that cannot be cut, or ranks that cannot share a chunk.
 
-    >>>     >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> import torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> data = torch.tensor([[1.0], [2.0]]).repeat(4, 1), torch.zeros(8, 1)
     >>> s = m_sharpness(Objective(model, torch.nn.MSELoss(), data), 2, 0.1, measure="one_step")
     >>> len(s.chunks)
