@@ -1,4 +1,4 @@
-"""What a batch is, how many terms its loss averages, and why two evaluations of it differ."""
+"""What a batch is, how many terms its loss averages, and what data draw from."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-
-if TYPE_CHECKING:
-    from .objective import Objective
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class _Single:
+class Single:
     """One batch as data."""
 
     def __init__(self, batch: Any):
@@ -35,7 +33,7 @@ def as_data(data: Any, *, any_form: bool) -> Any:
     if isinstance(data, (Mapping, tuple, Tensor)) or _is_pair(data):
         if not any_form and not isinstance(data, Mapping) and not (isinstance(data, (tuple, list)) and len(data) == 2):
             raise ValueError("a batch is (inputs, targets) or a mapping; pass forward= for any other form")
-        return _Single(data)
+        return Single(data)
     if isinstance(data, list):
         if not data:
             raise ValueError("data is an empty list: pass at least one batch")
@@ -50,23 +48,98 @@ def as_data(data: Any, *, any_form: bool) -> Any:
     return data
 
 
+def described(data: Any) -> str:
+    """What data are, in a few words, without reading them."""
+    if isinstance(data, Single):
+        return f"one batch of {samples_in(data.batch)}"
+    return f"{len(data)} batches" if isinstance(data, list) else type(data).__name__
+
+
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
 
 
 def move(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device; the caller's own is not changed."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
+    if all(t.device == device for t in tensors(batch)):
+        return batch
+    return _each_tensor(batch, lambda t: t.to(device))
+
+
+def copied(batch: Any) -> Any:
+    """A batch with tensors of its own, so that a model or a loss may change them in place."""
+    return _each_tensor(batch, lambda t: t.detach().clone().requires_grad_() if t.requires_grad else t.clone())
+
+
+def _each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Mapping):
-        if all(t.device == device for t in tree_leaves(dict(batch)) if isinstance(t, Tensor)):
-            return batch
         out: Any = copy.copy(batch)
         for key, value in batch.items():
-            out[key] = move(value, device)
+            out[key] = _each_tensor(value, function)
         return out
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else move(t, device) if isinstance(t, Mapping)
-                    else t, batch)
+    return tree_map(lambda t: function(t) if isinstance(t, Tensor) else _each_tensor(t, function)
+                    if isinstance(t, Mapping) else t, batch)
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, or of whatever a model gave."""
+    return [t for t in leaves(batch) if isinstance(t, Tensor)]
+
+
+def leaves(batch: Any) -> list[Any]:
+    """What a batch holds, in order; inside mappings of any kind too."""
+    if isinstance(batch, Mapping):
+        return [leaf for value in batch.values() for leaf in leaves(value)]
+    return [leaf for part in tree_leaves(batch) for leaf in (leaves(part) if isinstance(part, Mapping) else [part])]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether the tensors of two batches are the same, number by number."""
+    left, right = leaves(a), leaves(b)
+    pairs = [(x, y) for x, y in zip(left, right, strict=False) if isinstance(x, Tensor) and isinstance(y, Tensor)]
+    return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def rows(batch: Any, wanted: slice) -> Any:
+    """Some samples of a batch, or None where a tensor of it has not one row a sample."""
+    n = samples_in(batch)
+    if not all(t.dim() and len(t) == n for t in tensors(batch)):
+        return None
+    return _each_tensor(batch, lambda t: t[wanted])
+
+
+def merged(a: Any, b: Any) -> Any:
+    """The samples of two batches as one batch, or None where their tensors cannot be concatenated."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() and a.shape[1:] == b.shape[1:]:
+        return torch.cat([a, b]) if a.dim() == b.dim() and a.dtype == b.dtype else None
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and list(a) == list(b):
+        out: Any = copy.copy(a)
+        parts = {key: merged(a[key], b[key]) for key in a}
+        for key, value in parts.items():
+            out[key] = value
+        return None if any(value is None for value in parts.values()) else out
+    if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b) and not hasattr(a, "_fields"):
+        found = [merged(x, y) for x, y in zip(a, b, strict=True)]
+        return None if any(part is None for part in found) else type(a)(found)
+    return None
+
+
+def generators(data: Any) -> list[torch.Generator]:
+    """The generators that a loader, its samplers and its data set hold as attributes."""
+    found: dict[int, torch.Generator] = {}
+    seen: dict[int, Any] = {}
+    waiting = [data]
+    while waiting:
+        owner = waiting.pop()
+        if id(owner) in seen:
+            continue
+        seen[id(owner)] = owner
+        for value in list(getattr(owner, "__dict__", {}).values()):
+            if isinstance(value, torch.Generator):
+                found[id(value)] = value
+            elif isinstance(value, (DataLoader, Sampler, Dataset)):
+                waiting.append(value)
+    return list(found.values())
 
 
 def option(loss_fn: Any, name: str) -> Any:
@@ -93,7 +166,7 @@ def terms(batch: Any, loss_fn: Callable[..., Any] | None, shift: bool) -> float:
             if labels.is_floating_point():
                 return float(labels.numel())
             return float((labels[..., 1:] if shift else labels).ne(ignore).sum())
-        return _samples(dict(batch))
+        return _samples(batch)
     targets = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     if not isinstance(targets, Tensor):
         return _samples(batch)
@@ -113,10 +186,15 @@ def _weighs_classes(loss_fn: Any) -> bool:
 
 
 def _samples(batch: Any) -> float:
-    first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor)), None)
-    if first is None:
+    if not tensors(batch):
         raise ValueError("cannot tell how many terms this batch averages: pass weight=, a function of the batch")
-    return float(first.shape[0] if first.dim() else 1)
+    return float(samples_in(batch))
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch holds: the length of its first tensor."""
+    first = next(iter(tensors(batch)), None)
+    return first.shape[0] if first is not None and first.dim() else 1
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -141,13 +219,20 @@ def predicts_next_label(model: nn.Module) -> bool:
     return name.endswith(("ForCausalLM", "LMHeadModel")) or getattr(model, "loss_type", None) == "ForCausalLM"
 
 
-def own_loss(outputs: Any) -> Tensor:
+def own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     """The loss that a model returned itself."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
-        raise ValueError("model(**batch) returned no loss: put labels into the batch, or pass loss_fn(outputs, batch) "
-                         "or forward=")
+        raise ValueError(f"model(**batch) returned no loss for a batch with {', '.join(map(repr, batch))}: "
+                         "put 'labels' into the batch, or pass loss_fn(outputs, batch)")
     return loss
+
+
+def of_torch(loss_fn: Any) -> bool:
+    """Whether a loss is one of ``torch.nn``: a function of two tensors."""
+    base = base_function(loss_fn)
+    base = type(base) if isinstance(base, nn.Module) else base
+    return getattr(base, "__module__", None) in (nn.modules.loss.__name__, F.__name__)
 
 
 def logits(outputs: Any) -> Tensor:
@@ -171,40 +256,3 @@ def eager(model: nn.Module) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def culprit(objective: Objective) -> str:
-    """Why two evaluations of an objective differ, as the end of a sentence."""
-    with objective.session(), torch.no_grad():
-        term = next(iter(objective.terms()), None)
-        runs: list[Any] = []
-        for shift in () if term is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
-            objective._model_seed = objective.seed + shift
-            runs.append(_trace(objective, term))
-        for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
-            if not _equal(a, b):
-                where = f"module {name!r}" if name else "the model"
-                return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "
-                        'respect .eval(), or pass mode="train" to hold its draws fixed')
-        first, second = ([t.batch for t in objective.terms()] for _ in range(2))
-        if len(first) != len(second) or not all(map(_equal, first, second)):
-            return "the data differ from pass to pass. Switch random augmentation off, or pass a list of batches"
-    return "the loss function itself, or code between the modules, is random"
-
-
-def _trace(objective: Objective, term: Any) -> list[tuple[str, str, Any]]:
-    seen: list[tuple[str, str, Any]] = []
-    hooks = [m.register_forward_hook(lambda m, _, out, name=name: seen.append((name, type(m).__name__, out)))
-             for name, m in objective.model.named_modules()]
-    try:
-        term.loss(term.outputs())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _equal(a: Any, b: Any) -> bool:
-    left, right = (tree_leaves(dict(x) if isinstance(x, Mapping) else x) for x in (a, b))
-    pairs = [(x, y) for x, y in zip(left, right, strict=False) if isinstance(x, Tensor)]
-    return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from . import batches, perturbed
 from .ranks import Ranks
 
-EMPTY = ("the data gave no batch with anything to average. If they can be iterated only once, pass list(data) or the "
-         "DataLoader itself")
+EMPTY = "the data gave no batch: the list, loader or data set is empty, or can be iterated only once (pass list(data))"
+NO_TERMS = "no batch of the data has anything to average: weight= is 0 for all, or every target is ignored"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Term:
     """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms.
 
-    ``total`` is the weight of the batches that other ranks evaluate in the same pass, this one included.
+    ``total`` is the weight of the batches that other ranks evaluate in the same pass, this one included. The model and
+    the loss see a copy of the batch, the same one until the next ``outputs()``: they may change it in place.
     """
 
     objective: Batchwise
@@ -29,16 +30,36 @@ class Term:
     weight: float
     index: int
     total: float = 0.0
+    _copy: Any = None
 
     def outputs(self) -> Any:
-        return self.objective._outputs(self.batch, self.index)
+        self._copy = batches.copied(self.batch)
+        return self.objective._outputs(self._copy, self.index)
 
     def loss(self, outputs: Any) -> Tensor:
-        return self.objective._loss(outputs, self.batch)
+        return self.objective._loss(outputs, self.batch if self._copy is None else self._copy)
 
     def logits(self, outputs: Any) -> Tensor:
         """The tensor through which the loss depends on the weights."""
         return batches.logits(outputs)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data: L(w), L_b(w) and n_b of this rank's batches, and the number of samples on all ranks.
+
+    ``eps`` is that of the least precise numbers among the weights, the outputs and the losses. Where it was asked for,
+    also ∇L(w) as local tensors in the order of ``Objective.parameters``, and the names of the parameters that no
+    batch's loss depends on.
+    """
+
+    loss: Tensor
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+    samples: int
+    eps: float
+    gradient: list[Tensor] = field(default_factory=list)
+    missing: tuple[str, ...] = ()
 
 
 class Batchwise:
@@ -53,6 +74,8 @@ class Batchwise:
         self._depth = 0
         self._model_seed = seed
         self._ranks: Ranks | None = None
+        self._generators: list[torch.Generator] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
 
     @property
     def ranks(self) -> Ranks:
@@ -71,7 +94,6 @@ class Batchwise:
     def terms(self) -> Iterator[Term]:
         """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
         assert self._depth, "terms() outside session()"
-        _seed(self.seed, self.devices)
         ranks = self.ranks
         if ranks.in_step:
             yield from self._in_step(ranks)
@@ -81,13 +103,24 @@ class Batchwise:
             empty = False
             yield Term(self, batches.move(batch, self.device), n, index * ranks.world + ranks.rank, n)
         if empty and not ranks:
-            raise ValueError(EMPTY)
+            raise ValueError(NO_TERMS)
 
     def _weighted(self) -> Iterator[tuple[int, Any, float]]:
-        for index, batch in enumerate(self.data):
+        index = None
+        for index, batch in enumerate(self.batches()):
             n = self.weight(batch)
             if n > 0:
                 yield index, batch, n
+        if index is None and not self.ranks:
+            raise ValueError(EMPTY)
+
+    def batches(self) -> Iterator[Any]:
+        """The batches as the data give them, in every pass of a session in the same order. Use inside ``session()``."""
+        assert self._depth, "batches() outside session()"
+        _seed(self.seed, self.devices)
+        for generator in self._generators:
+            generator.manual_seed(self.seed)
+        return iter(self.data)
 
     def _in_step(self, ranks: Ranks) -> Iterator[Term]:
         """As many batches on every rank: one that has no more repeats its last one, with weight 0."""
@@ -102,7 +135,7 @@ class Batchwise:
                 if total == 0 and not without:
                     return
                 if item is None or without:
-                    raise ValueError(EMPTY if total == 0 else "under FSDP2 all ranks run the model together, and a "
+                    raise ValueError(NO_TERMS if total == 0 else "under FSDP2 all ranks run the model together, and a "
                                      "rank has no batch with anything to average: give each at least one")
                 yield Term(self, batches.move(item[1], self.device), n, item[0] * ranks.world + ranks.rank, total)
         finally:
@@ -121,6 +154,7 @@ class Batchwise:
     def _outputs(self, batch: Any, index: int) -> Any:
         state = perturbed.RandomState(self.devices)
         _seed(self._model_seed + index, self.devices)
+        self._set_buffers()
         try:
             if self._forward is not None:
                 return self._forward(self.model, batch)
@@ -128,19 +162,36 @@ class Batchwise:
         finally:
             state.set()
 
+    def _set_buffers(self) -> None:
+        """Modules in training mode find their buffers as they were, whatever was evaluated before: L is one function.
+
+        By new tensors in their place: a graph that is kept may need the values of those there.
+        """
+        copies = {id(b): b.clone() for _, _, b in self._buffers}
+        for module, name, b in self._buffers:
+            setattr(module, name, copies[id(b)])
+
     def _loss(self, outputs: Any, batch: Any) -> Tensor:
         if self._forward is not None:
             loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
         elif isinstance(batch, Mapping):
-            loss = batches.own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, batch)
+            loss = batches.own_loss(outputs, batch) if self.loss_fn is None else self._of_mapping(outputs, batch)
         elif self.loss_fn is None:
             raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
         else:
-            loss = self.loss_fn(outputs, batch[1])
+            loss = self.loss_fn(batches.logits(outputs) if batches.of_torch(self.loss_fn) else outputs, batch[1])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("the loss of a batch must be one number, its mean over the batch "
                              f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")
         return loss.reshape(())
+
+    def _of_mapping(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
+        assert self.loss_fn is not None
+        if batches.of_torch(self.loss_fn):
+            raise ValueError(f"batches are mappings with {', '.join(map(repr, batch))}, and the loss, one of torch.nn, "
+                             "takes two tensors: pass loss_fn(outputs, batch), such as lambda out, batch: "
+                             "loss(out.logits, batch['labels']), or None for the model's own loss")
+        return self.loss_fn(outputs, batch)
 
 
 def _seed(seed: int, devices: Iterable[torch.device]) -> None:

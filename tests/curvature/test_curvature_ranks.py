@@ -30,7 +30,6 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
-from flatmin.sharpness.gradient import gradient
 from two_ranks import WORLD
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -117,7 +116,7 @@ def value_and_gradient(kind, rank, dtype):
 def gradient_of_a_measure(kind, rank, dtype):
     """The lean gradient that sharpness measures take."""
     ours, theirs = objectives(kind, rank, dtype)
-    a, b = gradient(ours), gradient(theirs)
+    a, b = (o.evaluate(gradient=True) for o in (ours, theirs))
     assert a.samples == b.samples
     mine = full([vectors.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
     agreed(mine)

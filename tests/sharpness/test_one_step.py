@@ -1,5 +1,6 @@
 """One-step sharpness: closed forms, memory, and that nothing is changed by measuring."""
 
+import copy
 import math
 import warnings
 
@@ -9,7 +10,6 @@ from torch import nn
 
 from flatmin import Objective
 from flatmin.sharpness import cautions, first_order, one_step, scaled_radius
-from flatmin.sharpness.gradient import gradient
 from problems import NoisyNet, TiedNet, Vector, assert_same, batch, build, flat, loss_fn
 
 A = torch.tensor([[10.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, -1.0]], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_the_weights_come_back_when_the_second_pass_raises():
     model = build(NoisyNet)
     before = flat(model)
     with pytest.raises(RuntimeError, match="second pass"):
-        one_step(Objective(model, loss, batch(0)), second_order=False)
+        one_step(Objective(model, loss, batch(0), check=False), second_order=False)    # the check would be the second
     assert_same(flat(model), before)
 
 
@@ -86,7 +86,10 @@ def test_the_weights_come_back_when_the_second_pass_raises():
 def test_the_lean_gradient_is_the_gradient(cls, dtype):
     objective = Objective(build(cls, dtype=dtype), nn.CrossEntropyLoss(), [batch(0, dtype=dtype),
                                                                            batch(1, 5, dtype=dtype)])
-    for lean, plain in zip(gradient(objective).gradient, objective.trainable_gradient()[1], strict=True):
+    objective.model.eval()
+    loss = sum(nn.functional.cross_entropy(objective.model(x), y, reduction="sum") for x, y in objective.data) / 17
+    expected = torch.autograd.grad(loss, objective.parameters)
+    for lean, plain in zip(objective.evaluate(gradient=True).gradient, expected, strict=True):
         torch.testing.assert_close(lean, plain, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7)
 
 
@@ -95,8 +98,12 @@ def test_two_forwards_and_one_backward():
     calls = {"forward": 0, "backward": 0}
     model.register_forward_hook(lambda *_: calls.__setitem__("forward", calls["forward"] + 1))
     model.register_full_backward_hook(lambda *_: calls.__setitem__("backward", calls["backward"] + 1))
-    one_step(Objective(model, loss_fn, batch(0)), second_order=False)
-    assert calls == {"forward": 2, "backward": 1}
+    objective = Objective(model, loss_fn, batch(0))
+    objective.check()       # two evaluations more, once an objective
+    for _ in range(2):
+        calls.update(forward=0, backward=0)
+        one_step(objective, second_order=False)
+        assert calls == {"forward": 2, "backward": 1}
 
 
 def test_bfloat16_says_what_it_really_did():
@@ -130,9 +137,42 @@ def test_a_good_measurement_warns_of_nothing():
         assert one_step(Objective(build(NoisyNet), loss_fn, batch(0))).warnings == ()
 
 
-@pytest.mark.parametrize(("size", "least"), [(10**8, 8), (15 * 10**8, 4), (5 * 10**9, 2), (10**10, 1)])
-def test_the_table_of_batch_sizes(size, least):
-    assert cautions.batch_sizes(size) == (least, 2 * least, 4 * least)
+@pytest.mark.parametrize(("loss", "rho", "holds"), [
+    (lambda w, _: 3 + w.sum() + w.square().sum(), 0.5, True),
+    (lambda w, _: 3 + w.sum() + 40 * w.pow(4).sum(), 1.5, False),
+    (lambda w, _: 3 + 9 * w.sum() + 5 * w.cos().sum(), 0.1, True),
+    (lambda w, _: 3 + (20 * w).sin().sum() / 10, 1.0, False),
+])
+def test_says_where_the_expansion_does_not_hold(loss, rho, holds):
+    s = one_step(Objective(Vector([0.1, -0.1]), loss, torch.zeros(8, 1), forward=lambda m, _: m()), rho)
+    assert s.expansion_holds is holds and (s.dominant == "remainder") is not holds
+    assert holds == (abs(s.remainder) <= (abs(s.first_order) + abs(s.second_order)) / 2)
+    assert one_step(quadratic(), rho, second_order=False).expansion_holds is None
+
+
+@pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.2, 1.0])
+def test_half_precision_is_right_to_a_per_cent_or_warned_of(dtype, rho):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).to(dtype)
+        x, y = torch.randn(64, 20).to(dtype), torch.randint(0, 3, (64,))
+        found = one_step(Objective(model, nn.CrossEntropyLoss(), (x, y)), rho, second_order=False)
+        exact = one_step(Objective(copy.deepcopy(model).double(), nn.CrossEntropyLoss(), (x.double(), y)), rho,
+                         second_order=False)
+        assert "RoundingWarning" in found.warnings or found.value == pytest.approx(exact.value, rel=0.02)
+
+
+def test_the_rounding_of_autocast_and_of_a_coarse_loss_is_seen():
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).float()
+    data = torch.randn(64, 20).float(), torch.randint(0, 3, (64,))
+    assert one_step(Objective(model, nn.CrossEntropyLoss(), data), 0.01).warnings == ()
+    with pytest.warns(cautions.RoundingWarning), torch.autocast("cpu", torch.bfloat16):
+        one_step(Objective(model, nn.CrossEntropyLoss(), data), 0.01, second_order=False)
+    with pytest.warns(cautions.RoundingWarning):
+        one_step(Objective(model, lambda z, y: nn.functional.cross_entropy(z, y).half(), data), 0.01,
+                 second_order=False)
 
 
 def test_a_step_too_short_to_be_seen_is_within_rounding():

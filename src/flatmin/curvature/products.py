@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import vectors
-from ..batches import unwrapped
+from ..batches import equal, unwrapped
 from ..objective import Objective, Term
 from . import memory
 from .operator import CurvatureOperator, Forms
@@ -92,7 +92,7 @@ class ObjectiveOperator(OverParameters):
             yield
 
     def _forget(self) -> None:
-        self._kept: dict[int, tuple[float, Apply]] = {}
+        self._kept: dict[int, tuple[float, Apply, Any]] = {}
         self._weights: list[float] | None = None
         self._room: float | None = None
 
@@ -176,7 +176,7 @@ class ObjectiveOperator(OverParameters):
     def _maps(self) -> Iterator[tuple[float, Apply, bool]]:
         """Weight and linear map of each batch, and whether the map will be used again."""
         if self._weights is not None and len(self._kept) == len(self._weights):
-            for weight, apply in self._kept.values():
+            for weight, apply, _ in self._kept.values():
                 yield weight, apply, True
             return
         if self._room is None:
@@ -186,15 +186,24 @@ class ObjectiveOperator(OverParameters):
         for term in self.objective.terms():
             weights.append(term.weight)
             if term.index in self._kept:
-                yield *self._kept[term.index], True
-                continue
+                weight, apply, batch = self._kept[term.index]
+                if equal(batch, term.batch):
+                    yield weight, apply, True
+                    continue
+                self._keep_none()
             apply = self._linearized(term)
             if keep := self._room > 0:
-                self._kept[term.index] = (term.weight, apply)
+                self._kept[term.index] = (term.weight, apply, term.batch)
             yield term.weight, apply, keep
             del apply
         if self._weights is None:
             self._weights = weights
+
+    def _keep_none(self) -> None:
+        """The batches come in another order than in the last pass, so that no kept graph belongs to the next one."""
+        warnings.warn("the data give other batches in each pass, so graphs of batches are not kept between products: "
+                      "each product evaluates the model anew. Pass list(data), or shuffle=False", stacklevel=2)
+        self._kept, self._room = {}, -1.0
 
     def _linearized(self, term: Term) -> Apply:
         assert self._room is not None

@@ -121,7 +121,7 @@ class Planner:
         state = self.states[0] if self.states else None
         if kind == "gradient":
             with standing_at(self.objective, state):
-                return [[wide(t) for t in self.objective.trainable_gradient()[1]]] * count
+                return [[wide(t) for t in self.objective.evaluate(gradient=True).gradient]] * count
         if kind == "eigenvectors":
             return self._eigenvectors(state, count)
         assert self.path is not None

@@ -140,6 +140,9 @@ def sentence(m: Measured) -> str:
         named = m.result("one_step").get("warnings")
         if isinstance(named, list) and "RoundingWarning" in named:
             moved += ", which is within rounding: take a larger ρ"
+        elif m.result("one_step").get("expansion_holds") is False:
+            moved += (", which slope and curvature at the point do not explain: the step is beyond the range of the "
+                      "expansion")
         elif top is not None and total > 0 and len(parts) == 3:
             shares = {key: f"{100 * abs(v) / total:.0f} %" for key, _, v in parts}
             if not m.in_range():

@@ -15,7 +15,6 @@ from ..curvature import Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step
-from .gradient import gradient
 from .worst_case import worst_case
 
 SMALL_SLOPE = 0.1
@@ -69,13 +68,13 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
         raise ValueError(f"rho must be positive, got {rho}")
     generator = vectors.seeded(seed)
     radii = (rho, rho / 2, rho / 4)
-    with objective.session():
-        at = gradient(objective)
+    with objective.session(check=True):
+        at = objective.evaluate(gradient=True)
         loss, H = float(at.loss), Hessian(objective)
         length, rises, parts = _rises(objective, H, at.gradient, loss, radii)
         top = eigenpairs(H, 1, tol=tol, seed=generator).largest
         worst = worst_case(objective, rho, iterations=iterations, restarts=restarts, seed=generator).value
-    warn_of(objective, loss=loss, samples=at.samples, missing=at.missing)
+    warn_of(objective, at)
     remainders = tuple(s - p for s, p in zip(rises, parts, strict=True))
     eps = max(torch.finfo(p.dtype).eps for p in objective.parameters)
     noise = 8 * eps * (abs(loss) + max(map(abs, parts)))

@@ -11,7 +11,7 @@ from .. import perturbed, vectors
 from ..curvature.sampling import moments
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import samples_in, warn_of, warn_of_rounded_step, warn_of_rounding
+from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 from .scaling import Adaptive, check_p, scaled, scales
 
 
@@ -19,6 +19,7 @@ from .scaling import Adaptive, check_p, scaled, scales
 class AverageCase(Scalar):
     """``value`` = the mean of L(w + δ) − L(w), ``stderr`` its standard error over independent draws (or pairs)."""
 
+    data_stderr: float = math.nan   # over batches, for these draws; nan where there are fewer than five
     loss: float
     draws: tuple[float, ...]        # the rise of each draw, or the mean rise of each pair δ, −δ
     evaluations: int
@@ -42,7 +43,8 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
         seed: of the draws.
 
     Returns:
-        ``.value .stderr .draws .loss .evaluations``. Weights and everything else are bitwise what they were.
+        ``.value .stderr .data_stderr .draws .loss .evaluations``; ``data_stderr`` is the standard error over batches,
+        where the data are five batches or more. Weights and everything else are bitwise what they were.
 
     Raises:
         ValueError: rho not positive, or fewer than two independent draws.
@@ -62,10 +64,10 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
                          f"samples={samples}")
     w, generator = objective.parameters, vectors.seeded(seed)
     space = vectors.Space(w)
-    with objective.session():
-        loss, seen = _value(objective)
-        c = scales(w, adaptive)
-        draws, realised = [], []
+    with objective.session(check=True):
+        at = objective.evaluate()
+        loss, c = float(at.loss), scales(w, adaptive)
+        draws, realised, each = [], [], [0.0] * len(at.losses)
         for _ in range(count):
             u = space.random(generator, "normal" if p == 2 else "uniform")
             if p == math.inf:
@@ -75,16 +77,20 @@ def average_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adapt
             rises = []
             for sign in (1, -1) if antithetic else (1,):
                 with perturbed.displaced(w, direction, sign * rho) as displacement:
-                    rises.append(float(objective.value()) - loss)
+                    moved = objective.evaluate()
+                rises.append(float(moved.loss) - loss)
+                each = [total + b - a for total, a, b in zip(each, at.losses, moved.losses, strict=True)]
                 realised += displacement.realised
             draws.append(math.fsum(rises) / len(rises))
+        evaluations = count * (2 if antithetic else 1)
+        error = objective.data_stderr([total / evaluations for total in each], at.weights)
     mean, stderr = mean_and_error(draws)
-    found = warn_of(objective, loss=loss, samples=seen)
-    found += warn_of_rounded_step(objective, realised)[1] or warn_of_rounding(objective, mean, loss)
-    return AverageCase(value=mean, stderr=stderr, loss=loss, draws=tuple(draws), warnings=tuple(found),
-                       evaluations=1 + count * (2 if antithetic else 1),
+    found = warn_of(objective, at, value=mean, data_stderr=error)
+    found += warn_of_rounded_step(objective, realised)[1] or warn_of_rounding(at, mean)
+    return AverageCase(value=mean, stderr=stderr, data_stderr=error, loss=loss, draws=tuple(draws),
+                       warnings=tuple(found), evaluations=1 + evaluations,
                        settings={"rho": rho, "p": p, "adaptive": adaptive, "samples": samples,
-                                 "antithetic": antithetic, "mode": objective.mode, "data": seen})
+                                 "antithetic": antithetic, "mode": objective.mode, "data": at.samples})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +119,9 @@ def largest_random(objective: Objective, rho: float = 0.05, *, adaptive: Adaptiv
         raise ValueError(f"rho and draws must be positive, got rho={rho}, draws={draws}")
     w, generator = objective.parameters, vectors.seeded(seed)
     space = vectors.Space(w)
-    with objective.session():
-        loss, seen = _value(objective)
-        c = scales(w, adaptive)
+    with objective.session(check=True):
+        at = objective.evaluate()
+        loss, c = float(at.loss), scales(w, adaptive)
         rises, realised = [], []
         for _ in range(draws):
             u = space.random(generator)
@@ -123,21 +129,11 @@ def largest_random(objective: Objective, rho: float = 0.05, *, adaptive: Adaptiv
             with perturbed.displaced(w, scaled(c, u), rho) as displacement:
                 rises.append(float(objective.value()) - loss)
             realised += displacement.realised
-    warn_of(objective, loss=loss, samples=seen)
+    warn_of(objective, at)
     warn_of_rounded_step(objective, realised)
     mean, stderr = mean_and_error(rises)
     return LargestRandom(value=max(rises), stderr=stderr, loss=loss, mean=mean, draws=tuple(rises),
                          settings={"rho": rho, "adaptive": adaptive, "draws": draws, "mode": objective.mode})
-
-
-def _value(objective: Objective) -> tuple[float, int]:
-    """L(w) and how many samples it is a mean over."""
-    losses, seen = [], 0
-    with torch.no_grad():
-        for term in objective.terms():
-            losses.append((term.loss(term.outputs()), term.weight))
-            seen += samples_in(term.batch) if term.weight > 0 else 0
-    return float(objective._total(losses)), int(objective.ranks.total(seen)[0])
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..objective import Objective
+from ..batches import samples_in
+from ..evaluation import Pass
+from ..objective import FEWEST_BATCHES, Objective
+from ..results import uncertain
+
+__all__ = ["DifferentScaleWarning", "LossNearZeroWarning", "MissingGradientWarning", "RoundingWarning",
+           "SharpnessWarning", "SmallBatchWarning", "TrainingModeWarning", "data_size", "samples_in", "warn_of",
+           "warn_of_rounded_step", "warn_of_rounding"]
 
 
 class SharpnessWarning(UserWarning):
@@ -19,7 +24,7 @@ class SharpnessWarning(UserWarning):
 
 
 class SmallBatchWarning(SharpnessWarning):
-    """Fewer samples than the table of batch sizes asks for: the number is noisy."""
+    """Other data would give another number: a large standard error over batches, or too few data to give one."""
 
 
 class MissingGradientWarning(SharpnessWarning):
@@ -42,41 +47,28 @@ class DifferentScaleWarning(SharpnessWarning):
     """Plain measures of differently scaled models: the comparison is of units, not of flatness."""
 
 
-BATCH_SIZES = (  # (parameters below, least, recommended, best number of samples)
-    (1e9, 8, 16, 32),
-    (3e9, 4, 8, 16),
-    (7e9, 2, 4, 8),
-    (math.inf, 1, 2, 4),
-)
-
+FEWEST_SAMPLES = 8
 NEAR_ZERO = 1e-4
 
 
-def batch_sizes(parameters: int) -> tuple[int, int, int]:
-    """How many samples a measurement should see: (least, recommended, best), by the number of parameters.
-
-    >>> batch_sizes(25_000_000), batch_sizes(1_500_000_000)
-    ((8, 16, 32), (4, 8, 16))
-    """
-    return next((least, good, best) for limit, least, good, best in BATCH_SIZES if parameters < limit)
-
-
-def samples_in(batch: Any) -> int:
-    """How many samples a batch holds: the length of its first tensor."""
-    first = next((t for t in tree_leaves(dict(batch) if hasattr(batch, "keys") else batch) if isinstance(t, Tensor)),
-                 None)
-    return first.shape[0] if first is not None and first.dim() else 1
-
-
-def warn_of(objective: Objective, *, loss: float, samples: int | None = None, missing: list[str] | None = None,
+def warn_of(objective: Objective, at: Pass, *, value: float = math.nan, data_stderr: float = math.nan,
             stacklevel: int = 3) -> list[str]:
-    """Warn of everything that applies; the names of the warnings, for the record."""
+    """Warn of everything that applies to a number measured with the pass ``at``; the names, for the record.
+
+    ``value`` and ``data_stderr`` are the number and its standard error over batches, where there are enough of them.
+    """
     found: list[tuple[type[SharpnessWarning], str]] = []
-    size = sum(p.numel() for p in objective.parameters)
-    least, good, best = batch_sizes(size)
-    if samples is not None and samples < least:
-        found.append((SmallBatchWarning, f"{samples} samples for {size} parameters: at least {least} are needed for a "
-                                         f"stable number, {good} are better, {best} are enough"))
+    missing, loss = at.missing, float(at.loss)
+    count, unit = data_size(objective, at)
+    if not math.isnan(data_stderr):
+        if 2 * data_stderr > abs(value):
+            found.append((SmallBatchWarning, f"the value is {uncertain(value, data_stderr)}, with its standard error "
+                                             "over batches: other data of this size may give another sign. Measure on "
+                                             "more data"))
+    elif count < FEWEST_SAMPLES:
+        found.append((SmallBatchWarning, f"measured on {count:g} {unit}, in fewer than {FEWEST_BATCHES} batches: how "
+                                         "much the number would change with other data is not known. Pass more data, "
+                                         f"in {FEWEST_BATCHES} batches or more, for its standard error"))
     if missing:
         some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
         found.append((MissingGradientWarning, f"the loss does not depend on {len(missing)} parameters ({some}); they "
@@ -91,6 +83,13 @@ def warn_of(objective: Objective, *, loss: float, samples: int | None = None, mi
     for kind, text in found:
         warnings.warn(text, kind, stacklevel=stacklevel + 1)
     return [kind.__name__ for kind, _ in found]
+
+
+def data_size(objective: Objective, at: Pass) -> tuple[float, str]:
+    """How many data a number was measured on and in what: tokens of a causal language model, else samples."""
+    if objective._shift and objective._weight is None and not objective.sums:
+        return objective.ranks.total(math.fsum(at.weights))[0], "tokens"
+    return at.samples, "samples"
 
 
 def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stacklevel: int = 3) -> \
@@ -113,16 +112,15 @@ def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stack
     return ratio, ["RoundingWarning"]
 
 
-def warn_of_rounding(objective: Objective, rise: float, loss: float, expected: float = 0.0,
-                     stacklevel: int = 3) -> list[str]:
-    """Warn where a rise of the loss is not much larger than the rounding of the losses it is a difference of.
+def warn_of_rounding(at: Pass, rise: float, expected: float = 0.0, stacklevel: int = 3) -> list[str]:
+    """Warn where the rounding of two losses may be more than one per cent of their difference.
 
     No rise at all is nothing to warn of, unless one was ``expected``.
     """
-    eps = max((torch.finfo(p.dtype).eps for p in objective.parameters), default=0.0)
-    if rise == expected == 0 or abs(rise) > 10 * eps * abs(loss):
+    eps, loss = at.eps, float(at.loss)
+    if rise == expected == 0 or abs(rise) > 100 * eps * abs(loss):
         return []
-    warnings.warn(f"the loss changes by {rise:.1e}, which is within the rounding of a loss of {loss:.3g} in "
-                  f"{str(objective.parameters[0].dtype).removeprefix('torch.')}: take a larger rho, or float64",
-                  RoundingWarning, stacklevel=stacklevel + 1)
+    off = f"about {100 * eps * abs(loss / rise):.0f} %" if abs(rise) > eps * abs(loss) else "more than all of it"
+    warnings.warn(f"the loss changes by {rise:.1e}, of which {off} is within the rounding of a loss of {loss:.3g} to "
+                  f"{eps:.1e}: take a larger rho, or float64", RoundingWarning, stacklevel=stacklevel + 1)
     return ["RoundingWarning"]

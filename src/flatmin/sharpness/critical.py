@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import perturbed, vectors
+from ..evaluation import Pass
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step
-from .gradient import gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class CriticalSharpness(Scalar):
     bracket: tuple[float, float]
     ratio: float
     evaluations: int
+    data_stderr: float = math.nan   # over batches, along this update; nan where there are fewer than five
 
 
 def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = None, *, lr: float | None = None,
@@ -45,7 +46,8 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
         most: evaluations at most.
 
     Returns:
-        ``.value .critical_rate .bracket .ratio .evaluations``. Where no step along Δ lowers the loss, λ_c is inf; where
+        ``.value .critical_rate .bracket .ratio .evaluations .data_stderr`` (over batches, along this update, where
+        there are five or more). Where no step along Δ lowers the loss, λ_c is inf; where
         the loss never exceeds L(w), 0.
 
     Raises:
@@ -59,37 +61,47 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
     (True, True)
     """
     w = objective.parameters
-    with objective.session():
-        if update is None:
-            at = gradient(objective)
-            loss, direction = float(at.loss), at.gradient
-        else:
-            loss, direction = float(objective.value()), [vectors.local(t.detach()) for t in update]
+    with objective.session(check=True):
+        at = objective.evaluate(gradient=update is None)
+        direction = at.gradient if update is None else [vectors.local(t.detach()) for t in update]
         if [t.shape for t in direction] != [vectors.local(p.detach()).shape for p in w]:
             raise ValueError(f"the update needs one tensor for each of the {len(w)} parameters that require a gradient")
-        length, realised = float(vectors.Space(w).norm(direction)), []
+        loss, length, realised = float(at.loss), float(vectors.Space(w).norm(direction)), []
         if not (math.isfinite(length) and length > 0):
             raise ValueError(f"the update has length {length}")
+        seen: dict[float, Pass] = {0.0: at}
 
         def rise(eta: float) -> float:
             nonlocal realised
             with perturbed.displaced(w, direction, -eta) as displacement:
-                realised = displacement.realised
-                return float(objective.value()) - loss
+                seen[eta] = objective.evaluate()
+            realised = displacement.realised
+            return float(seen[eta].loss) - loss
 
-        noise = 4 * max(torch.finfo(p.dtype).eps for p in w) * abs(loss)
+        noise = 4 * at.eps * abs(loss)
         low, high, used = _bracket(rise, noise, lr or 1e-2 / length, most)
         while high - low > rtol * high and used < most and 0 < low and math.isfinite(high):
             middle = math.sqrt(low * high)
             low, high, used = (low, middle, used + 1) if not rise(middle) <= 0 else (middle, high, used + 1)
-    warn_of(objective, loss=loss)
+        error = _data_stderr(objective, seen, low, high)
+    warn_of(objective, at)
     warn_of_rounded_step(objective, realised)       # of the last step looked at
     rate = math.sqrt(low * high) if 0 < low and math.isfinite(high) else (0.0 if low == 0 else math.inf)
     value = 2 / rate if rate else math.inf
     return CriticalSharpness(value=value, critical_rate=rate, bracket=(low, high), evaluations=used,
-                             ratio=math.nan if lr is None else value * lr / 2,
+                             data_stderr=error, ratio=math.nan if lr is None else value * lr / 2,
                              settings={"lr": lr, "rtol": rtol, "mode": objective.mode,
                                        "update": "gradient" if update is None else "given"})
+
+
+def _data_stderr(objective: Objective, seen: Mapping[float, Pass], low: float, high: float) -> float:
+    """The standard error of 2/η_c over batches: that of the rise at η_c by the slope of the rise there."""
+    if not (0 < low and math.isfinite(high)):
+        return math.nan
+    at, below, above = seen[0.0], seen[low], seen[high]
+    rises = [b - a for a, b in zip(at.losses, above.losses, strict=True)]
+    slope = (above.loss - below.loss).item() / (high - low)
+    return 2 / (low * high) * objective.data_stderr(rises, at.weights) / slope if slope > 0 else math.nan
 
 
 def _bracket(rise: Callable[[float], float], noise: float, eta: float, most: int) -> tuple[float, float, int]:
@@ -182,7 +194,7 @@ def edge_of_stability(objective: Objective, lr: float, *, momentum: float = 0.0,
     found = eigenpairs(Hessian(objective), 1, tol=tol, seed=seed)
     edge = (2 + 2 * momentum) / lr
     if rho:
-        length = float(vectors.Space(objective.parameters).norm(gradient(objective).gradient))
+        length = float(vectors.Space(objective.parameters).norm(objective.evaluate(gradient=True).gradient))
         edge = 4 / lr / (1 + math.sqrt(1 + 8 * rho / (lr * length))) if length else 0.0
     value = found.largest / edge if edge else math.inf
     return EdgeOfStability(value=value, largest_eigenvalue=found.largest, edge=edge,

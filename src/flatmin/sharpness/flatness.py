@@ -14,7 +14,7 @@ from .. import vectors
 from ..curvature import Hessian
 from ..objective import Objective
 from ..results import Scalar
-from .average_case import _value, mean_and_error
+from .average_case import mean_and_error
 from .cautions import warn_of
 
 Kind = Literal["element", "row", "column", "row_column"]
@@ -49,8 +49,10 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
     Args:
         objective: L.
         samples: products with H at most. Where there are no more parameters than that, the diagonal is exact.
-        seed: of the random signs z in h ≈ mean z ∘ Hz. "element" uses Σ (w∘z)ᵀH(w∘z), which is unbiased and has a
-            standard error; the relatives set negative entries of the estimate of h to 0 (``clipped``), and have none.
+        seed: of the random signs z in c² ∘ h ≈ mean (c∘z) ∘ H(c∘z). "element" takes c = w: its sum is unbiased and has
+            a standard error. The relatives take for c the size of w by row and column (its geometric means, or the one
+            of them that ``kind`` has), so that the estimate is invariant to just what they are; they set its negative
+            entries to 0 (``clipped``), which makes them too large for few samples, and have no standard error.
 
     Raises:
         ValueError: an unknown kind, fewer than two samples, or rows and columns of sharded parameters.
@@ -71,15 +73,18 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
         raise ValueError(f"kind={kind!r} needs whole parameters, and these are spread over ranks: gather the model, "
                          'or use kind="element"')
     names = [name for name, p in objective.model.named_parameters() if p.requires_grad]
-    with objective.session():
-        loss, seen = _value(objective)
+    with objective.session(check=True):
+        at = objective.evaluate()
         H = Hessian(objective)
         exact = H.size <= samples and not space.sharded
         stderr, clipped, products = math.nan, 0.0, H.size if exact else samples
         if exact:
             h = H.split(H.dense().diagonal())
         else:
-            h, stderr = _estimate(H, space, w, samples, vectors.seeded(seed), weighted=kind == "element")
+            c = w if kind == "element" else [_size(t, kind) for t in w]
+            h, stderr = _estimate(H, space, c, samples, vectors.seeded(seed))
+            if kind != "element":
+                h = [torch.where(b > 0, d.double() / b.double().square(), 0) for d, b in zip(h, c, strict=True)]
         if kind == "element":
             each = [(d.double() * (t.double().square() if exact else 1)).sum() for d, t in zip(h, w, strict=True)]
             parts = space.reduce_each(torch.stack(each)).tolist()
@@ -87,25 +92,56 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
             size = math.fsum(float(d.abs().sum()) for d in h)
             clipped = math.fsum(float(d.clamp(max=0).abs().sum()) for d in h) / size if size else 0.0
             parts = [_least(d.double().clamp(min=0), t.double(), kind) for d, t in zip(h, w, strict=True)]
-    warn_of(objective, loss=loss, samples=seen)
+    warn_of(objective, at)
     return NormalizedFlatness(value=math.fsum(parts), stderr=stderr if kind == "element" else math.nan,
                               layers=dict(zip(names, parts, strict=True)), exact=exact, products=products,
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
-def _estimate(H: Hessian, space: vectors.Space, w: Sequence[Tensor], samples: int, generator: torch.Generator,
-              weighted: bool) -> tuple[list[Tensor], float]:
-    """The diagonal of H (of WHW where weighted) from random signs, and the standard error of its sum."""
-    total = [torch.zeros_like(t) for t in w]
+def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: int,
+              generator: torch.Generator) -> tuple[list[Tensor], float]:
+    """The diagonal of CHC from random signs, and the standard error of its sum."""
+    total = [torch.zeros_like(t) for t in c]
     sums = []
     with H.session():
         for _ in range(samples):
             z = space.random(generator, "rademacher")
-            v = [a * b for a, b in zip(z, w, strict=True)] if weighted else z
+            v = [a * b for a, b in zip(z, c, strict=True)]
             row = [a * vectors.local(b) for a, b in zip(v, H.matvec(v), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
     return total, mean_and_error(sums)[1]
+
+
+def _size(w: Tensor, kind: str) -> Tensor:
+    """The size of each weight that follows a rescaling of rows, columns or both; |w| of a tensor of one dimension.
+
+    Rows and columns: exp(rᵢ + sⱼ) fitted to |W| by least squares in the logarithm, over the entries that are not zero.
+    """
+    if w.dim() < 2:
+        return w.abs()
+    q = w.double().square().reshape(*w.shape[:2], -1).sum(-1)
+    if kind == "row_column":
+        r, s = _factors(q)
+        size = (r[:, None] * s).sqrt()
+    else:
+        along = 1 if kind == "row" else 0
+        size = q.mean(along, keepdim=True).sqrt().expand_as(q)
+    return size.to(w.dtype).reshape(*q.shape, *[1] * (w.dim() - 2)).expand_as(w)
+
+
+def _factors(q: Tensor, steps: int = 1000) -> tuple[Tensor, Tensor]:
+    """Factors by row and column whose products fit the entries of q that are not zero; 0 for rows without any."""
+    there = q > 0
+    logs = torch.where(there, q, 1).log()
+    rows, columns = there.sum(1).clamp(min=1), there.sum(0).clamp(min=1)
+    s = torch.zeros_like(logs[0])
+    for _ in range(steps):      # the first round is exact where no entry is zero
+        r = torch.where(there, logs - s, 0).sum(1) / rows
+        s, before = torch.where(there, logs - r[:, None], 0).sum(0) / columns, s
+        if float((s - before).abs().max()) < 1e-14:
+            break
+    return torch.where(there.any(1), r.exp(), 0), torch.where(there.any(0), s.exp(), 0)
 
 
 def _least(h: Tensor, w: Tensor, kind: str) -> float:
@@ -120,14 +156,26 @@ def _least(h: Tensor, w: Tensor, kind: str) -> float:
 
 
 def _row_column(h: Tensor, q: Tensor, steps: int = 2000, tol: float = 1e-12) -> float:
-    """min over s, t > 0 of Σ_ij h_ij sᵢtⱼ + q_ij/(sᵢtⱼ), by turns in s and t, each in closed form."""
-    tiny = torch.finfo(h.dtype).tiny
-    t, value = torch.ones_like(h[0]), math.inf
+    """inf over s, t > 0 of Σ_ij h_ij sᵢtⱼ + q_ij/(sᵢtⱼ), by turns in s and t, each in closed form."""
+    h, q = _with_both(h, q)
+    if h.numel() == 0:
+        return 0.0
+    t, value = _factors(q)[1], math.inf         # a start that follows a rescaling, as all that comes after
     for _ in range(steps):
-        s = ((q / t).sum(1).clamp(min=tiny) / (h * t).sum(1).clamp(min=tiny)).sqrt()
-        a, b = (h * s[:, None]).sum(0).clamp(min=tiny), (q / s[:, None]).sum(0).clamp(min=tiny)
+        s = ((q / t).sum(1) / (h * t).sum(1)).sqrt()
+        a, b = (h * s[:, None]).sum(0), (q / s[:, None]).sum(0)
         t = (b / a).sqrt()
         before, value = value, 2 * float((a * b).sqrt().sum())
-        if before - value <= tol * value:
+        if not before - value > tol * value:
             break
-    return value
+    return min(before, value)
+
+
+def _with_both(h: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows and columns in which h or q is zero throughout: there the least value is zero."""
+    while h.numel():
+        rows, columns = ((h.sum(i) > 0) & (q.sum(i) > 0) for i in (1, 0))
+        if bool(rows.all()) and bool(columns.all()):
+            break
+        h, q = h[rows][:, columns], q[rows][:, columns]
+    return h, q

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
-from .gradient import gradient, stepped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class OneStep(Scalar):
     perturbed_loss: float
     gradient_norm: float
     radius: float           # ‖Δw‖ really taken: less than ρ where half precision rounds it away
+    data_stderr: float = math.nan           # over batches, for this step; nan where there are fewer than five
+    expansion_holds: bool | None = None     # |remainder| ≤ ½(|first order| + |second order|); None without the latter
     warnings: tuple[str, ...] = ()
 
     @property
@@ -48,7 +50,12 @@ class OneStep(Scalar):
 
     @property
     def dominant(self) -> str:
-        """Which part says most of the value: "first_order", "second_order" or "remainder"; "none" where all are 0."""
+        """Which part says most of the value: "first_order", "second_order" or "remainder"; "none" where all are 0.
+
+        "remainder" wherever the expansion does not hold: its parts then explain nothing.
+        """
+        if self.expansion_holds is False:
+            return "remainder"
         parts = self.parts
         return "none" if any(map(math.isnan, parts.values())) else max(parts, key=lambda name: parts[name])
 
@@ -80,8 +87,11 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
         adaptive_epsilon: take ``rho`` as ε and scale it by model size, ρ = ε √(d / 10⁶) (``scaled_radius``).
 
     Returns:
-        ``.value .first_order .second_order .remainder .parts .dominant .loss .perturbed_loss .gradient_norm .radius``.
-        Where g = 0 there is no direction, and all parts are 0.
+        ``.value .first_order .second_order .remainder .parts .dominant .expansion_holds .loss .perturbed_loss
+        .gradient_norm .radius .data_stderr``. Where g = 0 there is no direction, and all parts are 0.
+        ``data_stderr`` is the standard error over batches of the rise for this step (the direction is not drawn anew),
+        where the data are five batches or more. ``expansion_holds`` is False where the remainder is more than half of
+        the two orders together, so that they do not explain the value.
 
     Raises:
         ValueError: rho not positive.
@@ -100,25 +110,43 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     w = objective.parameters
     space = vectors.Space(w)
     epsilon, rho = rho, scaled_radius(rho, _size(w)) if adaptive_epsilon else rho
-    with objective.session():
-        at = gradient(objective)
+    with objective.session(check=True):
+        at = objective.evaluate(gradient=True)
         length = space.norm(at.gradient)
-        second, moved, realised = None, at.loss, None
+        second, moved, realised = None, at, None
         if second_order:
             second = 0.5 * rho**2 * _curvature(objective, space, at.gradient, length) if length > 0 else 0.0
         if not bool(length == 0):
             with stepped(w, at.gradient, rho / length) as displacement:
-                moved = objective.value()
+                moved = objective.evaluate()
             realised = displacement.realised
-    rise, loss = float(moved - at.loss), float(at.loss)
-    found = warn_of(objective, loss=loss, samples=at.samples, missing=at.missing)
+        rises = [b - a for a, b in zip(at.losses, moved.losses, strict=True)]
+        error = objective.data_stderr(rises, at.weights)
+    rise, loss, first = float(moved.loss - at.loss), float(at.loss), rho * float(length)
+    found = warn_of(objective, at, value=rise, data_stderr=error)
     ratio, rounded = warn_of_rounded_step(objective, realised or ())
-    found += rounded or warn_of_rounding(objective, rise, loss, expected=float(length))
+    found += rounded or warn_of_rounding(at, rise, expected=float(length))
+    holds = None if second is None else not abs(rise - first - second) > (abs(first) + abs(second)) / 2
     settings = {"rho": rho, "mode": objective.mode, "samples": at.samples}
-    return OneStep(value=rise, first_order=rho * float(length), second_order=second, loss=loss,
-                   radius=0.0 if realised is None else rho * ratio, perturbed_loss=float(moved),
-                   gradient_norm=float(length), warnings=tuple(found),
+    return OneStep(value=rise, first_order=first, second_order=second, loss=loss, data_stderr=error,
+                   expansion_holds=holds, radius=0.0 if realised is None else rho * ratio,
+                   perturbed_loss=float(moved.loss), gradient_norm=float(length), warnings=tuple(found),
                    settings=settings | ({"epsilon": epsilon} if adaptive_epsilon else {}))
+
+
+@contextmanager
+def stepped(w: Sequence[Tensor], direction: list[Tensor], scale: Tensor) -> Iterator[perturbed.Displacement]:
+    """Weights stand at w + scale · direction inside, and are given back bit for bit.
+
+    The memory of ``direction`` is taken over to hold w meanwhile, so that nothing is allocated; its values are lost.
+    """
+    displacement = perturbed.Displacement()
+    try:
+        with torch.no_grad():
+            displacement.move([vectors.local(p.detach()) for p in w], direction, scale, own=True)
+        yield displacement
+    finally:
+        displacement.restore()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +166,10 @@ def first_order(objective: Objective, rho: float = 1.0) -> FirstOrder:
     >>> round(first_order(Objective(model, torch.nn.MSELoss(), data), rho=0.1).value, 4)
     0.2
     """
-    at = gradient(objective)
-    length = float(vectors.Space(objective.parameters).norm(at.gradient))
-    warn_of(objective, loss=float(at.loss), samples=at.samples, missing=at.missing)
+    with objective.session(check=True):
+        at = objective.evaluate(gradient=True)
+        length = float(vectors.Space(objective.parameters).norm(at.gradient))
+    warn_of(objective, at)
     return FirstOrder(value=rho * length, gradient_norm=length, loss=float(at.loss),
                       settings={"rho": rho, "mode": objective.mode, "samples": at.samples})
 

@@ -1,4 +1,4 @@
-"""The same measures of a part of the data at a time, and of normalised logits."""
+"""The same measures of a part of the data at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import batches
-from ..objective import Objective
+from ..batches import samples_in
+from ..objective import FEWEST_BATCHES, Objective
 from ..results import Scalar
 from .average_case import average_case
-from .cautions import SmallBatchWarning, samples_in
+from .cautions import SmallBatchWarning
 from .one_step import one_step
 from .worst_case import worst_case
 
@@ -31,6 +29,7 @@ class MSharpness(Scalar):
 
     chunks: tuple[float, ...]
     weights: tuple[float, ...]      # terms of the loss in each chunk
+    data_stderr: float = math.nan   # the same standard error; nan where there are fewer than five chunks
 
 
 def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str | Measure = "worst_case",
@@ -72,7 +71,7 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     if m % world:
         raise ValueError(f"m = {m} samples cannot be shared evenly by {world} ranks: make it a multiple of {world}")
     values, weights = [], []
-    with warnings.catch_warnings():
+    with objective.session(check=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", SmallBatchWarning)      # m is asked for
         for chunk in _in_step(objective, chunks(objective, m // world)):
             part = on_data(objective, chunk)
@@ -83,8 +82,10 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     k = len(values)
     spread = math.fsum((n / total) ** 2 * (v - mean) ** 2 for v, n in zip(values, weights, strict=True))
     name = measure if isinstance(measure, str) else getattr(measure, "__name__", str(measure))
-    return MSharpness(value=mean, stderr=math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan, chunks=tuple(values),
-                      weights=tuple(weights), settings={"m": m, "rho": rho, "measure": name, **options})
+    error = math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan
+    return MSharpness(value=mean, stderr=error, data_stderr=error if k >= FEWEST_BATCHES else math.nan,
+                      chunks=tuple(values), weights=tuple(weights),
+                      settings={"m": m, "rho": rho, "measure": name, **options})
 
 
 def _world(objective: Objective) -> int:
@@ -108,9 +109,9 @@ def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[
 
 
 def on_data(objective: Objective, data: list[Any]) -> Objective:
-    """The same objective on other batches."""
+    """The same objective on other batches, with sessions of its own."""
     part = copy.copy(objective)
-    part.data = data
+    part.data, part._depth, part._ranks = data, 0, None
     return part
 
 
@@ -118,7 +119,7 @@ def chunks(objective: Objective, m: int) -> Iterator[list[Any]]:
     """Lists of pieces of batches that hold m samples together; the last may hold fewer."""
     held: list[Any] = []
     count = 0
-    for batch in objective.data:
+    for batch in objective.batches():
         n, start = samples_in(batch), 0
         while start < n:
             take = min(m - count, n - start)
@@ -144,60 +145,3 @@ def _piece(batch: Any, start: int, stop: int, n: int) -> Any:
     if isinstance(batch, (tuple, list)):
         return tuple(_piece(part, start, stop, n) for part in batch)
     raise ValueError(f"cannot cut a batch of type {type(batch).__name__} into samples")
-
-
-def normalized_logits(objective: Objective, *, floor: float = 1e-10) -> Objective:
-    """The objective with logits z ← (z − mean z) / ‖z − mean z‖₂ per sample before its loss; for any measure.
-
-    Scaling the last layer leaves the classification as it is but changes the sharpness of a cross-entropy; after this
-    it does not. Works where the loss is a function of logits, and for models that return their own loss it is the
-    cross-entropy of the normalised logits with ``labels`` (shifted for causal language models).
-
-    Args:
-        objective: L.
-        floor: the least norm that is divided by.
-
-    >>> import torch
-    >>> model = torch.nn.Linear(2, 3, bias=False)
-    >>> plain = Objective(model, torch.nn.CrossEntropyLoss(), (torch.eye(2), torch.tensor([0, 1])))
-    >>> before = float(normalized_logits(plain).value())
-    >>> with torch.no_grad(): _ = model.weight.mul_(10)
-    >>> abs(float(normalized_logits(plain).value()) - before) < 1e-6
-    True
-
-    M. Andriushchenko et al., arXiv 2302.07011 (their code; the paper's formula may carry a factor 1/√K).
-    """
-    def normalize(z: Tensor) -> Tensor:
-        z = z - z.mean(-1, keepdim=True)
-        return z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=floor)
-
-    def forward(model: Any, batch: Any) -> Any:
-        if objective._forward is not None:
-            return objective._forward(model, batch)
-        return model(**batch) if isinstance(batch, Mapping) else model(batch[0])
-
-    def loss(outputs: Any, batch: Any) -> Tensor:
-        z = normalize(batches.logits(outputs))
-        if objective.loss_fn is None:
-            return _own_cross_entropy(z, batch, objective._shift)
-        if not isinstance(outputs, Tensor):
-            outputs = copy.copy(outputs)
-            if isinstance(outputs, Mapping):
-                outputs["logits"] = z  # type: ignore[index]
-            else:
-                outputs.logits = z
-        return objective._loss(z if isinstance(outputs, Tensor) else outputs, batch)
-
-    out = Objective(objective.model, loss, objective.data, forward=forward, weight=objective.weight,
-                    seed=objective.seed, check=objective._check)
-    out.mode, out.sums = objective.mode, objective.sums
-    return out
-
-
-def _own_cross_entropy(z: Tensor, batch: Any, shift: bool) -> Tensor:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        raise ValueError("normalised logits of a model with its own loss need integer labels in the batch")
-    if shift:
-        z, labels = z[..., :-1, :], labels[..., 1:]
-    return F.cross_entropy(z.reshape(-1, z.shape[-1]), labels.reshape(-1))

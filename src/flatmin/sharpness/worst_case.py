@@ -14,7 +14,6 @@ from .. import perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
-from .gradient import gradient
 from .scaling import Adaptive, check_p, project, scaled, scales, steepest
 from .trust_region import trust_region
 
@@ -26,6 +25,7 @@ MOMENTUM, KEEP = 0.75, 0.75
 class WorstCase(Scalar):
     """``value`` = the largest L(w + δ) − L(w) seen, a lower bound of the maximum, and how it was reached."""
 
+    data_stderr: float = math.nan       # over batches, at the best point; nan where there are fewer than five
     loss: float
     perturbed_loss: float
     norm: float                         # ‖u‖_p of the best point, δ = c ∘ u; ρ on the boundary
@@ -63,7 +63,9 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
             and at most 2000 parameters.
 
     Returns:
-        ``.value .norm .start .iteration .runs .quadratic .direction .evaluations``; never below 0, since δ = 0 counts.
+        ``.value .data_stderr .norm .start .iteration .runs .quadratic .direction .evaluations``; never below 0, since
+        δ = 0 counts. ``data_stderr`` is the standard error over batches of the rise at this δ (no other is searched
+        for), where the data are five batches or more.
 
     Raises:
         ValueError: a radius that is not positive, an unknown p or adaptive, or a quadratic model that cannot be had.
@@ -84,24 +86,27 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
     p = check_p(p)
     w = objective.parameters
     generator = vectors.seeded(seed)
-    with objective.session():
-        at = gradient(objective)
+    with objective.session(check=True):
+        at = objective.evaluate(gradient=True)
         base = float(at.loss)
         ball = _Ball(objective, vectors.Space(w), scales(w, adaptive), rho, p, base)
         model = _quadratic(objective, at.gradient, ball) if quadratic else math.nan
-        best = _Best(ball.zeros())
+        best = _Best(ball.zeros(), at.losses)
         runs = [_run(ball, best, "gradient", ball.zeros(), at.gradient, iterations)]
         for _ in range(restarts if runs[0] is not None else max(restarts, 1)):
             runs.append(_run(ball, best, "random", ball.random(generator), None, iterations))
         norm = float(ball.space.norm(best.u, p))
         direction = scaled(ball.c, best.u)
         length = float(ball.space.norm(direction))
-    found = warn_of(objective, loss=base, samples=at.samples, missing=at.missing)
+        rises = [b - a for a, b in zip(at.losses, best.losses, strict=True)]
+        error = objective.data_stderr(rises, at.weights)
+    found = warn_of(objective, at, value=best.value, data_stderr=error)
     rounded = warn_of_rounded_step(objective, ball.realised)[1]     # of the last step
-    found += rounded or warn_of_rounding(objective, best.value, base)
+    found += rounded or warn_of_rounding(at, best.value)
     kind = adaptive if isinstance(adaptive, str) else "element" if adaptive else "none"
-    return WorstCase(value=best.value, loss=base, perturbed_loss=base + best.value, norm=norm, displacement=length,
-                     start=best.start, iteration=best.iteration, runs=tuple(r for r in runs if r is not None),
+    return WorstCase(value=best.value, data_stderr=error, loss=base, perturbed_loss=base + best.value, norm=norm,
+                     displacement=length, start=best.start, iteration=best.iteration,
+                     runs=tuple(r for r in runs if r is not None),
                      quadratic=model, evaluations=1 + ball.evaluations, direction=direction, warnings=tuple(found),
                      settings={"rho": rho, "p": p, "adaptive": kind, "iterations": iterations, "restarts": restarts,
                                "mode": objective.mode, "samples": at.samples})
@@ -113,7 +118,7 @@ class _Ball:
     def __init__(self, objective: Objective, space: vectors.Space, c: list[Tensor] | None, rho: float, p: float,
                  base: float):
         self.objective, self.space, self.c, self.rho, self.p, self.base = objective, space, c, rho, p, base
-        self.evaluations, self.realised = 0, []
+        self.evaluations, self.realised, self.losses = 0, [], ()
 
     def zeros(self) -> list[Tensor]:
         return [torch.zeros_like(vectors.local(t.detach())) for t in self.space.parameters]
@@ -131,20 +136,20 @@ class _Ball:
     def climb(self, u: list[Tensor]) -> tuple[float, list[Tensor]]:
         self.evaluations += 1
         with perturbed.displaced(self.space.parameters, scaled(self.c, u)) as displacement:
-            at = gradient(self.objective)
-        self.realised = displacement.realised
+            at = self.objective.evaluate(gradient=True)
+        self.realised, self.losses = displacement.realised, at.losses
         return float(at.loss) - self.base, [g.to(t.dtype) for g, t in zip(at.gradient, u, strict=True)]
 
 
 class _Best:
     """The best point seen in all runs; at first δ = 0 with a rise of 0."""
 
-    def __init__(self, u: list[Tensor]):
-        self.u, self.value, self.start, self.iteration = u, 0.0, "gradient", 0
+    def __init__(self, u: list[Tensor], losses: tuple[float, ...]):
+        self.u, self.losses, self.value, self.start, self.iteration = u, losses, 0.0, "gradient", 0
 
-    def offer(self, value: float, u: list[Tensor], start: Start, iteration: int) -> None:
+    def offer(self, value: float, losses: tuple[float, ...], u: list[Tensor], start: Start, iteration: int) -> None:
         if value > self.value or math.isnan(value) and not math.isnan(self.value):
-            self.value, self.start, self.iteration = value, start, iteration
+            self.value, self.losses, self.start, self.iteration = value, losses, start, iteration
             vectors.copy(u, self.u)
 
 
@@ -154,7 +159,7 @@ def _run(ball: _Ball, best: _Best, start: Start, u: list[Tensor], g: list[Tensor
     value = 0.0
     if g is None:
         value, g = ball.climb(u)
-        best.offer(value, u, start, 0)
+        best.offer(value, ball.losses, u, start, 0)
     top, top_u, top_g = value, [t.clone() for t in u], g
     last, step, ascents, since = [t.clone() for t in u], 2 * ball.rho, 0, (0, value)
     looks = _looks(iterations)
@@ -164,7 +169,7 @@ def _run(ball: _Ball, best: _Best, start: Start, u: list[Tensor], g: list[Tensor
             return None if i == 1 and start == "gradient" else top
         last, u = u, _advance(ball, u, last, v, step, first=i == 1)
         before, (value, g) = value, ball.climb(u)
-        best.offer(value, u, start, i)
+        best.offer(value, ball.losses, u, start, i)
         ascents += value > before
         if value > top:
             top, top_u, top_g = value, [t.clone() for t in u], g

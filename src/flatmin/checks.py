@@ -1,0 +1,206 @@
+"""Why an objective cannot be measured: two evaluations differ, the mean is not the one stated, or the weights move."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import batches, vectors
+
+if TYPE_CHECKING:
+    from .evaluation import Term
+    from .objective import Objective
+
+
+def refuse_parameters(model: nn.Module) -> None:
+    """Raise a ValueError that names the first parameter whose loss is not a differentiable real function of it."""
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: run the model on one batch first")
+        if p.is_complex():
+            raise ValueError(f"parameter {name!r} is complex ({p.dtype}), and measurements are of functions of real "
+                             "numbers: hold its real and imaginary part (torch.view_as_real) in a real parameter")
+        if p.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device and has no values: "
+                             'call model.to_empty(device="cpu") and load the weights first')
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) has max_norm={module.max_norm}, with which "
+                             "every forward pass changes the weights, and no gradient knows of it. Set its max_norm "
+                             "to None to measure the weights as they are")
+
+
+def check(objective: Objective) -> None:
+    """Raise a ValueError that names the cause where an objective is not one function, or not the mean it states."""
+    w = [(name, vectors.local(p.detach())) for name, p in objective.model.named_parameters()]
+    before = [t.clone() for _, t in w]
+    pair, moved = _Pair(objective), []
+    try:
+        first = objective.evaluate(watch=pair.look).loss
+    finally:
+        for (name, t), old in zip(w, before, strict=True):
+            if not bool(((t == old) | (t.isnan() & old.isnan())).all()):
+                moved.append(name)
+                t.copy_(old)
+        del before
+    if objective.ranks.total(float(len(moved)))[0]:
+        where = repr(moved[0]) if moved else "on another rank"
+        raise ValueError(f"evaluating the model changed its parameter {where}. A measurement needs weights that "
+                         "stay: move what changes them (max_norm of an embedding, a clamp, a projection) from the "
+                         "forward pass into the training step")
+    try:
+        objective._model_seed += 1 if objective.mode in ("eval", "batch_statistics") else 0
+        second = objective.value()
+        if not same(first, second, objective.parameters):
+            raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
+                             f"{_culprit(objective)}")
+    finally:
+        objective._model_seed = objective.seed
+    pair.check()
+
+
+def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Equal up to the order in which a loader or a device adds."""
+    tolerance = max((torch.finfo(p.dtype).eps for p in parameters), default=1e-7) * 50
+    return bool((first - second).abs() <= tolerance * first.abs().clamp(min=torch.finfo(torch.float64).tiny)) \
+        or bool(first.isnan() & second.isnan())
+
+
+class _Pair:
+    """Two batches, of unequal weight where the data have such, and whether their loss together is their mean."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.first: Term | None = None
+        self.second: Term | None = None
+        self.applies = (objective._weight is None and not objective.ranks.in_step and not any(
+            m.training or isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+            for m in objective.model.modules()))
+
+    def look(self, term: Term) -> None:
+        if not self.applies:
+            return
+        if self.first is None:
+            self.first = term
+        elif (self.second is None or self.first.weight == self.second.weight != term.weight) and \
+                batches.merged(self.first.batch, term.batch) is not None:
+            self.second = term
+
+    def check(self) -> None:
+        """Raise or warn where the loss of both together is not their mean by weight."""
+        found = self._found()
+        wrong, unequal = self.objective.ranks.total(float(found is not None), float(bool(found and found[1])))
+        if not wrong:
+            return
+        text = found[0] if found is not None else "on another rank"
+        what = ("the loss of parts of two batches together is not their mean, weighted by the terms that each is "
+                f"taken to average: {text}. A reduction, ignore_index or class weights inside a function cannot be "
+                "seen, and a loss that compares the samples of a batch is no mean over them")
+        if unequal:
+            raise ValueError(f"{what}. Pass weight=, a function of a batch that gives its number of terms")
+        warnings.warn(f"{what}. With batches of equal size the objective is the mean over batches of the loss of each; "
+                      "pass weight= to say so", stacklevel=2)
+
+    def _found(self) -> tuple[str, bool] | None:
+        """What was found as a text, and whether the mean over these batches is wrong for certain."""
+        if self.first is None or self.second is None:
+            return None
+        for a, b in ((0.6, 0.4), (0.3, 0.7), (-0.5, -0.5)):     # parts: no more is held than for one batch
+            found = self._apart_and_together(_part(self.first, a), _part(self.second, b))
+            if found is not None:
+                return found
+        return None
+
+    def _apart_and_together(self, a: Term | None, b: Term | None) -> tuple[str, bool] | None:
+        objective = self.objective
+        if a is None or b is None or not (a.weight > 0 and b.weight > 0):
+            return None
+        (za, la), (zb, lb) = map(_evaluated, (a, b))
+        z, loss = _evaluated(_with(a, batches.merged(a.batch, b.batch)))
+        kinds = {t.dtype for t in (*objective.parameters, *batches.tensors(z)) if t.is_floating_point()}
+        tolerance = max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
+        if not _rows_agree(za, zb, z, tolerance):
+            return None
+        mean = (a.weight * la + b.weight * lb) / (1.0 if objective.sums else a.weight + b.weight)
+        if _near(loss, mean, tolerance, abs(la) + abs(lb)):
+            return None
+        twice = _evaluated(_with(a, batches.merged(a.batch, a.batch)))[1]
+        assert self.first is not None and self.second is not None
+        text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
+                f"{loss:.6g} together")
+        return text, self.first.weight != self.second.weight or _near(twice, la, tolerance, abs(la))
+
+
+def _part(term: Term, share: float) -> Term | None:
+    """The first, or for a negative share the last, samples of a batch; None where it cannot be cut."""
+    n = batches.samples_in(term.batch)
+    k = max(1, round(n * abs(share)))
+    batch = batches.rows(term.batch, slice(k) if share > 0 else slice(n - k, n))
+    return None if batch is None else _with(term, batch)
+
+
+def _with(term: Term, batch: Any) -> Term:
+    return type(term)(term.objective, batch, term.objective.weight(batch), term.index)
+
+
+def _evaluated(term: Term) -> tuple[Any, float]:
+    with torch.enable_grad():
+        outputs = term.outputs()
+        return outputs, float(term.loss(outputs).detach())
+
+
+def _near(a: float, b: float, tolerance: float, size: float) -> bool:
+    return abs(a - b) <= tolerance * size or not math.isfinite(a - b)
+
+
+def _rows_agree(a: Any, b: Any, both: Any, tolerance: float) -> bool:
+    """Whether a model gives for two batches together what it gives for each, sample by sample."""
+    columns = [[t.detach() for t in batches.tensors(z) if t.dim()] for z in (a, b, both)]
+    if not columns[0] or len({len(column) for column in columns}) > 1:
+        return False
+    return all(x.shape[1:] == y.shape[1:] and len(x) + len(y) == len(z) and _close(torch.cat([x, y]), z, tolerance)
+               for x, y, z in zip(*columns, strict=True))
+
+
+def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    return bool((x - y).norm() <= tolerance * x.norm())
+
+
+def _culprit(objective: Objective) -> str:
+    """Why two evaluations of an objective differ, as the end of a sentence."""
+    term = next(iter(objective.terms()), None)
+    runs: list[Any] = []
+    for shift in () if term is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
+        objective._model_seed = objective.seed + shift
+        runs.append(_trace(objective, term))
+    for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
+        if not batches.equal(a, b):
+            where = f"module {name!r}" if name else "the model"
+            return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "
+                    'respect .eval(), or pass mode="train" to hold its draws fixed')
+    first, second = ([t.batch for t in objective.terms()] for _ in range(2))
+    if len(first) != len(second) or not all(map(batches.equal, first, second)):
+        return "the data differ from pass to pass. Switch random augmentation off, or pass a list of batches"
+    return "the loss function itself, or code between the modules, is random"
+
+
+def _trace(objective: Objective, term: Any) -> Sequence[tuple[str, str, Any]]:
+    seen: list[tuple[str, str, Any]] = []
+    hooks = [m.register_forward_hook(lambda m, _, out, name=name: seen.append((name, type(m).__name__, out)))
+             for name, m in objective.model.named_modules()]
+    try:
+        with torch.enable_grad():
+            term.loss(term.outputs())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
