@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
     {"vectors", "results", "errors"},
-    {"objective", "evaluation", "batches", "perturbed", "ranks"},  # how an objective reads its data
+    {"objective", "evaluation", "batches", "perturbed", "ranks", "composite_norms"},  # how an objective reads its data
     {"ascent", "curvature"},
     {"sharpness", "landscape", "paths", "generalization", "relevance"},
     {"recipes", "report", "integrations", "tensorscope"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, perturbed
+from .composite_norms import CompositeNorms, Watch
 from .ranks import Ranks
 
 EMPTY = ("the data gave no batch with anything to average. If they can be iterated only once, pass list(data) or the "
@@ -34,7 +36,16 @@ class Term:
         return self.objective._outputs(self.batch, self.index)
 
     def loss(self, outputs: Any) -> Tensor:
-        return self.objective._loss(outputs, self.batch)
+        return self.objective._loss(outputs, self.batch, self.index)
+
+    def outputs_and_loss(self) -> tuple[Any, Tensor]:
+        """What the model returns and the loss as a function of it, in one graph."""
+        outputs, composite = self.outputs(), self.objective._composite
+        loss = self.loss(outputs)
+        if self.objective._composite != composite:      # the loss was taken of other outputs
+            outputs = self.outputs()
+            loss = self.loss(outputs)
+        return outputs, loss
 
     def logits(self, outputs: Any) -> Tensor:
         """The tensor through which the loss depends on the weights."""
@@ -53,6 +64,11 @@ class Batchwise:
         self._depth = 0
         self._model_seed = seed
         self._ranks: Ranks | None = None
+        self._composite = False             # whether normalization is taken from composite_norms
+        self._watch: Watch | None = None    # from the start of a session until its first loss
+        self._reentrant = False
+        self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
+        self._session = ExitStack()
 
     @property
     def ranks(self) -> Ranks:
@@ -118,28 +134,54 @@ class Batchwise:
             raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
         return 1.0 if self.sums and n > 0 else n
 
+    def _watched(self, stack: ExitStack) -> None:
+        """At the start of a session: look on at its first evaluation; ``stack`` ends with the session."""
+        self._watch, self._session = Watch(), stack
+        if self._composite:
+            stack.enter_context(CompositeNorms())
+
+    def _changes(self) -> bool:
+        """Whether what was seen makes it necessary to evaluate again, now with composite norms."""
+        if self._composite or self._watch is None or not self._watch.needs_composites:
+            return False
+        self._composite = True
+        self._session.enter_context(CompositeNorms())
+        return True
+
     def _outputs(self, batch: Any, index: int) -> Any:
         state = perturbed.RandomState(self.devices)
         _seed(self._model_seed + index, self.devices)
         try:
-            if self._forward is not None:
-                return self._forward(self.model, batch)
-            return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
+            with self._watch or nullcontext():
+                if self._forward is not None:
+                    outputs = self._forward(self.model, batch)
+                else:
+                    outputs = self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
         finally:
             state.set()
+        return self._outputs(batch, index) if self._changes() else outputs
 
-    def _loss(self, outputs: Any, batch: Any) -> Tensor:
-        if self._forward is not None:
-            loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
-        elif isinstance(batch, Mapping):
-            loss = batches.own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, batch)
-        elif self.loss_fn is None:
-            raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
-        else:
-            loss = self.loss_fn(outputs, batch[1])
+    def _loss(self, outputs: Any, batch: Any, index: int) -> Tensor:
+        with self._watch or nullcontext():
+            if self._forward is not None:
+                loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
+            elif isinstance(batch, Mapping):
+                loss = batches.own_loss(outputs) if self.loss_fn is None else self.loss_fn(outputs, batch)
+            elif self.loss_fn is None:
+                raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
+            else:
+                loss = self.loss_fn(outputs, batch[1])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("the loss of a batch must be one number, its mean over the batch "
                              f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")
+        if self._changes():
+            return self._loss(self._outputs(batch, index), batch, index)
+        self._reentrant |= self._watch is not None and self._watch.reentrant
+        self._watch = None
+        if self._reentrant and torch.is_grad_enabled():
+            raise ValueError("a part of this model is checkpointed with use_reentrant=True, which gives autograd.grad "
+                             "no gradient of that part: checkpoint with use_reentrant=False, or not at all, for "
+                             "measurements")
         return loss.reshape(())
 
 

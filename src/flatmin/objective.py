@@ -141,13 +141,14 @@ class Objective(Batchwise):
                     if isinstance(module, nn.modules.batchnorm._NormBase):
                         module.training = True
             stack.enter_context(batches.eager(self.model))
+            self._watched(stack)
             self._ranks = Ranks(self.model)
             stack.enter_context(self._ranks.evaluating())
             self._depth = 1
             try:
                 yield
             finally:
-                self._depth, self._ranks = 0, None
+                self._depth, self._ranks, self._watch = 0, None, None
 
     def check(self) -> None:
         """Raise a ValueError that names the cause if two evaluations at the same weights differ.

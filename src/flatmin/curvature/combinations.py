@@ -28,6 +28,10 @@ class _Over(CurvatureOperator):
     def exact(self) -> bool:
         return all(operator.exact for operator in self.operators)
 
+    @property
+    def trusted(self) -> bool:
+        return all(operator.trusted for operator in self.operators)
+
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
         with ExitStack() as stack:

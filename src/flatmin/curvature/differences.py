@@ -80,6 +80,13 @@ class Differences:
             self._copy = self._value = None
         return out
 
+    @contextmanager
+    def at(self, v: Tensor) -> Iterator[Callable[[float], Tensor]]:
+        """A function h ↦ the difference with step h along v; the weights stay as they are until the end."""
+        with self._restored() as w:
+            self._prepare()
+            yield lambda h: self._central(v, w, h, torch.finfo(v.dtype).eps)[0]
+
     def _prepare(self) -> None:
         """What all products at these weights need."""
         if self._value is None:

@@ -126,7 +126,8 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     if not bool(converged.all()):
         warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
                       f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
-    return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
+    return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged,
+                    certified=certify and operator.trusted,
                     complete=complete, matvecs=used, settings=operator.describe() | {
                         "k": k, "which": which, "tol": tol, "basis": m, "block": block})
 

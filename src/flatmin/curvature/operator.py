@@ -100,6 +100,11 @@ class CurvatureOperator(ABC):
         """Whether products are exact to rounding."""
         return True
 
+    @property
+    def trusted(self) -> bool:
+        """Whether no check has found that products are of another matrix."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
