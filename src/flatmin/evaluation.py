@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class Batchwise:
         self._shift = batches.predicts_next_label(model)
         self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
         self._depth = 0
+        self._devices: list[torch.device] | None = None     # known inside a session
         self._model_seed = seed
         self._ranks: Ranks | None = None
         self._composite = False             # whether normalization is taken from composite_norms
@@ -69,6 +70,7 @@ class Batchwise:
         self._reentrant = False
         self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
         self._session = ExitStack()
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext   # what model and loss run in
 
     @property
     def ranks(self) -> Ranks:
@@ -77,7 +79,9 @@ class Batchwise:
 
     @property
     def devices(self) -> list[torch.device]:
-        return list({p.device: None for p in self.model.parameters()})
+        if self._devices is None or not self._depth:
+            self._devices = list({p.device: None for p in self.model.parameters()})
+        return self._devices
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +156,7 @@ class Batchwise:
         state = perturbed.RandomState(self.devices)
         _seed(self._model_seed + index, self.devices)
         try:
-            with self._watch or nullcontext():
+            with self._around(), self._watch or nullcontext():
                 if self._forward is not None:
                     outputs = self._forward(self.model, batch)
                 else:
@@ -162,7 +166,7 @@ class Batchwise:
         return self._outputs(batch, index) if self._changes() else outputs
 
     def _loss(self, outputs: Any, batch: Any, index: int) -> Tensor:
-        with self._watch or nullcontext():
+        with self._around(), self._watch or nullcontext():
             if self._forward is not None:
                 loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
             elif isinstance(batch, Mapping):

@@ -96,11 +96,6 @@ def differentiable_gradient(z: Tensor, w: list[nn.Parameter], u: Tensor) -> tupl
     return roots, used
 
 
-_WRONG_THRICE)}:
-        raise RuntimeError(f"torch has wrong third derivatives of {', '.join(sorted(found))}, which this loss needs "
-                           "because it differentiates inside")
-
-
 _WRONG_THRICE = tuple(f"{kind}NormBackwardBackward" for kind in ("NativeLayer", "NativeBatch", "CudnnBatch",
                                                                  "MiopenBatch"))
 

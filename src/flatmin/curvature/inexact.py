@@ -67,7 +67,7 @@ class Inexact(ObjectiveOperator):
                             f"record. ({self.checked.impossible})")
 
     def _disagreement(self, found: ProductCheck) -> None:
-        if self.product != "auto":
+        if self.product != "auto" or not found.gradient:      # else differences would be as wrong
             return super()._disagreement(found)
         self._fall_back(f"{found}. So products are differences of gradients; their error is in the record")
 

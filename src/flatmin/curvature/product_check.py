@@ -47,13 +47,15 @@ class ProductCheck:
     """What became of the comparison of one product with differences of gradients.
 
     ``error`` is their relative difference, nan where nothing was compared and ``reason`` says why. ``agrees`` is False
-    only where two differences agree with each other and not with the product; ``layer`` then says in which module.
+    only where two differences agree with each other and not with the product; ``layer`` then says in which module, and
+    ``gradient`` whether the gradient agrees with differences of the loss.
     """
 
     error: float = math.nan
     samples: int = 0
     agrees: bool = True
     layer: str = ""
+    gradient: bool = True   # False: the gradient is not that of the loss either
     reason: str = ""
     impossible: str = ""    # what autograd says where only the second derivative fails
 
@@ -65,9 +67,10 @@ class ProductCheck:
         return out if self.agrees else out | {"disagrees": True, "layer": self.layer}
 
     def __str__(self) -> str:
+        wrong = "second derivative" if self.gradient else "gradient"
         return (f"products by automatic differentiation differ by {self.error:.2g} of their size from differences of "
-                f"gradients, in float64 on {self.samples} samples: the second derivative of {self.layer} is wrong, or "
-                "something there is detached")
+                f"gradients, in float64 on {self.samples} samples: the {wrong} of {self.layer} is wrong, or something "
+                "there is detached")
 
 
 def check_product(operator: ObjectiveOperator) -> ProductCheck:
@@ -105,7 +108,7 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
                 own = batches.move(few, objective.device)
                 objective._loss(objective._outputs(own, index), own, index)
         modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
-        with _InDouble(), in_double(modules):
+        with in_double(modules):
             return _compared(_twin(operator, few), samples)
     except Exception as error:      # whatever stops it is a reason, not a failure
         return ProductCheck(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -119,27 +122,63 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
         for p, unit in zip(w, units, strict=True):
             p.add_(_random(p, generator), alpha=COARSE * unit)
     v = torch.cat([unit * _random(p, generator).reshape(-1) for p, unit in zip(w, units, strict=True)])
+    found = _along(twin, v, units, samples)
+    if found.agrees:
+        return found
+    reached = _reached(twin)            # an embedding holds the row at padding_idx fixed
+    if not bool(reached.all()):
+        found = _along(twin, v * reached, units, samples)
+    if found.agrees:
+        return found
+    return replace(found, layer=_layer(twin), gradient=_has_right_gradient(twin, v))
+
+
+def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: int) -> ProductCheck:
     differences = twin.differences()
     assert differences is not None
     with differences.at(v) as difference:
-        first = difference(STEPS[0])
+        known = {STEPS[0]: difference(STEPS[0])}
         try:
             exact = twin._product(v)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as error:    # the gradient could be computed
+        except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
             return ProductCheck(impossible=str(error).splitlines()[0])
-        known = {STEPS[0]: first}
 
         def at(h: float) -> list[Tensor]:
-            return list((known.pop(h) if h in known else difference(h)).split(twin.numels))
+            return list((known[h] if h in known else difference(h)).split(twin.numels))
 
         verdict, error = _verdict(list(exact.split(twin.numels)), at, units)
     if verdict is None:
         return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
-    if verdict:
-        return ProductCheck(error=error, samples=samples)
-    return ProductCheck(error=error, samples=samples, agrees=False, layer=_layer(twin))
+    return ProductCheck(error=error, samples=samples, agrees=verdict)
+
+
+def _reached(twin: ObjectiveOperator) -> Tensor:
+    """1 where the gradient is not exactly zero."""
+    return (_gradient(twin) != 0).double()
+
+
+def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> bool:
+    """Whether the gradient's component along v is a difference of the loss."""
+    v, h = v * _reached(twin), 1e-5
+    w = [p.detach().clone() for p in twin.parameters]
+    values = []
+    for sign in (1, -1):
+        for p, start, step in zip(twin.parameters, w, v.split(twin.numels), strict=True):
+            p.detach().copy_(start).add_(step.view_as(start), alpha=sign * h)
+        values.append(float(twin.objective.value()))
+    for p, start in zip(twin.parameters, w, strict=True):
+        p.detach().copy_(start)
+    slope, difference = float(_gradient(twin) @ v), (values[0] - values[1]) / (2 * h)
+    return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
+
+
+@torch.enable_grad()
+def _gradient(twin: ObjectiveOperator) -> Tensor:
+    rows = [torch.autograd.grad(term.loss(term.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
+            for term in twin.objective.terms()]
+    return torch.cat([t.reshape(-1) for t in rows[0]])
 
 
 def _verdict(exact: Sequence[Tensor], difference: Callable[[float], list[Tensor]],
@@ -148,25 +187,28 @@ def _verdict(exact: Sequence[Tensor], difference: Callable[[float], list[Tensor]
     wrong = []
     for h in (*STEPS, COARSE):
         fine = difference(h)
-        error = _distance(exact, fine, units)
-        if error <= ALLOWED:
+        error, worst = _distances(exact, fine, units)
+        if worst <= ALLOWED:
             return True, error
         if h != COARSE:
-            wrong.append((error, _distance(difference(2 * h), fine, units) <= error / 10))
+            wrong.append((error, _distances(difference(2 * h), fine, units)[1] <= worst / 10))
     return (False if all(sure for _, sure in wrong) else None), wrong[0][0]
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor], units: Sequence[float]) -> float:
-    """The largest relative distance of two tensors of a list; inf where a number is not finite.
+def _distances(a: Sequence[Tensor], b: Sequence[Tensor], units: Sequence[float]) -> tuple[float, float]:
+    """The relative distance of two lists of tensors, and the largest of one tensor; inf where a number is not finite.
 
     A tensor is measured by at least ``ALLOWED`` of the length of the whole.
     """
-    apart = [unit * float((s - t).norm()) for s, t, unit in zip(a, b, units, strict=True)]
-    sizes = [unit * max(float(s.norm()), float(t.norm())) for s, t, unit in zip(a, b, units, strict=True)]
+    apart = [unit * float(torch.linalg.vector_norm(s - t)) for s, t, unit in zip(a, b, units, strict=True)]
+    sizes = [unit * max(map(float, map(torch.linalg.vector_norm, (s, t))))
+             for s, t, unit in zip(a, b, units, strict=True)]
     whole = math.hypot(*sizes)
     if not math.isfinite(whole) or not all(map(math.isfinite, apart)):
-        return math.inf
-    return max(d / max(size, ALLOWED * whole) for d, size in zip(apart, sizes, strict=True)) if whole else 0.0
+        return math.inf, math.inf
+    if whole == 0:
+        return 0.0, 0.0
+    return math.hypot(*apart) / whole, max(d / max(size, ALLOWED * whole) for d, size in zip(apart, sizes, strict=True))
 
 
 def _units(tensors: Sequence[Tensor]) -> list[float]:
@@ -212,6 +254,7 @@ def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
     objective = copy.copy(operator.objective)
     objective.data = [_mapped(batch, lambda t: _double(t).to(objective.device))]
     objective._ranks = Ranks(nn.Identity())     # each rank by itself
+    objective._around = _InDouble
     if isinstance(objective.loss_fn, functools.partial):
         f = objective.loss_fn
         objective.loss_fn = functools.partial(f.func, *_mapped(f.args, _double), **_mapped(f.keywords, _double))
@@ -229,7 +272,7 @@ class _InDouble(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CASTS:
             return Tensor.double(args[0]) if args[0].is_floating_point() else func(*args, **kwargs)
-        if any(a in _NARROW for a in args if isinstance(a, torch.dtype)):
+        if any(isinstance(a, torch.dtype) for a in args):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _NARROW else a for a in args)
         if kwargs.get("dtype") in _NARROW:
             kwargs = kwargs | {"dtype": torch.float64}

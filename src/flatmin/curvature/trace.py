@@ -60,12 +60,12 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
         raise ValueError('sketch= is for method="hutch++"')
     size = min(10 if sketch is None else sketch, max(1, max_matvecs // 3), operator.size) if method == "hutch++" else 0
     generator = vectors.seeded(seed)
-    settings = operator.describe() | {"method": method, "rtol": rtol}
     with operator.session(), reporter(progress, "trace") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method=method, rtol=rtol, confidence=confidence,
                        sketch=size, seed=seed) as keep:
         if method == "xtrace":
-            return xtrace(operator, rtol, confidence, generator, max_matvecs, report, settings, keep)
+            return xtrace(operator, rtol, confidence, generator, max_matvecs, report,
+                          operator.describe() | {"method": method, "rtol": rtol}, keep)
         Q, exact = _range(operator, size, generator, keep) if size else (None, 0.0)
 
         def sample() -> float:
@@ -82,7 +82,8 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     spent = 2 * size + (len(samples) if size < operator.size else 0)
     mean, stderr = moments(samples)
     return estimate(exact + mean, stderr, len(samples), matvecs=spent, foretold=foretold, rtol=rtol,
-                    confidence=confidence, settings=settings, name="the trace")
+                    confidence=confidence, settings=operator.describe() | {"method": method, "rtol": rtol},
+                    name="the trace")
 
 
 def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, keep: Checkpoint
