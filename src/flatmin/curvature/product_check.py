@@ -98,20 +98,27 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         return ProductCheck(reason=f"a float64 copy takes {memory.size(needed)}, half of the free memory is "
                                    f"{memory.size(free)}")
     try:
-        for index, batch, _ in objective._weighted():
-            few, samples = _few(batch, objective.weight)
-            break
-        else:
+        batch = next((batch for _, batch, _ in objective._weighted()), None)
+        if batch is None:
             return ProductCheck(reason="this rank has no batch")
-        if objective._watch is not None:    # first find out how normalization is evaluated
-            with torch.enable_grad():
-                own = batches.move(few, objective.device)
-                objective._loss(objective._outputs(own, index), own, index)
-        modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
-        with in_double(modules):
-            return _compared(_twin(operator, few), samples)
+        n = _length(batch)
+        found = _on(operator, batch, max(1 if objective.mode == "eval" else 2, min(SAMPLES, n // 16)))
+        # of one sample a loss that compares samples says nothing
+        return _on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
     except Exception as error:      # whatever stops it is a reason, not a failure
         return ProductCheck(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def _on(operator: ObjectiveOperator, batch: Any, k: int) -> ProductCheck:
+    objective = operator.objective
+    few, samples = _few(batch, k, objective.weight)
+    if objective._watch is not None:    # first find out how normalization is evaluated
+        with torch.enable_grad():
+            own = batches.move(few, objective.device)
+            objective._loss(objective._outputs(own, 0), own, 0)
+    modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
+    with in_double(modules):
+        return _compared(_twin(operator, few), samples)
 
 
 def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
@@ -219,15 +226,18 @@ def _units(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device, torch.float64)
 
 
-def _few(batch: Any, weight: Callable[[Any], float]) -> tuple[Any, int]:
-    """A few samples of a batch that hold something to average, in float64."""
-    first = next((t for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-                  if isinstance(t, Tensor) and t.dim()), None)
-    n = 1 if first is None else len(first)
-    k = n if n <= 2 else SAMPLES if n >= 8 * SAMPLES else 2
+def _length(batch: Any) -> int:
+    """How many samples a batch has: the length of its first tensor."""
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def _few(batch: Any, k: int, weight: Callable[[Any], float]) -> tuple[Any, int]:
+    """k samples of a batch that hold something to average, and how many they are."""
+    n = _length(batch)
     for start in range(0, n - k + 1, k):
         part = _mapped(batch, lambda t, start=start: t[start:start + k] if t.dim() and len(t) == n else t)
         if weight(part) > 0:
