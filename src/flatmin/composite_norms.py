@@ -12,7 +12,9 @@ The third derivative is needed by losses that differentiate inside: gradient pen
 
 from __future__ import annotations
 
+import inspect
 import sys
+from types import CodeType
 from typing import Any
 
 import torch
@@ -30,47 +32,39 @@ class CompositeNorms(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether it checkpoints with reentrant calls.
-
-    ``weight_norm`` is composite already.
-    """
+    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether it checkpoints with reentrant calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight_norm = self.norms = self.differentiates = self.reentrant = False
+        self.weight_norm = self.norms = self.differentiates = self.recomputed = self.reentrant = False
 
     @property
     def needs_composites(self) -> bool:
-        return self.weight_norm or self.norms and self.differentiates
+        """A layer that is computed again in the backward pass, where modes are off, must stay what it was."""
+        return (self.weight_norm or self.norms and self.differentiates) and not self.recomputed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _COMPOSITE:
             self.norms = True
-            if func is torch._weight_norm:
-                self.weight_norm = True
-                func = _COMPOSITE[func]
+            self.weight_norm |= func is torch._weight_norm
+            self.recomputed |= _called_by(_CHECKPOINT)
         elif func in _DIFFERENTIATES:
             self.differentiates = True
-        if not self.reentrant and not torch.is_grad_enabled():
-            self.reentrant = _inside_reentrant_checkpoint()
+        # where no input requires a gradient, a reentrant checkpoint leaves no node in the graph
+        self.reentrant |= not torch.is_grad_enabled() and _called_by(_REENTRANT)
         return func(*args, **(kwargs or {}))
 
 
 _DIFFERENTIATES = {torch.autograd.grad, Tensor.backward, torch.autograd.backward, torch._make_dual}
+_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 
 
-def _inside_reentrant_checkpoint() -> bool:
-    """Whether a caller is the forward pass of ``torch.utils.checkpoint.checkpoint(..., use_reentrant=True)``.
-
-    Where no input of it requires a gradient, it leaves no node in the graph by which it could be known.
-    """
-    code = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+def _called_by(code: CodeType) -> bool:
     frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is code:
-            return True
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return False
+    return frame is not None
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
