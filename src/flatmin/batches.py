@@ -178,9 +178,13 @@ def culprit(objective: Objective) -> str:
     with objective.session(), torch.no_grad():
         term = next(iter(objective.terms()), None)
         runs: list[Any] = []
+        given = None if term is None else tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t,
+                                                   _plain(term.batch))
         for shift in () if term is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
             objective._model_seed = objective.seed + shift
             runs.append(_trace(objective, term))
+        if term is not None and not _equal(given, term.batch):
+            return "the model or the loss changes its batch in place. Let it work on a copy of its input"
         for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
             if not _equal(a, b):
                 where = f"module {name!r}" if name else "the model"
@@ -204,7 +208,11 @@ def _trace(objective: Objective, term: Any) -> list[tuple[str, str, Any]]:
     return seen
 
 
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
 def _equal(a: Any, b: Any) -> bool:
-    left, right = (tree_leaves(dict(x) if isinstance(x, Mapping) else x) for x in (a, b))
+    left, right = (tree_leaves(_plain(x)) for x in (a, b))
     pairs = [(x, y) for x, y in zip(left, right, strict=False) if isinstance(x, Tensor)]
     return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)

@@ -32,7 +32,7 @@ class CompositeNorms(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether it checkpoints with reentrant calls."""
+    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether a checkpoint in it is reentrant."""
 
     def __init__(self) -> None:
         super().__init__()

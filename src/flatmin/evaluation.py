@@ -165,7 +165,7 @@ class Batchwise:
             state.set()
         return self._outputs(batch, index) if self._changes() else outputs
 
-    def _loss(self, outputs: Any, batch: Any, index: int) -> Tensor:
+    def _loss(self, outputs: Any, batch: Any, index: int = 0) -> Tensor:
         with self._around(), self._watch or nullcontext():
             if self._forward is not None:
                 loss = self.loss_fn(outputs, batch)  # type: ignore[misc]

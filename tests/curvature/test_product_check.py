@@ -165,10 +165,6 @@ def test_combinations_and_blocks_know(kind):
     assert not (H + kind(objective, product="cached")).trusted
 
 
-def gru(x):
-    return x
-
-
 class Recurrent(nn.Module):
     def __init__(self, kind, **options):
         super().__init__()
@@ -271,6 +267,12 @@ def saturated():
     return trained(Objective(deep(dtype=torch.float64), nn.CrossEntropyLoss(), (x, y)), 300, 5e-2)
 
 
+def weighted():
+    """The loss holds a tensor in single precision."""
+    x, y = samples()
+    return Objective(mlp(dtype=torch.float32), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).float()), (x.float(), y))
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -329,8 +331,7 @@ HEALTHY = {
     "loss near zero": saturated,
     "tiny loss": lambda: Objective(mlp(), lambda z, y: 1e-30 * F.cross_entropy(z, y), samples()),
     "squared error": lambda: Objective(mlp(), nn.MSELoss(), (samples()[0], torch.randn(13, 3).double())),
-    "class weights": lambda: Objective(mlp(dtype=torch.float32), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).float()),
-                                       (samples()[0].float(), samples()[1])),
+    "class weights": lambda: weighted(),
     "summed": lambda: Objective(mlp(), nn.CrossEntropyLoss(reduction="sum"), ragged(*samples())),
     "checkpointed": lambda: over(Checkpointed()),
     "frozen": lambda: over(frozen(deep())),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .. import batches, perturbed
+from .. import perturbed
 from ..ranks import Ranks
 from . import memory
 
@@ -81,6 +81,11 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     """
     objective = operator.objective
     with objective.session():
+        if objective._watch is not None:    # nothing was evaluated yet: errors of the user's code belong here
+            with torch.enable_grad():
+                for term in objective.terms():
+                    term.loss(term.outputs())
+                    break
         found = _checked(operator)
         wrong, impossible = objective.ranks.total(float(not found.agrees), float(bool(found.impossible)))
     if wrong and found.agrees:
@@ -112,10 +117,6 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
 def _on(operator: ObjectiveOperator, batch: Any, k: int) -> ProductCheck:
     objective = operator.objective
     few, samples = _few(batch, k, objective.weight)
-    if objective._watch is not None:    # first find out how normalization is evaluated
-        with torch.enable_grad():
-            own = batches.move(few, objective.device)
-            objective._loss(objective._outputs(own, 0), own, 0)
     modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
     with in_double(modules):
         return _compared(_twin(operator, few), samples)
@@ -344,7 +345,7 @@ def _layer(twin: ObjectiveOperator) -> str:
             hook.remove()
     for module in sorted(calls, key=lambda m: -names[m].count(".") if names[m] else 1):
         try:
-            wrong = _is_wrong(module, *calls[module], objective)
+            wrong = _is_wrong(module, calls[module][0], calls[module][1], objective)
         except Exception:       # a module that cannot be called by itself
             continue
         if wrong:

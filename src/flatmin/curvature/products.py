@@ -104,9 +104,10 @@ class ObjectiveOperator(OverParameters):
         known = self.objective.product_checks
         if key not in known:
             known[key] = check_product(self)
-        self.checked = known[key]
-        if not self.checked.agrees:
-            self._disagreement(self.checked)
+        found: ProductCheck = known[key]
+        self.checked = found
+        if not found.agrees:
+            self._disagreement(found)
 
     def differences(self) -> Differences | None:
         """Products by differences of gradients, where there are any."""
@@ -235,7 +236,8 @@ def on_module(term: Term, w: list[nn.Parameter], function: Callable[[Term], Any]
     module.training = term.objective.model.training
 
     def pure(values: tuple[Tensor, ...]) -> Any:
-        return torch.func.functional_call(module, dict(zip(keys, values, strict=True)), (term,))
+        buffers = {name: b.clone() for name, b in module.named_buffers()}     # running statistics change in place
+        return torch.func.functional_call(module, buffers | dict(zip(keys, values, strict=True)), (term,))
 
     return pure, tuple(p.detach() for p in w)
 
