@@ -270,7 +270,21 @@ def saturated():
 def weighted():
     """The loss holds a tensor in single precision."""
     x, y = samples()
-    return Objective(mlp(dtype=torch.float32), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).float()), (x.float(), y))
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).float())
+    return Objective(mlp(dtype=torch.float32), loss, (x.float(), y))
+
+
+def steep():
+    """A third derivative so large that the product is another one a step further."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8), torch.randn(4, 4, 8)
+
+    def loss(z, y):
+        weighted = 3000 * torch.tanh(z).mul(torch.linspace(-1, 1.3, z.numel(), dtype=z.dtype).view_as(z)).sum()
+        g, = torch.autograd.grad(weighted.sin(), model.weight, create_graph=True)
+        return g.square().sum()
+
+    return Objective(model, loss, (x, torch.zeros(4)), weight=lambda batch: 1.0)
 
 
 class Checkpointed(nn.Module):
@@ -333,6 +347,7 @@ HEALTHY = {
     "squared error": lambda: Objective(mlp(), nn.MSELoss(), (samples()[0], torch.randn(13, 3).double())),
     "class weights": lambda: weighted(),
     "summed": lambda: Objective(mlp(), nn.CrossEntropyLoss(reduction="sum"), ragged(*samples())),
+    "steep": steep,
     "checkpointed": lambda: over(Checkpointed()),
     "frozen": lambda: over(frozen(deep())),
     "one sample": lambda: Objective(mlp(), nn.CrossEntropyLoss(), tuple(t[:1] for t in samples())),

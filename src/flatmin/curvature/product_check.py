@@ -145,18 +145,16 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: 
     differences = twin.differences()
     assert differences is not None
     with differences.at(v) as difference:
-        known = {STEPS[0]: difference(STEPS[0])}
-        try:
-            exact = twin._product(v)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
-            return ProductCheck(impossible=str(error).splitlines()[0])
-
-        def at(h: float) -> list[Tensor]:
-            return list((known[h] if h in known else difference(h)).split(twin.numels))
-
-        verdict, error = _verdict(list(exact.split(twin.numels)), at, units)
+        first = difference(STEPS[0])
+    try:
+        exact = twin._product(v).split(twin.numels)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
+        return ProductCheck(impossible=str(error).splitlines()[0])
+    with differences.at(v) as difference:
+        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
+                                  units)
     if verdict is None:
         return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
     return ProductCheck(error=error, samples=samples, agrees=verdict)
@@ -189,7 +187,7 @@ def _gradient(twin: ObjectiveOperator) -> Tensor:
     return torch.cat([t.reshape(-1) for t in rows[0]])
 
 
-def _verdict(exact: Sequence[Tensor], difference: Callable[[float], list[Tensor]],
+def _verdict(exact: Sequence[Tensor], difference: Callable[[float], Sequence[Tensor]],
              units: Sequence[float]) -> tuple[bool | None, float]:
     """Whether differences agree with the product, None where it cannot be said; by what part they are off."""
     wrong = []
