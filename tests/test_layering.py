@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
     {"vectors", "results", "errors"},
-    {"objective", "evaluation", "batches", "checks", "perturbed", "ranks"},  # how an objective reads its data
+    {"objective", "evaluation", "batches", "checks", "perturbed", "ranks", "composite_norms"},  # how data are read
     {"ascent", "curvature"},
     {"sharpness", "landscape", "paths", "generalization", "relevance"},
     {"recipes", "report", "integrations", "tensorscope"},

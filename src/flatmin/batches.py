@@ -63,21 +63,22 @@ def move(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device; the caller's own is not changed."""
     if all(t.device == device for t in tensors(batch)):
         return batch
-    return _each_tensor(batch, lambda t: t.to(device))
+    return each_tensor(batch, lambda t: t.to(device))
 
 
 def copied(batch: Any) -> Any:
     """A batch with tensors of its own, so that a model or a loss may change them in place."""
-    return _each_tensor(batch, lambda t: t.detach().clone().requires_grad_() if t.requires_grad else t.clone())
+    return each_tensor(batch, lambda t: t.detach().clone().requires_grad_() if t.requires_grad else t.clone())
 
 
-def _each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with ``function`` of its tensors in their place."""
     if isinstance(batch, Mapping):
         out: Any = copy.copy(batch)
         for key, value in batch.items():
-            out[key] = _each_tensor(value, function)
+            out[key] = each_tensor(value, function)
         return out
-    return tree_map(lambda t: function(t) if isinstance(t, Tensor) else _each_tensor(t, function)
+    return tree_map(lambda t: function(t) if isinstance(t, Tensor) else each_tensor(t, function)
                     if isinstance(t, Mapping) else t, batch)
 
 
@@ -105,7 +106,7 @@ def rows(batch: Any, wanted: slice) -> Any:
     n = samples_in(batch)
     if not all(t.dim() and len(t) == n for t in tensors(batch)):
         return None
-    return _each_tensor(batch, lambda t: t[wanted])
+    return each_tensor(batch, lambda t: t[wanted])
 
 
 def merged(a: Any, b: Any) -> Any:

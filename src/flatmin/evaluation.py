@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, perturbed
+from .composite_norms import CompositeNorms, Watch
 from .ranks import Ranks
 
 EMPTY = "the data gave no batch: the list, loader or data set is empty, or can be iterated only once (pass list(data))"
@@ -34,10 +36,26 @@ class Term:
 
     def outputs(self) -> Any:
         self._copy = batches.copied(self.batch)
-        return self.objective._outputs(self._copy, self.index)
+        outputs = self.objective._outputs(self._copy, self.index)
+        return self.outputs() if self.objective.needs_composites() else outputs
 
-    def loss(self, outputs: Any) -> Tensor:
-        return self.objective._loss(outputs, self.batch if self._copy is None else self._copy)
+    def loss(self, outputs: Any, *, differentiate: bool = True) -> Tensor:
+        """The mean loss; ``differentiate``: its derivatives will be taken."""
+        loss = self.objective._loss(outputs, self.batch if self._copy is None else self._copy)
+        if self.objective.needs_composites():
+            loss = self.objective._loss(self.outputs(), self._copy)
+        if differentiate:
+            self.objective.refuse_reentrant()
+        return loss
+
+    def outputs_and_loss(self) -> tuple[Any, Tensor]:
+        """What the model returns and the loss as a function of it, in one graph."""
+        outputs, composite = self.outputs(), self.objective._composite
+        loss = self.loss(outputs)
+        if self.objective._composite != composite:      # the loss was taken of other outputs
+            outputs = self.outputs()
+            loss = self.loss(outputs)
+        return outputs, loss
 
     def logits(self, outputs: Any) -> Tensor:
         """The tensor through which the loss depends on the weights."""
@@ -72,10 +90,17 @@ class Batchwise:
         self._shift = batches.predicts_next_label(model)
         self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
         self._depth = 0
+        self._devices: list[torch.device] | None = None     # known inside a session
         self._model_seed = seed
         self._ranks: Ranks | None = None
         self._generators: list[torch.Generator] = []
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self._composite = False             # whether normalization is taken from composite_norms
+        self._watch: Watch | None = None    # from the start of a session until its first loss
+        self._reentrant = False
+        self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
+        self._session = ExitStack()
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext   # what model and loss run in
 
     @property
     def ranks(self) -> Ranks:
@@ -84,7 +109,9 @@ class Batchwise:
 
     @property
     def devices(self) -> list[torch.device]:
-        return list({p.device: None for p in self.model.parameters()})
+        if self._devices is None or not self._depth:
+            self._devices = list({p.device: None for p in self.model.parameters()})
+        return self._devices
 
     @property
     def device(self) -> torch.device:
@@ -151,14 +178,42 @@ class Batchwise:
             raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
         return 1.0 if self.sums and n > 0 else n
 
+    def _watched(self, stack: ExitStack) -> None:
+        """At the start of a session: look on at its first evaluation; ``stack`` ends with the session."""
+        self._watch, self._session = Watch(), stack
+        if self._composite:
+            stack.enter_context(CompositeNorms())
+
+    def needs_composites(self) -> bool:
+        """Whether what was seen makes it necessary to evaluate again, from now on with composite norms."""
+        if self._composite or self._watch is None or not self._watch.needs_composites:
+            return False
+        self._composite = True
+        self._session.enter_context(CompositeNorms())
+        return True
+
+    def refuse_reentrant(self) -> None:
+        """After the first loss of a session: raise where autograd has no gradient of a checkpointed part."""
+        self._reentrant |= self._watch is not None and self._watch.reentrant
+        self._watch = None
+        if self._reentrant:
+            raise ValueError("a part of this model is checkpointed with use_reentrant=True, which gives autograd.grad "
+                             "no gradient of that part: checkpoint with use_reentrant=False, or not at all, for "
+                             "measurements")
+
+    def moving_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """The buffers of modules in training mode, which an evaluation may change."""
+        return [(m, name, b) for m in self.model.modules() if m.training for name, b in m.named_buffers(recurse=False)]
+
     def _outputs(self, batch: Any, index: int) -> Any:
         state = perturbed.RandomState(self.devices)
         _seed(self._model_seed + index, self.devices)
         self._set_buffers()
         try:
-            if self._forward is not None:
-                return self._forward(self.model, batch)
-            return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
+            with self._around(), self._watch or nullcontext():
+                if self._forward is not None:
+                    return self._forward(self.model, batch)
+                return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
         finally:
             state.set()
 
@@ -172,14 +227,15 @@ class Batchwise:
             setattr(module, name, copies[id(b)])
 
     def _loss(self, outputs: Any, batch: Any) -> Tensor:
-        if self._forward is not None:
-            loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
-        elif isinstance(batch, Mapping):
-            loss = batches.own_loss(outputs, batch) if self.loss_fn is None else self._of_mapping(outputs, batch)
-        elif self.loss_fn is None:
-            raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
-        else:
-            loss = self.loss_fn(batches.logits(outputs) if batches.of_torch(self.loss_fn) else outputs, batch[1])
+        with self._around(), self._watch or nullcontext():
+            if self._forward is not None:
+                loss = self.loss_fn(outputs, batch)  # type: ignore[misc]
+            elif isinstance(batch, Mapping):
+                loss = batches.own_loss(outputs, batch) if self.loss_fn is None else self._of_mapping(outputs, batch)
+            elif self.loss_fn is None:
+                raise ValueError("loss_fn=None is for batches that are mappings; pass loss_fn(outputs, targets)")
+            else:
+                loss = self.loss_fn(batches.logits(outputs) if batches.of_torch(self.loss_fn) else outputs, batch[1])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("the loss of a batch must be one number, its mean over the batch "
                              f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")

@@ -113,7 +113,7 @@ class Objective(Batchwise):
                     watch(term)
                 first = first if losses else term.total
                 outputs = term.outputs()
-                loss = term.loss(outputs)
+                loss = term.loss(outputs, differentiate=gradient)
                 kinds.update(t.dtype for t in batches.tensors(outputs) if t.is_floating_point())
                 del outputs
                 if gradient:
@@ -207,8 +207,8 @@ class Objective(Batchwise):
             stack.enter_context(batches.eager(self.model))
             stack.enter_context(without_fast_path())
             stack.enter_context(self._held_generators())
-            self._buffers = [(m, name, b) for m in self.model.modules() if m.training
-                             for name, b in m.named_buffers(recurse=False)]
+            self._buffers = self.moving_buffers()
+            self._watched(stack)
             self._ranks = Ranks(self.model)
             stack.enter_context(self._ranks.evaluating())
             self._depth = 1
@@ -217,7 +217,7 @@ class Objective(Batchwise):
                     self.check()
                 yield
             finally:
-                self._depth, self._ranks, self._buffers = 0, None, []
+                self._depth, self._ranks, self._buffers, self._watch = 0, None, [], None
 
     @contextmanager
     def _held_generators(self) -> Iterator[None]:

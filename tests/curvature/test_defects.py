@@ -20,6 +20,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from flatmin.sharpness import one_step
 
 
 class Noisy(nn.Module):
@@ -54,6 +55,89 @@ def test_random_data_are_detected_and_named():
 
     with pytest.raises(ValueError, match="the data differ from pass to pass"):
         eigenpairs(Hessian(Objective(mlp(), nn.CrossEntropyLoss(), Augmented())))
+
+
+class InPlace(nn.Module):
+    """Changes what it is given."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.first, self.change = nn.Linear(5, 3), change
+
+    def forward(self, x):
+        return self.first(self.change(x))
+
+
+@pytest.mark.parametrize("change", (lambda x: x.mul_(2), lambda x: x.add_(1), lambda x: x.view(-1).sub_(1).view_as(x),
+                                    lambda x: nn.functional.elu(x, inplace=True)))
+@pytest.mark.parametrize("measure", (lambda o: eigenpairs(Hessian(o)), lambda o: o.check()))
+def test_an_input_that_is_changed_in_place_is_named(change, measure):
+    with pytest.raises(ValueError, match="changes its batch in place"):
+        measure(Objective(InPlace(change), nn.CrossEntropyLoss(), samples()))
+
+
+class Reentrant(nn.Module):
+    """Checkpoints its second layer, or its first, whose input requires no gradient."""
+
+    def __init__(self, first=False, active=True):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.first, self.active = first, active
+
+    def forward(self, x):
+        def run(layer, x):
+            return torch.tanh(layer(x))
+
+        if not self.active:
+            return self.head(run(self.b, run(self.a, x)))
+        if self.first:
+            return self.head(run(self.b, torch.utils.checkpoint.checkpoint(run, self.a, x, use_reentrant=True)))
+        return self.head(torch.utils.checkpoint.checkpoint(run, self.b, run(self.a, x), use_reentrant=True))
+
+
+def sequential():
+    model = Reentrant()
+    model.forward = lambda x: model.head(torch.utils.checkpoint.checkpoint_sequential([model.a, model.b], 2, x,
+                                                                                      use_reentrant=True))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", (Reentrant, lambda: Reentrant(first=True), sequential))
+@pytest.mark.parametrize("measure", (
+    lambda o: o.gradient(), lambda o: eigenpairs(Hessian(o)), lambda o: trace(GaussNewton(o)),
+    lambda o: Hessian(o, product="finite_difference") @ torch.ones(Hessian(o).size), lambda o: one_step(o, rho=0.1),
+    lambda o: Fisher(o).dense(), lambda o: (o.value(), o.gradient())))
+def test_reentrant_checkpoints_are_refused(make, measure):
+    """They give autograd.grad no gradient, and measurements the spectrum of the rest of the network."""
+    objective = Objective(make(), nn.CrossEntropyLoss(), samples())
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        measure(objective)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_value_of_a_model_with_reentrant_checkpoints():
+    torch.manual_seed(0)
+    model = Reentrant(first=True)
+    value = Objective(model, nn.CrossEntropyLoss(), samples()).value()
+    model.active = False
+    assert float(Objective(model, nn.CrossEntropyLoss(), samples()).value()) == float(value)
+
+
+@pytest.mark.parametrize("product", ("auto", "cached", "finite_difference"))
+def test_an_error_of_the_model_surfaces_once_and_unchanged(product):
+    calls = []
+
+    def loss(z, y):
+        calls.append(1)
+        raise RuntimeError("double backward: vmap is not implemented for this batching rule")
+
+    H = Hessian(Objective(mlp(), loss, samples(), check=False), product=product)
+    for measure in (lambda: H @ torch.ones(H.size), lambda: H.dense(), lambda: eigenpairs(H, certify=False)):
+        calls.clear()
+        with pytest.raises(RuntimeError, match="double backward: vmap is not implemented for this"):
+            measure()
+        assert len(calls) == 1
 
 
 def test_train_mode_holds_its_draws_fixed():

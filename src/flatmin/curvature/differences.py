@@ -80,6 +80,12 @@ class Differences:
             self._copy = self._value = None
         return out
 
+    @contextmanager
+    def at(self, v: Tensor) -> Iterator[Callable[[float], Tensor]]:
+        """A function h ↦ the difference with step h along v; the weights stay as they are until the end."""
+        with self._restored() as w:
+            yield lambda h: self._central(v, w, h, torch.finfo(v.dtype).eps)[0]
+
     def _prepare(self) -> None:
         """What all products at these weights need."""
         if self._value is None:
@@ -98,7 +104,6 @@ class Differences:
     def _central(self, v: Tensor, w: list[Tensor], h: float, eps: float,
                  out: Tensor | None = None) -> tuple[Tensor, float, float]:
         """The difference with step h; by what part of ‖Hv‖ it is off along v; what rounding of losses adds to that."""
-        assert self._value is not None
         operator, objective = self.operator, self.operator.objective
         out, values = operator.empty() if out is None else out, []
         add, empty = adder(out.split(operator.numels))
@@ -117,7 +122,7 @@ class Differences:
         if not objective.ranks.in_step:
             objective.ranks.sum_(out)
         length, top = operator.norm(v), operator.norm(out)
-        if top == 0:
+        if top == 0 or self._value is None:
             return out, 0.0, 0.0
         off = abs(operator.dot(v, out) - (values[0] - 2 * self._value + values[1]) / h**2)
         noise = 4 * eps * max(map(abs, (*values, self._value))) / h**2

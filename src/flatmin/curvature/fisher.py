@@ -65,6 +65,9 @@ class Fisher(Inexact):
         return Fisher(self.objective, kind=self.kind, likelihood=self.likelihood, seed=self.seed, parameters=names,
                       product=self.product)
 
+    def _variant(self) -> str:
+        return f"{self.kind} {self.likelihood} {self.seed}"
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"kind": self.kind, "likelihood": self.likelihood}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, Term
-from .hessian import derivative_of_gradient, differentiable_again, differentiable_thrice
+from .hessian import derivative_of_gradient, differentiable_gradient
 from .inexact import Inexact
 from .outputs import FrozenDifferences, Middle, TangentDifferences, outputs_and_loss
 from .products import Apply, Product, on_module
@@ -77,12 +76,8 @@ def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
     """v ↦ Jᵀ M J v. Jv is the derivative along v of u ↦ Jᵀu, which is linear: two reverse passes on a kept graph."""
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
-    differentiable_thrice(z)
     u = torch.zeros_like(z, requires_grad=True)
-    transposed = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
-    used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
-    roots: list[Any] = [transposed[i] for i in used]
-    differentiable_again(roots)
+    roots, used = differentiable_gradient(z, w, u)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         assert not batched
@@ -100,7 +95,6 @@ def _linearize(term: Term, w: list[nn.Parameter]) -> Apply:
 def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
     logits, at = on_module(term, w, lambda t: t.logits(t.outputs()))
     z, loss = outputs_and_loss(term)
-    differentiable_thrice(z)
     middle = loss_curvature(z, loss)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:

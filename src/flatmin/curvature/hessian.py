@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..objective import Objective, Term
 from .differences import Differences
 from .inexact import Inexact
-from .products import Apply, Product, on_module
+from .products import Apply, NoSecondDerivative, Product, on_module
 
 
 class Hessian(Inexact):
@@ -57,8 +57,8 @@ class Hessian(Inexact):
 def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
     loss = term.loss(term.outputs())
     if not loss.requires_grad:
-        warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, run "
-                      "under no_grad, or checkpointed with use_reentrant=True?", stacklevel=2)
+        warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, or "
+                      "run under no_grad?", stacklevel=2)
     return derivative_of_gradient(loss, w)
 
 
@@ -66,12 +66,8 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
     if not loss.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
-    differentiable_thrice(loss)
     one = torch.ones_like(loss, requires_grad=True)     # of a constant once_differentiable makes constants, in silence
-    g = torch.autograd.grad(loss, w, one, create_graph=True, allow_unused=True)
-    used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]
-    roots: list[Any] = [g[i] for i in used]
-    differentiable_again(roots)
+    roots, used = differentiable_gradient(loss, w, one)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         if not roots:
@@ -82,21 +78,22 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
     return apply
 
 
-def differentiable_again(roots: list[Tensor]) -> None:
-    """Raise if a graph holds the node that stands for "not differentiable again".
+def differentiable_gradient(z: Tensor, w: list[nn.Parameter], u: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The parts of ∂⟨u, z⟩/∂w that depend on anything, with their graph, and their positions in w.
 
-    The node has no way back to the parameters, so autograd does not visit it and leaves its part out in silence.
+    Raises ``NoSecondDerivative`` where that graph is cut off (such a node has no way back to the parameters, so that
+    autograd leaves its part out in silence), or has a derivative that torch has wrong.
     """
+    if wrong := {name for name in _nodes([z]) if name.startswith(_WRONG_THRICE)}:
+        raise NoSecondDerivative(f"torch has wrong third derivatives of {', '.join(sorted(wrong))}, which this loss "
+                                 "needs because it differentiates inside")
+    g = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
+    used = [i for i, t in enumerate(g) if t is not None and t.requires_grad]
+    roots: list[Any] = [g[i] for i in used]
     if _nodes(roots) & {"torch::autograd::Error", "torch::autograd::NotImplemented"}:
-        raise RuntimeError("a function of this model is marked once_differentiable, so it does not support double "
-                           "backward")
-
-
-def differentiable_thrice(z: Tensor) -> None:
-    """Raise if z holds derivatives of layers of which torch returns wrong third derivatives (see ``thrice``)."""
-    if found := {name for name in _nodes([z]) if name.startswith(_WRONG_THRICE)}:
-        raise RuntimeError(f"torch has wrong third derivatives of {', '.join(sorted(found))}, which this loss needs "
-                           "because it differentiates inside")
+        raise NoSecondDerivative("a function of this model is marked once_differentiable, or torch has no derivative "
+                                 "of its backward pass")
+    return roots, used
 
 
 _WRONG_THRICE = tuple(f"{kind}NormBackwardBackward" for kind in ("NativeLayer", "NativeBatch", "CudnnBatch",

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from .. import vectors
 from ..objective import Objective
 from .differences import Differences
-from .products import Linearize, ObjectiveOperator, Product
-
-_NO_SECOND_DERIVATIVE = ("is not implemented", "not implemented for", "does not support double backward",
-                         "once_differentiable", "double backward", "Trying to backward through a graph",
-                         "wrong third derivatives")
+from .product_check import ProductCheck
+from .products import Linearize, NoSecondDerivative, ObjectiveOperator, Product
 
 
 class Inexact(ObjectiveOperator):
@@ -36,6 +33,9 @@ class Inexact(ObjectiveOperator):
                          products=(*products, "finite_difference"))
         self._differences = differences(self)
 
+    def differences(self) -> Differences | None:
+        return self._differences
+
     @property
     def exact(self) -> bool:
         return self.product != "finite_difference"
@@ -55,6 +55,22 @@ class Inexact(ObjectiveOperator):
         size = float(self.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
         return f"{float(self.objective.value()):.9e} {size:.9e}"
 
+    def _fall_back(self, why: str) -> None:
+        warnings.warn(why, stacklevel=2)
+        self.product, self.vmap = "finite_difference", False
+        self._forget()
+
+    def _check(self) -> None:
+        super()._check()
+        if self.checked is not None and self.checked.impossible and self.product == "auto":
+            self._fall_back("the model has no second derivative, so products are differences; their error is in the "
+                            f"record. ({self.checked.impossible})")
+
+    def _disagreement(self, found: ProductCheck) -> None:
+        if self.product != "auto" or not found.gradient:      # else differences would be as wrong
+            return super()._disagreement(found)
+        self._fall_back(f"{found}. So products are differences of gradients; their error is in the record")
+
     def _forget(self) -> None:
         super()._forget()
         if self._differences is not None:
@@ -64,13 +80,10 @@ class Inexact(ObjectiveOperator):
         if self.product != "finite_difference":
             try:
                 return super()._mean(v)
-            except (RuntimeError, NotImplementedError) as error:
-                batching = v.dim() == 2     # then one vector at a time is tried first
-                if self.product != "auto" or batching or not any(t in str(error) for t in _NO_SECOND_DERIVATIVE):
+            except NoSecondDerivative as error:
+                if self.product != "auto":
                     raise
-                warnings.warn("the model has no second derivative, so products are differences; their error is in the "
-                              f"record. ({str(error).splitlines()[0]})", stacklevel=2)
-            self.product = "finite_difference"
-            self._forget()
+                self._fall_back(f"the model has no second derivative, so products are differences; their error is in "
+                                f"the record. ({error})")
         assert self._differences is not None
         return self._differences.product(v, keep=self._depth > 0)

@@ -147,7 +147,8 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
                       f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
     errors, batches = [data_stderr(f) for f in forms], {len(f[0]) for f in forms if f is not None}
     known = len(errors) > 0 and None not in errors
-    return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged, certified=certify,
+    return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged,
+                    certified=certify and operator.trusted,
                     complete=complete, matvecs=used, settings=operator.describe() | {
                         "k": k, "which": which, "tol": tol, "basis": m, "block": block,
                         "method": "exact" if run.complete else "lanczos"},

@@ -120,6 +120,11 @@ class CurvatureOperator(ABC):
         """Whether products are exact to rounding."""
         return True
 
+    @property
+    def trusted(self) -> bool:
+        """Whether no check has found that products are of another matrix."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """Settings for the record of a measurement."""
         return {"operator": type(self).__name__, "size": self.size}
@@ -269,6 +274,10 @@ class _Over(CurvatureOperator):
     @property
     def exact(self) -> bool:
         return all(operator.exact for operator in self.operators)
+
+    @property
+    def trusted(self) -> bool:
+        return all(operator.trusted for operator in self.operators)
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:

@@ -29,8 +29,8 @@ At = Callable[[float], None]
 
 def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
     """z and the loss as a function of it, in one graph."""
-    outputs = term.outputs()
-    return term.logits(outputs), term.loss(outputs)
+    outputs, loss = term.outputs_and_loss()
+    return term.logits(outputs), loss
 
 
 class OutputDifferences(Differences):

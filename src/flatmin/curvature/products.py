@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from ..objective import Objective, Term
 from . import memory
 from .operator import CurvatureOperator, Forms
 from .parameters import OverParameters
-from .smooth import Smooth
-from .thrice import Thrice
+from .product_check import ProductCheck, check_product
+
+if TYPE_CHECKING:
+    from .differences import Differences
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
 Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
@@ -26,6 +28,10 @@ each tensor holds a block of vectors along a new first dimension."""
 
 Linearize = Callable[[Term, list[nn.Parameter]], Apply]
 """A batch and parameters ↦ the linear map of that batch."""
+
+
+class NoSecondDerivative(RuntimeError):
+    """Autograd cannot differentiate the gradient of this model, or is known to do it wrong."""
 
 
 class ObjectiveOperator(OverParameters):
@@ -46,8 +52,9 @@ class ObjectiveOperator(OverParameters):
         self._linearize = linearize
         self._depth = 0
         self._forms: list[tuple[float, Tensor]] | None = None       # noted while it is a list
-        # a gradient penalty needs the second, layers that run again in the backward pass the third
-        self._modes: tuple[Callable[[], AbstractContextManager[Any]], ...] = (Smooth, Thrice, nullcontext)
+        self.checked: ProductCheck | None = None
+        self._taken: str = product
+        self._batched = False       # whether a block of vectors has gone through the graph at once
         self._forget()
         if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
                                                                                   self.parameters))):
@@ -55,14 +62,21 @@ class ObjectiveOperator(OverParameters):
                              'is differentiated again): product="auto" takes differences there, "finite_difference"')
 
     def restrict(self, parameters: Any) -> CurvatureOperator:
-        names = [self.names[i] for i in self.select(parameters)]
-        return self._again(names)
+        block = self._again([self.names[i] for i in self.select(parameters)])
+        block.checked = self.checked
+        return block
 
-    def _again(self, names: list[str]) -> CurvatureOperator:
+    def _again(self, names: list[str]) -> ObjectiveOperator:
         return type(self)(self.objective, parameters=names, product=self.product)  # type: ignore[call-arg]
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"product": self.product, "mode": self.objective.mode}
+        taken = self._taken if self.product == "auto" else self.product
+        return super().describe() | {"product": taken, "mode": self.objective.mode} | (
+            {} if self.checked is None else {"product_check": self.checked.to_dict()})
+
+    @property
+    def trusted(self) -> bool:
+        return self.checked is None or self.checked.agrees or not self.exact
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
@@ -74,6 +88,7 @@ class ObjectiveOperator(OverParameters):
             stack.enter_context(self._kernels())
             if check:
                 self.objective.check()
+                self._check()
             self._forget()
             self._depth = 1
             try:
@@ -81,6 +96,30 @@ class ObjectiveOperator(OverParameters):
             finally:
                 self._depth = 0
                 self._forget()
+
+    def _check(self) -> None:
+        """Compare a product with differences of gradients, once."""
+        if self.checked is not None or self.product == "finite_difference":
+            return
+        key = type(self), self.product == "forward", tuple(self.names), self._variant()
+        known = self.objective.product_checks
+        if key not in known:
+            known[key] = check_product(self)
+        found: ProductCheck = known[key]
+        self.checked = found
+        if not found.agrees:
+            self._disagreement(found)
+
+    def differences(self) -> Differences | None:
+        """Products by differences of gradients, where there are any."""
+        return None
+
+    def _variant(self) -> str:
+        """What distinguishes matrices of one class on one objective."""
+        return ""
+
+    def _disagreement(self, found: ProductCheck) -> None:
+        warnings.warn(f"{found}. The result is not certified", stacklevel=2)
 
     def _kernels(self) -> AbstractContextManager[None]:
         return nullcontext() if self.product == "finite_difference" else second_derivatives(self.objective)
@@ -125,27 +164,23 @@ class ObjectiveOperator(OverParameters):
 
     def _products(self, block: Tensor) -> Tensor:
         with self.session():
-            if self.vmap and len(block) > 1:
+            if not self.vmap or len(block) < 2:
+                return torch.stack([self._mean(v) for v in block])
+            if self._batched:
+                return self._mean(block)
+            rows = [self._mean(block[0])[None]]
+            if self.vmap:       # what one vector can and a block cannot is a matter of batching
                 try:
-                    return self._mean(block)
-                except RuntimeError as error:
-                    if "vmap" not in str(error) and "batching rule" not in str(error).lower():
-                        raise
+                    rows.append(self._mean(block[1:]))
+                    self._batched = True
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:
                     self.vmap = False
-            return torch.stack([self._mean(v) for v in block])
+            return torch.cat(rows if self._batched else [*rows, *(self._mean(v)[None] for v in block[1:])])
 
     def _mean(self, v: Tensor) -> Tensor:
         """Σ n_b A_b v / Σ n_b, for v of shape (n,) or a block (b, n)."""
-        while True:
-            try:
-                return self._weighted(v)
-            except RuntimeError as error:
-                if len(self._modes) == 1 or isinstance(error, torch.OutOfMemoryError):
-                    raise
-            self._modes = self._modes[1:]
-            self._forget()
-
-    def _weighted(self, v: Tensor) -> Tensor:
         batched = v.dim() == 2
         vs = [part.reshape(v.shape[:-1] + shape).to(dtype) for part, shape, dtype in
               zip(v.split(self.numels, -1), self.shapes, self._dtypes, strict=True)]
@@ -198,6 +233,7 @@ class ObjectiveOperator(OverParameters):
             del apply
         if self._weights is None:
             self._weights = weights
+            self._taken = "cached" if len(self._kept) == len(weights) else "recomputed"
 
     def _keep_none(self) -> None:
         """The batches come in another order than in the last pass, so that no kept graph belongs to the next one."""
@@ -207,7 +243,7 @@ class ObjectiveOperator(OverParameters):
 
     def _linearized(self, term: Term) -> Apply:
         assert self._room is not None
-        with torch.enable_grad(), self._modes[0]():
+        with torch.enable_grad():
             if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
                 return self._linearize(term, self.parameters)
             with memory.Meter() as meter:
@@ -243,7 +279,8 @@ def on_module(term: Term, w: list[nn.Parameter], function: Callable[[Term], Any]
     module.training = term.objective.model.training
 
     def pure(values: tuple[Tensor, ...]) -> Any:
-        return torch.func.functional_call(module, dict(zip(keys, values, strict=True)), (term,))
+        buffers = {name: b.clone() for name, b in module.named_buffers()}     # running statistics change in place
+        return torch.func.functional_call(module, buffers | dict(zip(keys, values, strict=True)), (term,))
 
     return pure, tuple(p.detach() for p in w)
 

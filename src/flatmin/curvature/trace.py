@@ -67,7 +67,6 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
         raise ValueError('sketch= is for method="hutch++"')
     size = min(10 if sketch is None else sketch, max(1, max_matvecs // 3), operator.size) if method == "hutch++" else 0
     generator = vectors.seeded(seed)
-    settings = operator.describe() | {"method": method, "rtol": rtol}
     with operator.session(), reporter(progress, "trace") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method=method, rtol=rtol, confidence=confidence,
                        sketch=size, seed=seed) as keep:
@@ -79,7 +78,8 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
             entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=drawn.matvecs,
                                               foretold=drawn.foretold)
             drawn = drawn.exactly(math.fsum(entries), len(entries), math.fsum(map(abs, entries)), forms)
-    return estimate(drawn, operator, rtol=rtol, confidence=confidence, settings=settings, name="the trace")
+    return estimate(drawn, operator, rtol=rtol, confidence=confidence, name="the trace",
+                    settings=operator.describe() | {"method": method, "rtol": rtol})
 
 
 def _hutchinson(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
@@ -201,7 +201,6 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
     mean = torch.zeros(operator.length, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(mean)
     used, error, goal, unit = 0, math.inf, min(8, max_matvecs), 1.0
-    settings = operator.describe() | {"rtol": rtol, "method": "random signs"}
     with operator.session(), reporter(progress, "diagonal") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method="diagonal", rtol=rtol, seed=seed) as keep:
         saved = keep.saved
@@ -235,7 +234,7 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
             entries, _ = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=used)
             mean, used, error, unit = torch.tensor(entries).to(mean), used + len(entries), 0.0, 1.0
             square.zero_()
-            settings["method"] = "exact"
     stderr = (square / (max(used - 1, 1) * used)).sqrt_().div_(unit)
     return Diagonal(values=operator.split(mean.div_(unit)), stderr=operator.split(stderr), relative_error=error,
-                    matvecs=used, converged=error <= rtol, settings=settings)
+                    matvecs=used, converged=error <= rtol, settings=operator.describe() | {
+                        "rtol": rtol, "method": "exact" if exact else "random signs"})

@@ -305,7 +305,7 @@ def find_objective(name: str, seed: int = 0) -> Objective:
 def _with_weights(objective: Objective, path: str) -> Objective:
     """The same objective of a copy of its model that holds the weights of a file."""
     other = copy.copy(objective)
-    other.model = copy.deepcopy(objective.model)
+    other.model, other.product_checks = copy.deepcopy(objective.model), {}
     load_checkpoint(other.model, path)
     return other
 

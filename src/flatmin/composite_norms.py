@@ -1,0 +1,117 @@
+"""Normalization made of elementary operations, where torch's own has wrong higher derivatives.
+
+What torch's fused kernels save (a mean, a variance, a norm) has no history of its own. So their derivatives of some
+order are wrong, without an error:
+
+* ``weight_norm``: the second derivative;
+* layer norm, and batch and instance norm over the batch: the third (pytorch/pytorch#175754, #186256), and the
+  derivatives of a forward-mode derivative (``torch.func.jvp``).
+
+The third derivative is needed by losses that differentiate inside: gradient penalties, score matching, forces.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class CompositeNorms(TorchFunctionMode):
+    """Inside, normalization can be differentiated any number of times."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _COMPOSITE.get(func, func)(*args, **(kwargs or {}))
+
+
+class Watch(TorchFunctionMode):
+    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether a checkpoint in it is reentrant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_norm = self.norms = self.differentiates = self.recomputed = self.reentrant = False
+
+    @property
+    def needs_composites(self) -> bool:
+        """A layer that is computed again in the backward pass, where modes are off, must stay what it was."""
+        return (self.weight_norm or self.norms and self.differentiates) and not self.recomputed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _COMPOSITE:
+            self.norms = True
+            self.weight_norm |= func is torch._weight_norm
+            self.recomputed |= _called_by(_CHECKPOINT)
+        elif func in _DIFFERENTIATES:
+            self.differentiates = True
+        # where no input requires a gradient, a reentrant checkpoint leaves no node in the graph
+        self.reentrant |= not torch.is_grad_enabled() and _called_by(_REENTRANT)
+        return func(*args, **(kwargs or {}))
+
+
+_DIFFERENTIATES = {torch.autograd.grad, Tensor.backward, torch.autograd.backward, torch._make_dual}
+_CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _called_by(code: CodeType) -> bool:
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centered = x - x.mean(dims, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
+                eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:
+    return _affine(_normalized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias)
+
+
+def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+                bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    """Running statistics stay as they are: an evaluation restores them in any case."""
+    if training or running_mean is None or running_var is None:
+        x = _normalized(input, [d for d in range(input.dim()) if d != 1], eps)
+    else:
+        mean, var = _rows(input, running_mean, running_var)
+        x = (input - mean) * torch.rsqrt(var + eps)
+    return _affine(x, *_rows(input, weight, bias))
+
+
+def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+                   weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+                   momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    return _affine(_normalized(input, list(range(2, input.dim())), eps), *_rows(input, weight, bias))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """w = g v / ‖v‖, a norm for each slice along ``dim``, or one of all (-1)."""
+    dims = [d for d in range(v.dim()) if d != dim]
+    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True) if dims else g / v.abs())
+
+
+def _rows(x: Tensor, *vectors: Tensor | None) -> Any:
+    """One number a channel, along dimension 1."""
+    return [None if v is None else v.view(-1, *(1,) * (x.dim() - 2)) for v in vectors]
+
+
+_COMPOSITE: dict[Any, Any] = {
+    F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm,
+    torch.layer_norm: _layer_norm, torch._weight_norm: _weight_norm}
