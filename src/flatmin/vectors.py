@@ -91,11 +91,13 @@ class Scratch:
     def __init__(self) -> None:
         self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-        """factor · pieces; overwritten by the next call."""
+    def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor, finite: bool = False) -> list[Tensor]:
+        """factor · pieces, ``finite``: with 0 in the place of inf and nan; overwritten by the next call."""
         if len(pieces) > 1:
-            return list(torch._foreach_mul(list(pieces), factor))
-        return [torch.mul(pieces[0], factor, out=self._room(pieces[0]))]
+            out = list(torch._foreach_mul(list(pieces), factor))
+        else:
+            out = [torch.mul(pieces[0], factor, out=self._room(pieces[0]))]
+        return [t.nan_to_num_(0.0, 0.0, 0.0) for t in out] if finite else out
 
     def magnitudes(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """|pieces|; overwritten by the next call."""

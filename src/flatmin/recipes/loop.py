@@ -70,8 +70,11 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
         model.train()
         total = torch.zeros((), dtype=torch.float64)
         for i, index in enumerate(batches(n, size, plan.seed, epoch)):
+            recorded = i == 0 and plan.watch is not None  # once an epoch, for the diagnosis
+            if sharpener is not None:
+                sharpener.perturbed_norm = recorded
             loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
-            if i == 0 and plan.watch is not None:  # once an epoch, for the diagnosis
+            if recorded:
                 history["steps"].append(sharpener.last.to_dict() if sharpener is not None else {"loss": loss.item()})
             optimizer.step()
             optimizer.zero_grad()
