@@ -1,4 +1,4 @@
-"""A Ctrl-C at every line of a step, where it runs first and last: the weights are w again, and the next step is an ordinary one.
+"""A Ctrl-C at every line of a step, where it runs first and last: w is back, and the next step is an ordinary one.
 
 Exceptions raised by a pass (``test_restores.py``) arrive at one place only; an interrupt arrives anywhere, also while
 the weights are being given back.
@@ -43,7 +43,7 @@ def traced(step, at=0):
     return lines
 
 
-CASES = {"groups": dict(), "widened": dict(), "micro_batch": dict(scope="micro_batch")}
+CASES = {"groups": dict(), "widened": dict()}
 
 
 def case(kind):

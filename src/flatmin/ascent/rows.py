@@ -83,6 +83,8 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
         for own, p in module._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
+                if isinstance(p, nn.parameter.UninitializedParameter):
+                    raise ValueError(f"{path}.{own} has no shape yet: run the model forward once before this")
                 out.append((f"{name}.{own}" if name else own, p, role(module, own, p)))
     return out
 
@@ -91,8 +93,6 @@ def refuse_unsupported(model: nn.Module | None, rows: Iterable[Row]) -> None:
     """Raise for trainable parameters with which a step would fail later, or go wrong."""
     for row in rows:
         p = row.parameter
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{row.name} has no shape yet: run the model forward once before making a Sharpener")
         if p.requires_grad and not p.is_floating_point():
             raise ValueError(f"{row.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep the "
                              "real and imaginary parts as two parameters, or freeze it")
