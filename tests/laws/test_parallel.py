@@ -274,8 +274,7 @@ def a_failed_pass_leaves_bucket_views(kind, rank):
 def trainable_outside_the_wrapper_is_refused(kind, rank):
     def outer(trainable):
         inner = build()
-        out = nn.ModuleDict({"inner": nn.parallel.DistributedDataParallel(inner) if kind == "ddp" else wrap(kind, inner),
-                             "own": nn.Linear(3, 3)})
+        out = nn.ModuleDict({"inner": wrap(kind, inner), "own": nn.Linear(3, 3)})
         out["own"].requires_grad_(trainable)
         return out
 
@@ -469,8 +468,9 @@ CHECKS = {
             inside_another_module, buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint,
             bucket_views, a_failed_pass_leaves_bucket_views, trainable_outside_the_wrapper_is_refused, fsdp1_is_refused,
             one_rank_may_print, penalty_inside_the_loss],
-    "fsdp": [trainable_outside_the_wrapper_is_refused, one_rank_may_print, rank_scope_is_refused, no_sync_is_refused, overflow_on_one_rank, inside_another_module,
-             buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint],
+    "fsdp": [rank_scope_is_refused, no_sync_is_refused, overflow_on_one_rank, inside_another_module,
+             buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint,
+             trainable_outside_the_wrapper_is_refused, one_rank_may_print],
     "mesh": [rank_scope, inside_another_module],
 }
 ON_MESH = ("sam", "asam", "sam-micro", "functional_sam", "looksam")

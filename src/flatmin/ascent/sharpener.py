@@ -369,33 +369,37 @@ class Sharpener:
         norm = self.direction(ascent)
         moving, w, d, standing.memory = ascent.rows, ascent.w, ascent.d, ascent.keep
         usable = (norm > 0) & torch.isfinite(norm)
-        radii = {rhos[r.index] for r in moving}
+        radii = {max(rhos)} if len(self._distinct) == 1 else {rhos[r.index] for r in moving}
         if len(radii) == 1:
             standing.radius = torch.where(usable, max(radii) * ascent.stretch, 0.0)
         else:
             standing.radius = torch.where(usable, ascent.length([rhos[r.index] for r in moving]) / norm, 0.0)
         for rho in radii:
             scale = torch.where(usable, rho / norm, 0.0)
-            where = [i for i, r in enumerate(moving) if len(radii) == 1 or rhos[r.index] == rho]
-            self._displace(standing, [moving[i] for i in where], [w[i] for i in where], [d[i] for i in where], scale)
+            for some in self._alike(moving, w, rhos, rho):
+                self._displace(standing, [moving[i] for i in some], [w[i] for i in some], [d[i] for i in some], scale)
         if standing.gradient_norm is not None and scale_of_loss is not None:
             standing.gradient_norm = standing.gradient_norm / scale_of_loss.to(standing.gradient_norm.device)
 
     def _displace(self, standing: _Standing, rows: list[Row], w: list[Tensor], d: list[Tensor], scale: Tensor
                   ) -> None:
-        """Move by scale · d; half-precision weights in float32 where that can be done."""
-        dtypes = {t.dtype for t in w}
-        for dtype in dtypes:
-            if len(dtypes) > 1:
-                where = [i for i, t in enumerate(w) if t.dtype == dtype]
-                self._displace(standing, [rows[i] for i in where], [w[i] for i in where], [d[i] for i in where], scale)
-                continue
-            steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-            if dtype in HALF and self._can_widen and standing.widened is None:
-                standing.widened = Widened([r.parameter for r in rows])
-                standing.widened.move(d, steps, finite=True)
-            else:
-                standing.displacement.move(w, d, steps, finite=True)
+        """Move by scale · d, tensors of one dtype and device; half precision in float32 where that can be done."""
+        dtype = w[0].dtype
+        steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        if dtype in HALF and self._can_widen and standing.widened is None:
+            standing.widened = Widened([r.parameter for r in rows])
+            standing.widened.move(d, steps, finite=True)
+        else:
+            standing.displacement.move(w, d, steps, finite=True)
+
+    @staticmethod
+    def _alike(rows: list[Row], w: list[Tensor], rhos: list[float], rho: float) -> list[list[int]]:
+        """The places of the tensors with this radius, apart by dtype and device."""
+        out: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, (row, t) in enumerate(zip(rows, w, strict=True)):
+            if rhos[row.index] == rho:
+                out.setdefault((t.dtype, t.device), []).append(i)
+        return list(out.values())
 
     @property
     def _can_widen(self) -> bool:
