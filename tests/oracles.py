@@ -184,6 +184,19 @@ def looksam_by_tensor(at: Point, rho: float, k: int, alpha: float) -> Tensor:
     return out
 
 
+def looksam_micro(at: Point, rho: float, k: int, alpha: float) -> Tensor:
+    """LookSAM whose full steps choose ε by micro-batch: g_s is their weighted sum, g the gradient of the whole step."""
+    t = at.memory.get("t", 0)
+    at.memory["t"] = t + 1
+    g = at.gradient(at.w)
+    if t % k == 0:
+        g_s = micro_batch(sam)(at, rho=rho)
+        at.memory["g_v"] = g_s - (g @ g_s) / (g @ g) * g
+        return g_s
+    g_v = at.memory["g_v"]
+    return g + alpha * g.norm() / g_v.norm() * g_v
+
+
 def momentum_sam(at: Point, rho: float) -> Tensor:
     """2.5: e = -rho v / ‖v‖ with the optimizer's own momentum; plain before there is one."""
     v = at.remembered("momentum_buffer")
@@ -282,6 +295,33 @@ def friendly_sam(at: Point, rho: float, sigma: float, decay: float) -> Tensor:
     m = at.memory.get("m")
     at.memory["m"] = g if m is None else decay * m + (1 - decay) * g
     return at.gradient(at.w + ball(g if m is None else g - sigma * m, rho))
+
+
+def friendly_micro(at: Point, rho: float, sigma: float, decay: float) -> Tensor:
+    """Each micro-batch along its own g − sigma m; m moves once a step, by the gradient of the whole step."""
+    g, m, out = at.gradient(at.w), at.memory.get("m"), torch.zeros_like(at.w)
+    at.memory["m"] = g if m is None else decay * m + (1 - decay) * g
+    for weight, part in at.parts():
+        g_i = part.gradient(at.w)
+        out += weight * part.gradient(at.w + ball(g_i if m is None else g_i - sigma * m, rho))
+    return out
+
+
+def penalised(at: Point, w: Tensor, decay: float) -> Tensor:
+    """The gradient of a penalty ½ decay ‖w‖² written into the loss."""
+    return decay * w
+
+
+def functional_penalised(at: Point, rho: float, decay: float) -> Tensor:
+    """3.7: what the loss depends on beside the outputs is an ordinary gradient at w + e."""
+    eps = ball(at.gradient(at.w) + penalised(at, at.w, decay), rho)
+    return functional_gradient(at, at.w, at.w + eps) + penalised(at, at.w + eps, decay)
+
+
+def logit_penalised(at: Point, rho: float, decay: float) -> Tensor:
+    """The mirror: at w."""
+    eps = ball(at.gradient(at.w) + penalised(at, at.w, decay), rho)
+    return functional_gradient(at, at.w + eps, at.w) + penalised(at, at.w, decay)
 
 
 def wsam(at: Point, rho: float, gamma: float) -> Tensor:

@@ -162,6 +162,11 @@ _ALL = [
         oracle=oracles.micro_batch(oracles.sam), micro=True),
     Row(name="asam-micro", preset="asam", settings={"rho": 0.5, "eta": 0.2}, only_preset={"scope": "micro_batch"},
         oracle=oracles.micro_batch(oracles.asam), own_norm=weighted_by_T, micro=True),
+    Row(name="looksam-micro", preset="looksam", settings=_LOOK, only_preset={"scope": "micro_batch"}, micro=True,
+        oracle=oracles.looksam_micro, stateful=True, plain=False, passes=lambda t: 2 if t % 3 == 0 else 1,
+        own_norm=None),
+    Row(name="friendly-micro", preset="friendly_sam", settings={"rho": 0.2, "sigma": 1.0, "decay": 0.6}, micro=True,
+        only_preset={"scope": "micro_batch"}, oracle=oracles.friendly_micro, stateful=True),
     # the rest of the family
     Row(name="esam", preset="esam", settings={"rho": 0.1, "beta": 1.0, "gamma": 1.0}, oracle=lambda at, rho, **_:
         oracles.sam(at, rho)),

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
     {"vectors", "results", "errors"},
     {"objective", "evaluation", "batches", "checks", "perturbed", "ranks", "composite_norms"},  # how data are read
-    {"ascent", "curvature"},
+    {"ascent", "curvature", "presets"},
     {"sharpness", "landscape", "paths", "generalization", "relevance"},
     {"recipes", "report", "integrations", "tensorscope"},
     {"cli"},

@@ -9,7 +9,8 @@ Measure     Objective             a model and a loss bound to data
             flatmin.landscape     the loss along lines
 """
 
-from .ascent import SAM, Sharpener, presets
+from . import presets
+from .ascent import SAM, Sharpener
 from .objective import Objective
 
 __version__ = "0.1.0"

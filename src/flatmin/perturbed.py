@@ -7,6 +7,8 @@ never written at all.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,35 +46,19 @@ class Displacement:
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in HALF
-            step = scratch.scaled([t.float() for t in ds] if half else ds, scale.to(ws[0].device))
-            if finite:
-                step = [t.nan_to_num_(0.0, 0.0, 0.0) for t in step]
+            step = scratch.scaled([t.float() for t in ds] if half else ds, scale.to(ws[0].device), finite)
             torch._foreach_copy_(cs, ws)
             self._copies.append((ws, cs))
             torch._foreach_add_(ws, step)
             if half:
                 self.realised.append(_realised(ws, cs, step))
 
-    def restore(self) -> None:
-        """Give the weights back; a Ctrl-C in the middle only makes it start over."""
-        try:
-            _despite_interrupts(self._restore)
-        finally:
-            self._copies = []
-
     @torch.no_grad()
-    def _restore(self) -> None:
-        for ws, cs in self._copies:
+    def restore(self) -> None:
+        """Give the weights back, the last move first; may be called again after a Ctrl-C in the middle."""
+        for ws, cs in reversed(self._copies):
             torch._foreach_copy_(ws, cs)
-
-
-def _despite_interrupts(restore: Callable[[], None]) -> None:
-    """A Ctrl-C in the middle makes it start over before it is passed on."""
-    try:
-        restore()
-    except KeyboardInterrupt:
-        restore()
-        raise
+        self._copies = []
 
 
 def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
@@ -85,7 +71,8 @@ class Widened:
     """Half-precision weights replaced by float32 tensors w + ε while a pass runs; the originals are never written.
 
     Between w and w + ε there is often no bfloat16 number at all, so the step cannot be taken in the weights' own
-    precision. While active, operations that mix half and single precision run in single precision.
+    precision. While active, operations that mix half and single precision run in single precision; what runs inside
+    ``backward`` is not reached.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
@@ -102,9 +89,7 @@ class Widened:
             p.data = wide.add_(w)
 
     def restore(self) -> None:
-        _despite_interrupts(self._restore)
-
-    def _restore(self) -> None:
+        """Give the weights back; may be called again after a Ctrl-C in the middle."""
         for p, w in zip(self._parameters, self._originals, strict=True):
             if p.data.dtype == w.dtype:
                 continue
@@ -142,26 +127,65 @@ def buffer_registries(module: nn.Module | None) -> list[dict[str, Any]]:
     return [m._buffers for m in module.modules() if m._buffers] if module is not None else []
 
 
-class Buffers:
-    """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back."""
+_LARGE = 1 << 16
 
-    def __init__(self, registries: list[dict[str, Any]]):
+
+class Buffers:
+    """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
+
+    ``constant``, kept by the caller from one time to the next, holds large buffers that a pass was seen to leave alone.
+    They are not copied while they are the same tensors, unwritten by their version counters.
+    """
+
+    def __init__(self, registries: list[dict[str, Any]], constant: Constant | None = None):
         self._owned = [(registry, name, b) for registry in registries for name, b in registry.items() if b is not None]
         self._seen = {id(b): b for _, _, b in self._owned}
-        self._copies = {key: b.detach().clone() for key, b in self._seen.items()}
+        self._constant = {} if constant is None else constant
+        self._learns = constant is not None
+        same = {key for key, b in self._seen.items() if key in self._constant and self._constant[key][0]() is b}
+        self._copies = {key: b.detach().clone() for key, b in self._seen.items() if key not in same}
 
     @torch.no_grad()
     def restore(self) -> None:
         for registry, name, buffer in self._owned:
             registry[name] = buffer
         for key, buffer in self._seen.items():
-            vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+            if key in self._copies:
+                copy = self._copies[key]
+                if self._learns and buffer.numel() > _LARGE and not buffer.is_inference() and _equal(buffer, copy):
+                    self._constant[key] = weakref.ref(buffer), buffer._version
+                else:
+                    vectors.local(buffer).copy_(vectors.local(copy))
+            elif buffer._version != self._constant[key][1]:
+                del self._constant[key]
+                warnings.warn("a buffer that no earlier pass wrote to was written in the pass at w + ε and keeps that "
+                              "value; from the next step on it is given back", stacklevel=2)
+
+
+Constant = dict[int, tuple[Callable[[], Any], int]]
+"""Buffers that passes leave alone, by identity: a weak reference and the version."""
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(vectors.local(a), vectors.local(b))
 
 
 @contextmanager
-def unchanged_buffers(module: nn.Module | None, registries: list[dict[str, Any]] | None = None) -> Iterator[None]:
+def undone(undo: Callable[[], None], only_on_error: bool = False) -> Iterator[None]:
+    """``undo()`` at the end, whatever happens: once more if a Ctrl-C arrives while it runs, so it must bear that."""
+    try:
+        yield
+        if not only_on_error:
+            undo()
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def unchanged_buffers(module: nn.Module | None) -> Iterator[None]:
     """Every buffer of a module is bitwise the same afterwards."""
-    buffers = Buffers(buffer_registries(module) if registries is None else registries)
+    buffers = Buffers(buffer_registries(module))
     try:
         yield
     finally:

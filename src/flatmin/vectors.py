@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 BLOCK = 1 << 18
 """Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
@@ -91,11 +91,18 @@ class Scratch:
     def __init__(self) -> None:
         self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-        """factor · pieces; overwritten by the next call."""
-        if len(pieces) > 1:
+    def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor, finite: bool = False) -> list[Tensor]:
+        """factor · pieces; overwritten by the next call.
+
+        ``finite``: with 0 in the place of inf and nan; the pieces are then of one dtype and device.
+        """
+        if len(pieces) == 1:
+            out = torch.mul(pieces[0], factor, out=self._room(pieces[0]))
+            return [out.nan_to_num_(0.0, 0.0, 0.0) if finite else out]
+        if not finite:
             return list(torch._foreach_mul(list(pieces), factor))
-        return [torch.mul(pieces[0], factor, out=self._room(pieces[0]))]
+        flat = _flatten_dense_tensors(list(pieces)).mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
+        return list(_unflatten_dense_tensors(flat, list(pieces)))
 
     def magnitudes(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """|pieces|; overwritten by the next call."""

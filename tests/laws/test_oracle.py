@@ -14,6 +14,7 @@ import torch
 
 import oracles
 import problems
+from flatmin import ascent
 from problems import BASES, batch, build, flat, flat_grad, relative, standing
 from rows import ROWS, TWIN_CASES, TWINS, Row, case_id, cut, parts_for, presets, start, whole
 
@@ -226,6 +227,69 @@ def test_functional_rule_is_the_functional_path_to_first_order():
         presets.functional_sam(model, rho=rho).backward(lambda: model(x), lambda z: problems.loss_fn(z, y))
         errors.append(relative((flat_grad(model) - g) / rho, path))
     assert errors[1] < 0.2 * errors[0] < 0.1
+
+
+class Penalty:
+    """A loss with ½ decay ‖w‖² inside, which no output shows."""
+
+    def __init__(self, model, decay=0.7):
+        self.parameters, self.decay = list(model.parameters()), decay
+
+    def __call__(self, z, y):
+        return problems.loss_fn(z, y) + 0.5 * self.decay * sum(p.square().sum() for p in self.parameters)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("parts", [[1.0], [0.25, 0.75]], ids=["whole", "two micro-batches"])
+@pytest.mark.parametrize("rule", ["Functional", "LogitOnly"])
+def test_a_penalty_inside_the_loss_is_kept_by_rules_on_the_outputs(rule, parts, scaled):
+    twin = {"Functional": oracles.functional_penalised, "LogitOnly": oracles.logit_penalised}[rule]
+    x, y = batch(0)
+    data = cut(x, y, [int(w * len(x)) for w in parts])
+    model = build()
+    loss = Penalty(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    sharpener = ascent.Sharpener(model, rho=0.3, rule=getattr(ascent, rule)(), scaler=scaler)
+    sharpener.backward(lambda b: model(b[0]), lambda z, b: loss(z, b[1]), batches=data, weights=parts)
+    expected = twin(oracles.Point(build(), data), 0.3, 0.7)
+    assert relative(flat_grad(model) / (1024.0 if scaled else 1.0), expected) < 1e-12
+
+
+def test_outputs_that_depend_on_each_other_count_once():
+    """Features and logits of one network, both used by the loss: each dependence of the loss is its own."""
+    x, y = batch(0)
+
+    def gradients(pair):
+        model = build()
+        sharpener = presets.functional_sam(model, rho=0.3)
+
+        def outputs():
+            h = torch.tanh(model.first(x))
+            z = model.head(torch.tanh(model.mixer(model.norm_free(h))))
+            return (h, z) if pair else {"z": z, "h": h}
+
+        def loss(out):
+            h, z = out if pair else (out["h"], out["z"])
+            return problems.loss_fn(z, y) + h.square().mean()
+
+        sharpener.backward(outputs, loss)
+        return model, flat_grad(model), outputs
+
+    model, found, outputs = gradients(True)
+    torch.testing.assert_close(gradients(False)[1], found, rtol=1e-13, atol=1e-15)
+    # by hand: output gradients at w with the outputs cut, through the network at w + eps
+    h, z = (t.detach().requires_grad_() for t in outputs())
+    (problems.loss_fn(z, y) + h.square().mean()).backward()
+    params = [p for p in model.parameters() if p.grad is not None]
+    out = outputs()
+    g = torch.autograd.grad(out, params, [h.grad, z.grad])
+    with torch.no_grad():
+        norm = torch.cat([t.flatten() for t in g]).norm()
+        for p, t in zip(params, g, strict=True):
+            p.add_(0.3 * t / norm)
+    expected = torch.autograd.grad(outputs(), params, [h.grad, z.grad])
+    used = torch.cat([p.grad.flatten() for p in params])
+    assert relative(used, torch.cat([t.flatten() for t in expected])) < 1e-12
 
 
 def test_surrogate_gap_keeps_the_component_along_the_perturbed_gradient():

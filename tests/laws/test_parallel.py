@@ -232,6 +232,105 @@ def overflow_with_a_scaler(kind, rank):
     return 0.0
 
 
+def bucket_views(kind, rank):
+    """Gradients that lie in DDP's buckets are still there, once, after accumulation and ``set_to_none=False``."""
+    row = next(r for r in ROWS if r.name == "sam")
+    worst = 0.0
+    for preset, to_none in (("sam", True), ("sam", False), ("gsam", False)):
+        results = []
+        for views in (False, True):
+            model = nn.parallel.DistributedDataParallel(build(), gradient_as_bucket_view=views)
+            optimizer = BASES["sgd"](model.parameters())
+            sharpener = getattr(presets, preset)(model, rho=0.1)
+            for t in range(3):
+                row.backward(sharpener, model, rank_parts(row, 2 * t, rank))
+                row.backward(sharpener, model, rank_parts(row, 2 * t + 1, rank))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=to_none)
+            results.append(gathered(model))
+        worst = max(worst, relative(results[1], results[0]))
+    return worst
+
+
+def a_failed_pass_leaves_bucket_views(kind, rank):
+    x, y = (z.chunk(WORLD)[rank] for z in batch(0, N))
+    model = nn.parallel.DistributedDataParallel(build(), gradient_as_bucket_view=True)
+    loss_fn(model(x), y).backward()
+    before, calls = flat_grad(model), []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError
+        return loss_fn(model(x), y)
+
+    try:
+        presets.sam(model, rho=0.1).backward(fails)
+    except KeyError:
+        return float((flat_grad(model) - before).norm())
+    raise AssertionError("the second pass was not reached")
+
+
+def trainable_outside_the_wrapper_is_refused(kind, rank):
+    def outer(trainable):
+        inner = build()
+        out = nn.ModuleDict({"inner": wrap(kind, inner), "own": nn.Linear(3, 3)})
+        out["own"].requires_grad_(trainable)
+        return out
+
+    presets.sam(outer(False))
+    for scope in ("batch", "micro_batch", "first"):
+        try:
+            presets.sam(outer(True), scope=scope)
+        except ValueError as error:
+            assert "own.weight" in str(error), error
+        else:
+            raise AssertionError("each rank has its own norm, and nobody said so")
+    if kind == "ddp":
+        presets.sam(outer(True), scope="rank")
+    return 0.0
+
+
+def fsdp1_is_refused(kind, rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    try:
+        presets.sam(FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
+    except ValueError as error:
+        assert "fully_shard" in str(error)
+        return 0.0
+    raise AssertionError("FSDP1 was accepted")
+
+
+def one_rank_may_print(kind, rank):
+    """No collective hides in a record: rank 0 alone prints it."""
+    row = next(r for r in ROWS if r.name == "sam")
+    model = wrap(kind, build())
+    sharpener = presets.sam(model, rho=0.1, perturbed_norm=True)
+    row.backward(sharpener, model, rank_parts(row, 0, rank))
+    if rank == 0:
+        assert "perturbed_gradient_norm" in repr(sharpener.last)
+    reference = presets.sam(twin := build(), rho=0.1, perturbed_norm=True)
+    row.backward(reference, twin, merged_parts(row, 0))
+    return abs(sharpener.last.perturbed_gradient_norm / reference.last.perturbed_gradient_norm - 1)
+
+
+def penalty_inside_the_loss(kind, rank):
+    """A functional rule with a weight penalty: both reach the reducer in one backward."""
+    row = next(r for r in ROWS if r.name == "functional_sam")
+    results = []
+    for wrapped in (False, True):
+        model = wrap(kind, build()) if wrapped else build()
+        sharpener = presets.functional_sam(model, rho=0.1)
+
+        def loss(z, y, model=model):
+            return loss_fn(z, y) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+        row.backward(sharpener, model, rank_parts(row, 0, rank) if wrapped else merged_parts(row, 0), loss)
+        results.append(flat_grad(model))
+    return relative(results[1], results[0])
+
+
 def inside_another_module(kind, rank):
     """The model may contain the wrapped module: its own parts are replicated by hand here."""
     row = next(r for r in ROWS if r.name == "sam")
@@ -366,9 +465,12 @@ def distributed_checkpoint(kind, rank):
 
 CHECKS = {
     "ddp": [rank_scope, rank_scope_with_accumulation, no_sync_is_refused, overflow_on_one_rank, overflow_with_a_scaler,
-            inside_another_module, buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint],
+            inside_another_module, buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint,
+            bucket_views, a_failed_pass_leaves_bucket_views, trainable_outside_the_wrapper_is_refused, fsdp1_is_refused,
+            one_rank_may_print, penalty_inside_the_loss],
     "fsdp": [rank_scope_is_refused, no_sync_is_refused, overflow_on_one_rank, inside_another_module,
-             buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint],
+             buffers_and_dropout, half_precision, drop_in_class, distributed_checkpoint,
+             trainable_outside_the_wrapper_is_refused, one_rank_may_print],
     "mesh": [rank_scope, inside_another_module],
 }
 ON_MESH = ("sam", "asam", "sam-micro", "functional_sam", "looksam")

@@ -100,7 +100,7 @@ def test_the_recipe_for_the_radius():
 
 def records(model, loss, data, rho, lr=0.1, steps=40):
     """What a real run of plain SAM leaves behind."""
-    sharpener = presets.sam(model, rho=rho)
+    sharpener = presets.sam(model, rho=rho, perturbed_norm=True)
     optimizer, out = torch.optim.SGD(model.parameters(), lr), []
     for step in range(steps):
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, final
+from typing import ClassVar, Protocol, final
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class Reuse:
 class Cadence(Protocol):
     """``cadence(t)`` says whether step t (from 0) takes the second pass; ``reuse`` what the others make of the last."""
 
+    counts_steps: ClassVar[bool]  # whether the number of the step matters, and has to be saved
+
     @property
     def reuse(self) -> Reuse | None: ...
 
@@ -58,6 +60,8 @@ class Cadence(Protocol):
 @dataclass(frozen=True)
 class EveryStep:
     """Every step takes both passes."""
+
+    counts_steps: ClassVar[bool] = False
 
     @property
     def reuse(self) -> Reuse | None:
@@ -74,6 +78,7 @@ class Every:
 
     k: int = 5
     reuse: Reuse | None = None
+    counts_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -90,6 +95,7 @@ class WarmStart:
 
     steps: int
     then: Cadence = field(default_factory=EveryStep)
+    counts_steps: ClassVar[bool] = True
 
     @property
     def reuse(self) -> Reuse | None:

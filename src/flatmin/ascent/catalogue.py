@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cadence import Every
 from .presets import PRESETS
-from .rules import Selected
 from .sharpener import Sharpener
 
 _HEAD = """# The SAM family
@@ -26,8 +24,8 @@ training steps, a backward counted as two forwards; what is measured stands in t
 
 _FOOT = """
 Each takes every option of `flatmin.Sharpener` besides its own: `scope`, `optimizer`, `scaler`, `backward`, `groups`,
-`rho` (a number or a schedule), `replay`, `offload`. Parts that no preset names, `LogitOnly`, `RandomFraction` by entry,
-`WithWeightDecay`, `WarmStart`, p = 1 and p = ∞ among them, are in `flatmin.ascent`.
+`rho` (a number or a schedule), `replay`, `offload`, `perturbed_norm`. Parts that no preset names, `LogitOnly`,
+`RandomFraction` by entry, `WithWeightDecay`, `WarmStart`, p = 1 and p = ∞ among them, are in `flatmin.ascent`.
 
 SAMPa (arXiv:2410.10683) is not here: it needs two devices to save anything, and its update mixes gradients taken around
 an extrapolated SGD step, which is no gradient that another optimizer could be handed.
@@ -38,12 +36,11 @@ def cost(sharpener: Sharpener) -> float:
     """Work of a step in plain steps, F + B = 3 F."""
     if not sharpener.direction.needs_gradient and sharpener.rule.second == "loss":
         full = 3.0
-    elif isinstance(sharpener.rule, Selected):
-        beta = getattr(sharpener.direction, "beta", 1.0)
-        full = (1 + 1 + beta) + 1 + 3 * sharpener.rule.gamma  # weight gradients of β of the tensors in the first pass
+    elif sharpener.rule.second == "selected":
+        full = 3 + 1 + 3 * getattr(sharpener.rule, "gamma", 1.0)  # a forward without gradients finds the samples
     else:
         full = 6.0 if sharpener.rule.second != "logit" else 7.0
-    k = sharpener.cadence.k if isinstance(sharpener.cadence, Every) else 1
+    k = getattr(sharpener.cadence, "k", 1)
     return (full + 3.0 * (k - 1)) / (3.0 * k)
 
 

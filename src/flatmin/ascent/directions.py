@@ -13,9 +13,9 @@ divides it. It says what it needs: ``needs_gradient`` (a first pass at w) and ``
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
@@ -34,15 +34,47 @@ class Ascent:
     w: list[Tensor]
     d: list[Tensor]
     gradient_norm: Tensor | None
-    memory: dict[str, Any]  # kept between steps, saved in the state_dict
+    memory: dict[str, dict[str, Tensor]]  # what was kept at the step before, by kind and parameter; not to be written
     step: int
     optimizer: torch.optim.Optimizer | None = None
     loss_scale: Tensor | None = None
+    keep: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what to keep: forgotten if the step is skipped
     stretch: Tensor | float = 1.0  # set by a direction whose step is not ρ long: its length in units of ρ
+    metric: Metric | None = None  # T of the norm ‖T⁻¹ε‖_p in which the step is ρ long; None: 1
+    p: float = 2
+    across: float | None = None  # combines the tensors' lengths, where that is not p
+
+    def narrow(self, chosen: Sequence[bool]) -> None:
+        """Leave tensors out: they will not move."""
+        if all(chosen):
+            return
+        where = [i for i, c in enumerate(chosen) if c]
+        self.rows, self.w = [self.rows[i] for i in where], [self.w[i] for i in where]
+        self.d = [self.d[i] for i in where] if self.d else []
+        self.space = Space([r.parameter for r in self.rows])
+        self.gradient_norm = self.space.norm(self.d) if self.d else None
+
+    def length(self, rhos: Sequence[float] | None = None) -> Tensor:
+        """The length of d in the direction's own norm, each tensor first multiplied by its radius."""
+        u = self.d
+        if self.metric is not None:
+            scales = [self.metric(i, w, d) for i, (w, d) in enumerate(zip(self.w, self.d, strict=True))]
+            u = [d if t is None else vectors.ratio(d, t) for d, t in zip(u, scales, strict=True)]
+        if self.p == 2:
+            each = self.space.norms(u)
+        else:
+            ends = [(t.abs().sum() if self.p == 1 else t.abs().amax()).to(u[0].device, torch.float64) for t in u]
+            each = self.space.reduce_each(torch.stack(ends), "sum" if self.p == 1 else "max")
+        if rhos is not None:
+            each = each * torch.tensor(rhos, dtype=each.dtype, device=each.device)
+        return torch.linalg.vector_norm(each, self.across or self.p)
 
 
 class Direction(Protocol):
-    """``direction(ascent)`` overwrites ``ascent.d`` and returns the norm (0-d) by which it is to be divided."""
+    """``direction(ascent)`` overwrites ``ascent.d`` and returns the norm (0-d) by which it is to be divided.
+
+    A direction that draws by the number of the step says so by ``counts_steps = True``, so that it is saved.
+    """
 
     needs_gradient: ClassVar[bool]
     needs_optimizer: ClassVar[bool]
@@ -50,11 +82,12 @@ class Direction(Protocol):
     def __call__(self, ascent: Ascent) -> Tensor: ...
 
 
-Metric = Callable[[int, Tensor, Tensor], Tensor | None]
+Metric = Callable[[int, Tensor, Tensor], Tensor | None]  # metric(i, w, d): T of tensor i, None for 1
 
 
 def steepest(ascent: Ascent, metric: Metric | None, p: float) -> Tensor:
     """Overwrite d by T · dual_p(T g) and return the norm of T g that belongs to p. ``metric(i, w, d)`` gives T."""
+    ascent.metric, ascent.p = metric, p
     if metric is not None:
         _apply(ascent, metric)
     if p == 2:
@@ -166,6 +199,7 @@ class Adaptive:
 
     def _elementwise(self, ascent: Ascent) -> Tensor:
         """The common case, in two sweeps over blocks that stay in cache: d ← T g with its norm, then d ← T d."""
+        ascent.metric = lambda i, w, d: self._if_scaled(ascent, i, w.abs() + self.eta)
         where = [i for i in range(len(ascent.w)) if self._scaled(ascent, i)]
         if not where:
             return steepest(ascent, None, 2)
@@ -201,7 +235,9 @@ class Layerwise:
     needs_optimizer: ClassVar[bool] = False
 
     def __call__(self, ascent: Ascent) -> Tensor:
-        scales = vectors.ratio(ascent.space.norms(ascent.w), ascent.space.norms(ascent.d))
+        norms = ascent.space.norms(ascent.w)
+        ascent.metric, ascent.across = lambda i, w, d: norms[i].to(w), float("inf")
+        scales = vectors.ratio(norms, ascent.space.norms(ascent.d))
         for d, scale in zip(ascent.d, scales, strict=True):
             d.mul_(scale.to(d.device, d.dtype if d.dtype == torch.float64 else torch.float32))
         return (scales.amax() > 0).to(scales)  # 0: nowhere to go
@@ -355,7 +391,8 @@ def _keeps_momentum(optimizer: torch.optim.Optimizer) -> bool:
 class Friendly:
     """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
 
-    Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does.
+    Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does. m moves once
+    a step: where each micro-batch has its own ε, by the mean of their gradients. A skipped step leaves m as it was.
     """
 
     sigma: float = 1.0
@@ -365,18 +402,15 @@ class Friendly:
 
     def __call__(self, ascent: Ascent) -> Tensor:
         _unscale(ascent)
-        average: dict[str, Tensor] = ascent.memory.setdefault("average", {})
-        assert ascent.gradient_norm is not None
-        usable = torch.isfinite(ascent.gradient_norm)
+        average = ascent.memory.get("average", {})
+        kept = ascent.keep["average"] = {}
         for row, d in zip(ascent.rows, ascent.d, strict=True):
-            fine = usable.to(d.device)
             m = average.get(row.name)
             if m is None:
-                average[row.name] = torch.where(fine, d, torch.zeros_like(d))
-                continue
-            new = torch.where(fine, self.decay * m + (1 - self.decay) * d, m)
-            d.sub_(m, alpha=self.sigma)
-            m.copy_(new)
+                kept[row.name] = d.clone()
+            else:
+                kept[row.name] = self.decay * m + (1 - self.decay) * d
+                d.sub_(m, alpha=self.sigma)
         return ascent.space.norm(ascent.d)
 
 
@@ -388,6 +422,7 @@ class Random:
     seed: int = 0
     needs_gradient: ClassVar[bool] = False
     needs_optimizer: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = True
 
     def __call__(self, ascent: Ascent) -> Tensor:
         ascent.d = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)))
@@ -399,21 +434,23 @@ class Random:
 class RandomFraction:
     """A direction on a random fraction β of the tensors (or entries), scaled by 1/β (ESAM's SWP, arXiv:2110.03141).
 
-    ``per_tensor`` draws whole tensors, as the authors' code does: the others take no gradient in the first pass, so
-    its backward is cheaper, and the norm is taken over the drawn ones: ‖ε‖ = ρ/β. Otherwise single entries are
-    drawn, after the norm over all of them: E[ε] is the inner direction's ε and ‖ε‖ about ρ/√β.
+    ``per_tensor`` draws whole tensors, as the authors' code does, and the norm is taken over the drawn ones:
+    ‖ε‖ = ρ/β. Otherwise single entries are drawn, after the norm over all of them: E[ε] is the inner direction's ε and
+    ‖ε‖ about ρ/√β. The first pass takes the gradient of all tensors either way.
     """
 
     inner: Direction = Gradient()
     beta: float = 0.5
     seed: int = 0
     per_tensor: bool = True
-    needs_optimizer: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
+        _needs_of(self.inner, self)
 
     def chosen(self, count: int, step: int) -> list[bool]:
         """Which of ``count`` tensors move at a step; never none of them."""
@@ -424,13 +461,22 @@ class RandomFraction:
         return [u <= max(self.beta, min(draws)) for u in draws]
 
     def __call__(self, ascent: Ascent) -> Tensor:
+        ascent.narrow(self.chosen(len(ascent.rows), ascent.step))
         norm = self.inner(ascent)
         if not self.per_tensor:
             draws = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)), "uniform")
             for d, u in zip(ascent.d, draws, strict=True):
                 d.mul_(u < self.beta)
-        ascent.stretch = vectors.ratio(ascent.space.norm(ascent.d), norm * self.beta)
+            ascent.stretch = vectors.ratio(ascent.length(), norm)
+        ascent.stretch = ascent.stretch / self.beta
         return norm * self.beta
+
+
+def _needs_of(inner: Direction, outer: Direction) -> None:
+    """A direction around another one needs what that one needs."""
+    for need in ("needs_gradient", "needs_optimizer", "counts_steps"):
+        own = need == "counts_steps" and getattr(outer, need)
+        object.__setattr__(outer, need, own or getattr(inner, need, False))
 
 
 def _mixed(seed: int, step: int) -> int:
@@ -459,10 +505,14 @@ class WithWeightDecay:
     weight_decay: float
     inner: Direction = Gradient()
     needs_gradient: ClassVar[bool] = True
+    needs_optimizer: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = False
 
-    @property
-    def needs_optimizer(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.needs_optimizer
+    def __post_init__(self) -> None:
+        if not self.inner.needs_gradient:
+            raise ValueError(f"weight decay enters the ascent through the gradient, which {type(self.inner).__name__} "
+                             "does not use")
+        _needs_of(self.inner, self)
 
     def __call__(self, ascent: Ascent) -> Tensor:
         _unscale(ascent)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..perturbed import RandomState
+from ..vectors import local
+from .inspection import Inspection
 from .wrappers import Wrappers
 
 Forward = Callable[..., Any]
@@ -25,48 +28,155 @@ class MicroBatch:
     weight: float
 
 
-def micro_batches(steps: Any, loss: Loss | None, weights: Sequence[float] | None) -> list[MicroBatch]:
+def micro_batches(forward: Any, loss: Loss | None, batches: Iterable[Any] | None,
+                  weights: Sequence[float] | None) -> list[MicroBatch]:
     """The arguments of ``Sharpener.backward`` as a list."""
-    if callable(steps):
+    if isinstance(forward, Tensor):
+        raise TypeError("sharpener.backward evaluates the model twice and needs a function, not a loss that is "
+                        "computed already: sharpener.backward(lambda: loss_fn(model(x), y))")
+    if batches is not None:
+        return _of_data(forward, loss, batches, weights)
+    if callable(forward):
         if weights is not None:
             raise ValueError("weights= belongs to a list of micro-batches; scale the loss instead")
-        return [MicroBatch(steps, loss, 1.0)]
+        return [MicroBatch(forward, loss, 1.0)]
     if loss is not None:
-        raise ValueError("with a list of micro-batches give each its own loss: [(forward, loss), ...]")
-    pairs = [s if isinstance(s, tuple) else (s, None) for s in steps]
+        raise ValueError("with a list of micro-batches give each its own loss, [(forward, loss), ...], or pass their "
+                         "data as batches=")
+    pairs = [s if isinstance(s, tuple) else (s, None) for s in forward]
     if not pairs:
         raise ValueError("no micro-batches: pass a callable or a non-empty list of callables")
     for pair in pairs:
         if len(pair) != 2 or not callable(pair[0]) or not (pair[1] is None or callable(pair[1])):
             raise ValueError(f"a micro-batch is a callable or a (forward, loss) pair of callables, got {pair!r}")
-    if weights is None:
-        weights = [1.0 / len(pairs)] * len(pairs)
-    if len(weights) != len(pairs):
-        raise ValueError(f"{len(pairs)} micro-batches need as many weights, got {len(weights)}")
-    return [MicroBatch(pair[0], pair[1], float(w)) for pair, w in zip(pairs, weights, strict=True)]
+    if len({id(f) for f, _ in pairs}) > len({_variables(f) for f, _ in pairs}):
+        raise ValueError("several micro-batches are one function of the same variables, as in [lambda: f(x, y) for "
+                         "x, y in data], where every lambda sees the last x and y: use backward(lambda batch: "
+                         "f(*batch), batches=data)")
+    return [MicroBatch(pair[0], pair[1], w) for pair, w in zip(pairs, _weights(weights, len(pairs)), strict=True)]
+
+
+def _of_data(forward: Any, loss: Loss | None, batches: Iterable[Any], weights: Sequence[float] | None
+             ) -> list[MicroBatch]:
+    if not callable(forward) or not (loss is None or callable(loss)):
+        raise ValueError("with batches= pass one forward(batch), and one loss(outputs, batch) if the rule needs it")
+    if isinstance(batches, (Tensor, dict, str)):
+        raise ValueError(f"batches must be a list of batches, got {_describe(batches)}; for one batch batches=[batch]")
+    data = list(batches)  # both passes go over it
+    if not data:
+        raise ValueError("batches is empty")
+    return [MicroBatch(_with(forward, 0, b), None if loss is None else _with(loss, 1, b), w)
+            for b, w in zip(data, _weights(weights, len(data)), strict=True)]
+
+
+def _with(function: Callable[..., Any], place: int, batch: Any) -> Callable[..., Any]:
+    """``function`` with the batch put in at a place among its arguments."""
+    return lambda *args: function(*args[:place], batch, *args[place:])
+
+
+def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
+    weights = [1.0 / n] * n if weights is None else [float(w) for w in weights]
+    if len(weights) != n:
+        raise ValueError(f"{n} micro-batches need as many weights, got {len(weights)}")
+    return weights
+
+
+def _variables(function: Any) -> Any:
+    """What a plain function computes with; other callables are told apart by identity."""
+    code = getattr(function, "__code__", None)
+    if code is None or hasattr(function, "__self__"):
+        return id(function)
+    cells = tuple(id(cell) for cell in function.__closure__ or ())
+    return id(code), cells, *map(id, function.__defaults__ or ()), *map(id, (function.__kwdefaults__ or {}).values())
+
+
+class BackPropagation:
+    """How a loss is back-propagated: plainly, times a ``GradScaler``'s factor, or by a framework's own ``backward``.
+
+    A framework may divide the loss by its number of accumulation steps, and may scale it. A call with several
+    micro-batches holds all that are to be accumulated and has their weights: there the division is undone. A call
+    with one keeps it, since the caller accumulates.
+    """
+
+    def __init__(self, scaler: Any, custom: Callable[[Tensor], Any] | None):
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._custom = custom
+        self._division: float | None = None  # what ``custom`` multiplies a loss by, loss scale apart
+        self._scales = False  # whether ``custom`` applies the loss scale itself
+
+    def loss_scale(self, device: torch.device) -> Tensor | None:
+        """The scaler's factor as a tensor, without reading it to the host."""
+        return None if self._scaler is None else self._scaler.scale(torch.ones((), device=device))
+
+    def __call__(self, value: Tensor, weight: float, several: bool) -> None:
+        """Back-propagate weight · value."""
+        check_loss(value)
+        value = value if weight == 1.0 else value * weight
+        if self._custom is None:
+            (value if self._scaler is None else self._scaler.scale(value)).backward()
+            return
+        if value.requires_grad:
+            value = value.view_as(value)
+            value.register_hook(lambda g: self._given(g, several))
+        self._custom(value)
+
+    def seed(self, value: Tensor, weight: float, several: bool) -> Tensor:
+        """∂(what is back-propagated)/∂value, for a value that is not back-propagated by itself."""
+        factor = weight if several or self._division is None else weight * self._division
+        scale = self.loss_scale(value.device)
+        out = torch.full_like(value, factor)
+        return out if scale is None else out * scale.to(value)
+
+    def _given(self, g: Tensor, several: bool) -> Tensor:
+        """The gradient that arrives at the loss from the framework, made into the one that goes on."""
+        scale = self.loss_scale(g.device)
+        if self._division is None:
+            arrived = float(g)
+            self._scales = arrived > 1
+            if self._scales and scale is None:
+                raise ValueError(f"backward= multiplies the loss by {arrived:g}, as a framework with a loss scaler "
+                                 "does: pass its torch.amp.GradScaler as scaler= too, so that the scale is known")
+            self._division = arrived / float(scale) if self._scales and scale is not None else arrived
+        if several:
+            g = torch.ones_like(g)
+        elif self._scales:
+            return g
+        return g if scale is None else g * scale.to(g)
 
 
 class Passes:
-    """Runs passes over micro-batches; gradients land in ``p.grad``, weighted losses are returned detached."""
+    """Runs passes over micro-batches; gradients land in ``p.grad``, weighted losses are returned detached.
 
-    def __init__(self, batches: list[MicroBatch], wrappers: Wrappers, scaler: Any, backward: Any, alone: bool = False):
+    ``several``: the caller handed over more than one micro-batch. ``devices``: whose random state is replayed for every
+    execution of a micro-batch where a rule needs several in one pass; None: no replay.
+    """
+
+    def __init__(self, batches: list[MicroBatch], wrappers: Wrappers, propagate: BackPropagation,
+                 several: bool = False, devices: Sequence[torch.device] | None = None):
         self.batches = batches
-        self.output_gradients: list[Any] = [None] * len(batches)
+        self.output_gradients: list[list[Tensor | None]] = [[] for _ in batches]
         self.samples: list[Any] = [None] * len(batches)
-        self._wrappers, self._scaler, self._custom = wrappers, scaler, backward
-        self.alone = alone  # this rank's gradients stay its own in the next pass
-        self.inputs: list[Tensor] | None = None  # the only parameters whose gradient the next pass is to compute
+        self._states: list[RandomState | None] = [None] * len(batches)
+        self._wrappers, self._propagate, self._several, self._devices = wrappers, propagate, several, devices
+        self.alone = False  # this rank's gradients stay its own in the next pass
+        self.look: Inspection | None = None  # of what is back-propagated
+        self.after_first: Callable[[], None] | None = None  # called after the first micro-batch of a pass
 
     def loss(self) -> Tensor:
         """Σ weight · loss, back-propagated."""
         return self._run(self._loss)
 
+    def first(self) -> Tensor:
+        """The loss of the first micro-batch alone, back-propagated without its weight."""
+        return self._run(self._loss, [replace(self.batches[0], weight=1.0)])
+
     def recording(self) -> Tensor:
-        """The same, keeping ∂L/∂outputs of every micro-batch."""
+        """As ``loss``, keeping ∂L/∂outputs of every micro-batch."""
         return self._run(self._recording)
 
     def frozen(self) -> Tensor:
-        """Back-propagate the kept output gradients through a new forward; returns the loss there."""
+        """Back-propagate the kept output gradients through a new forward, and the loss where it depends on the weights
+        beside the outputs; returns the loss."""
         return self._run(self._frozen)
 
     def outputs_only(self) -> Tensor:
@@ -81,28 +191,36 @@ class Passes:
         """Mean over all samples here; only the γ share whose loss rose most is back-propagated."""
         return self._run(lambda i, batch: self._selected(i, batch, gamma))
 
-    def _run(self, one: Callable[[int, MicroBatch], Tensor | None]) -> Tensor:
+    def keep_apart(self, gradients: Iterable[Tensor]) -> None:
+        """Copy those kept output gradients whose memory autograd gave to a parameter's gradient as well."""
+        taken = {local(g).untyped_storage().data_ptr() for g in gradients}
+        for kept in self.output_gradients:
+            for k, g in enumerate(kept):
+                if g is not None and local(g).untyped_storage().data_ptr() in taken:
+                    kept[k] = g.clone()
+
+    def _run(self, one: Callable[[int, MicroBatch], Tensor], batches: list[MicroBatch] | None = None) -> Tensor:
         total: Tensor | None = None
-        for i, batch in enumerate(self.batches):
-            last = i == len(self.batches) - 1
+        batches = self.batches if batches is None else batches
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
             with self._wrappers.unsynchronised(last, self.alone), torch.enable_grad():
                 value = one(i, batch)
-            if value is not None:
-                value = value.detach() if batch.weight == 1.0 else value.detach() * batch.weight
-                total = value if total is None else total + value
-        return total if total is not None else torch.zeros(())
+            value = value.detach() * batch.weight
+            total = value if total is None else total + value
+            if i == 0 and self.after_first is not None:
+                self.after_first()
+        assert total is not None
+        return total
 
-    def _backward(self, value: Tensor, weight: float, of_outputs: bool = False) -> None:
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ValueError(f"the loss must be a tensor with one element, got {_describe(value)}; "
-                             "per-sample losses need a mean")
-        value = value if weight == 1.0 else value * weight
-        if self._scaler is not None:
-            value = self._scaler.scale(value)
-        if self._custom is not None:
-            self._custom(value)
-        else:
-            value.backward(inputs=None if of_outputs else self.inputs)
+    def _backward(self, value: Tensor, weight: float) -> None:
+        check_loss(value)
+        if self.look is None:
+            self._propagate(value, weight, self._several)
+            return
+        self.look([value])
+        with self.look.watching():
+            self._propagate(value, weight, self._several)
 
     def _loss(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
@@ -111,6 +229,8 @@ class Passes:
         return value
 
     def _sampled(self, i: int, batch: MicroBatch) -> Tensor:
+        if self._devices is not None:
+            self._states[i] = RandomState(self._devices)
         losses = self._sample_losses(batch, slice(None))
         self.samples[i] = losses.detach()
         value = losses.mean()
@@ -118,12 +238,20 @@ class Passes:
         return value
 
     def _selected(self, i: int, batch: MicroBatch, gamma: float) -> Tensor:
+        self._replay(i)
         with torch.no_grad():
             losses = self._sample_losses(batch, slice(None))
         keep = max(1, int(gamma * losses.numel()))
         subset = (losses - self.samples[i]).topk(keep).indices.sort().values
+        self._replay(i)
         self._backward(self._sample_losses(batch, subset).mean(), batch.weight)
         return losses.mean()
+
+    def _replay(self, i: int) -> None:
+        """Back to the random state in which this micro-batch began."""
+        state = self._states[i]
+        if state is not None:
+            state.set()
 
     @staticmethod
     def _sample_losses(batch: MicroBatch, subset: Any) -> Tensor:
@@ -134,50 +262,73 @@ class Passes:
         return losses
 
     def _recording(self, i: int, batch: MicroBatch) -> Tensor:
-        outputs = batch.forward()
-        value, self.output_gradients[i] = self._output_gradient(outputs, batch)
-        _backward_from(outputs, self.output_gradients[i], self.inputs)
+        loss = _needed(batch)
+        leaves, spec = _outputs(batch.forward())
+        kept: list[Tensor | None] = [None] * len(leaves)
+        aliases = [_alias(t, lambda g, k=k: kept.__setitem__(k, g)) for k, t in enumerate(leaves)]
+        value = loss(tree_unflatten(aliases, spec))
+        self._backward(value, batch.weight)
+        self.output_gradients[i] = kept
         return value
 
     def _frozen(self, i: int, batch: MicroBatch) -> Tensor:
-        assert batch.loss is not None
-        outputs = batch.forward()
-        with torch.no_grad():
-            value = batch.loss(outputs)
-        _backward_from(outputs, self.output_gradients[i])
+        """An ordinary pass in which the kept gradient replaces the one that arrives at the outputs."""
+        loss = _needed(batch)
+        leaves, spec = _outputs(batch.forward())
+        kept = self.output_gradients[i]
+        if all(g is None for g in kept):
+            raise ValueError("the loss does not depend on the network's outputs")
+        aliases = [_alias(t, lambda g, k=k: torch.zeros_like(g) if kept[k] is None else kept[k])
+                   for k, t in enumerate(leaves)]
+        value = loss(tree_unflatten(aliases, spec))
+        self._backward(value, batch.weight)
         return value
 
     def _outputs_only(self, i: int, batch: MicroBatch) -> Tensor:
+        loss = _needed(batch)
         with torch.no_grad():
-            outputs = batch.forward()
-        with torch.enable_grad():
-            value, self.output_gradients[i] = self._output_gradient(outputs, batch)
+            leaves, spec = _outputs(batch.forward())
+        cut = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in leaves]
+        value = loss(tree_unflatten(cut, spec))
+        check_loss(value)
+        wanted = [k for k, t in enumerate(cut) if isinstance(t, Tensor) and t.requires_grad]
+        found = torch.autograd.grad(value, [cut[k] for k in wanted],
+                                    self._propagate.seed(value, batch.weight, self._several), allow_unused=True)
+        kept: list[Tensor | None] = [None] * len(cut)
+        for k, g in zip(wanted, found, strict=True):
+            kept[k] = g
+        self.output_gradients[i] = kept
         return value
 
-    def _output_gradient(self, outputs: Any, batch: MicroBatch) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and ∂(scaled, weighted loss)/∂outputs, one entry a leaf of the outputs."""
-        if batch.loss is None:
-            raise ValueError(
-                "this rule needs the network's outputs apart from the loss: call "
-                "sharpener.backward(lambda: model(x), lambda z: loss_fn(z, y))"
-            )
-        leaves, spec = tree_flatten(outputs)
-        if not any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
-            raise ValueError(f"forward must return tensors (or tuples, lists, dicts of them), got {_describe(outputs)}")
-        cut = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in leaves]
-        value = batch.loss(tree_unflatten(cut, spec))
-        self._backward(value, batch.weight, of_outputs=True)
-        return value, [t.grad if isinstance(t, Tensor) else None for t in cut]
+
+def _alias(output: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """The same output for the loss alone, so that what arrives at the hook is the loss's own dependence on it."""
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return output
+    alias = output.view_as(output)
+    alias.register_hook(hook)
+    return alias
 
 
-def _backward_from(outputs: Any, gradients: list[Tensor | None], inputs: list[Tensor] | None = None) -> None:
-    """Through ``backward`` and not ``autograd.grad``: DDP's reducer and FSDP2's hooks hang on it."""
-    leaves = tree_flatten(outputs)[0]
-    pairs = [(t, g) for t, g in zip(leaves, gradients, strict=True)
-             if g is not None and isinstance(t, Tensor) and t.requires_grad]
-    if not pairs:
-        raise ValueError("the loss does not depend on the network's outputs")
-    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs], inputs=inputs)
+def _needed(batch: MicroBatch) -> Loss:
+    if batch.loss is None:
+        raise ValueError("this rule needs the network's outputs apart from the loss: call "
+                         "sharpener.backward(lambda: model(x), lambda z: loss_fn(z, y))")
+    return batch.loss
+
+
+def _outputs(outputs: Any) -> tuple[list[Any], Any]:
+    leaves, spec = tree_flatten(outputs)
+    if not any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
+        raise ValueError(f"forward must return tensors (or tuples, lists, dicts of them), got {_describe(outputs)}")
+    return leaves, spec
+
+
+def check_loss(value: Any) -> None:
+    """Raise if this cannot be back-propagated as a loss."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"the loss must be a tensor with one element, got {_describe(value)}; "
+                         "per-sample losses need a mean")
 
 
 def _describe(value: Any) -> str:

@@ -3,32 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..results import plain
+from ..vectors import local
+
+Key = TypeVar("Key", bound=Hashable)
+
+MEASURED = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm", "radius", "cosine")
+
+
+@dataclass
+class Outcome:
+    """What a step came to, on the device: nothing of it has been read yet."""
+
+    overflow: Tensor  # whether inf or nan was met in a pass
+    passes: int = 1
+    loss: Tensor | None = None
+    perturbed_loss: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    perturbed_gradient_norm: Tensor | None = None
+    radius: Tensor | float = 0.0
+    cosine: Tensor | float | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # g by row, where the cadence re-uses it
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what the direction keeps, by kind and name
+
+
+def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: float) -> None:
+    """total ← total + weight · new."""
+    for key, tensor in new.items():
+        if key in total:
+            local(total[key]).add_(local(tensor), alpha=weight)
+        else:
+            total[key] = tensor * weight
+
+
+def merged(outcomes: Sequence[tuple[float, Outcome]]) -> Outcome:
+    """Of the micro-batches of a step: weighted sums of losses, plain means of norms, and any overflow."""
+    parts = [outcome for _, outcome in outcomes]
+    out = Outcome(torch.stack([o.overflow for o in parts]).any(), max(o.passes for o in parts))
+    for name in ("loss", "perturbed_loss"):
+        values = [getattr(o, name) for o in parts]
+        if all(v is not None for v in values):
+            setattr(out, name, sum(w * v for (w, _), v in zip(outcomes, values, strict=True)))
+    for name in ("gradient_norm", "radius", "cosine"):
+        values = [v for o in parts if (v := getattr(o, name)) is not None]
+        setattr(out, name, sum(values) / len(values) if values else None)
+    return out
 
 
 class StepRecord:
     """Telemetry of a step. Values stay on the device until read: each property is a float and costs one transfer.
 
     ``loss`` at w; ``perturbed_loss`` at w + ε (all that a step of one pass there knows); ``sharpness``, their
-    difference; ``gradient_norm`` ‖g‖₂ at w over the parameters that move; ``perturbed_gradient_norm`` ‖·‖₂ of the
-    gradient left in ``p.grad``, while it is there unchanged; ``radius`` of the step really taken, in the direction's
-    own norm; ``cosine`` between the step taken and the one asked for; ``skipped``, whether an overflow was found;
-    ``passes`` taken. nan where a step has no such quantity.
+    difference; ``gradient_norm`` ‖g‖₂ at w over the parameters that may move; ``perturbed_gradient_norm`` ‖·‖₂ of the
+    gradient that the step computed, for a sharpener made with ``perturbed_norm=True``; ``radius`` of the step really
+    taken, in the direction's own norm; ``cosine`` between the step taken and the one asked for; ``skipped``, whether an
+    overflow was found; ``passes`` taken. nan where a step has no such quantity, or was not asked for it.
     """
 
-    __slots__ = ("_left_norm", "_values", "passes", "skipped")
+    __slots__ = ("_values", "passes", "skipped")
 
-    def __init__(self, passes: int, skipped: bool, left_norm: Callable[[], float] | None = None,
-                 **values: Tensor | float | None):
-        self.passes = passes
-        self.skipped = skipped
-        self._values = values
-        self._left_norm = left_norm
+    def __init__(self, passes: int = 0, skipped: bool = False,
+                 values: Mapping[str, Tensor | float | None] | None = None):
+        self.passes, self.skipped = passes, skipped
+        self._values = dict(values or {})
+
+    @classmethod
+    def of(cls, outcome: Outcome, skipped: bool) -> StepRecord:
+        return cls(outcome.passes, skipped, {name: getattr(outcome, name) for name in MEASURED})
 
     def _read(self, name: str) -> float:
         value = self._values.get(name)
@@ -52,7 +100,7 @@ class StepRecord:
 
     @property
     def perturbed_gradient_norm(self) -> float:
-        return math.nan if self._left_norm is None else self._left_norm()
+        return self._read("perturbed_gradient_norm")
 
     @property
     def radius(self) -> float:
@@ -62,6 +110,11 @@ class StepRecord:
     def cosine(self) -> float:
         return self._read("cosine")
 
+    @property
+    def rounded(self) -> bool:
+        """Whether the weights' precision may have rounded the step."""
+        return isinstance(self._values.get("cosine"), Tensor)
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain numbers."""
         names = ("loss", "perturbed_loss", "sharpness", "gradient_norm", "perturbed_gradient_norm", "radius", "cosine")
@@ -69,3 +122,6 @@ class StepRecord:
 
     def __repr__(self) -> str:
         return "StepRecord(" + ", ".join(f"{k}={v}" for k, v in self.to_dict().items()) + ")"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepRecord, (self.passes, self.skipped, {name: self._read(name) for name in self._values})

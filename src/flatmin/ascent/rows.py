@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .wrappers import wrapped_name
+
 Groups = Sequence[dict[str, Any]]
 
 
@@ -68,21 +70,40 @@ def rows_of(model: nn.Module | None, groups: Groups | None, default: dict[str, A
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+    """Every parameter once: its name without what wrappers add, so that a state fits the model wrapped or not."""
     seen: set[int] = set()
+    names = {"": ""}  # of modules: as the model has it -> without wrappers
     out = []
-    for prefix, module in model.named_modules():
-        for name, p in module._parameters.items():
+    for path, module in model.named_modules():
+        name = names[path]
+        inside = wrapped_name(module)
+        for child in module._modules:
+            seen_as = name if child == inside else f"{name}.{child}" if name else child
+            names[f"{path}.{child}" if path else child] = seen_as
+        for own, p in module._parameters.items():
             if p is not None and id(p) not in seen:
                 seen.add(id(p))
-                out.append((_clean(f"{prefix}.{name}" if prefix else name), p, role(module, name, p)))
+                if isinstance(p, nn.parameter.UninitializedParameter):
+                    raise ValueError(f"{path}.{own} has no shape yet: run the model forward once before this")
+                out.append((f"{name}.{own}" if name else own, p, role(module, own, p)))
     return out
 
 
-def _clean(name: str) -> str:
-    """A parameter's name without what wrappers add, so that a state fits the model wrapped or not."""
-    parts = name.split(".")
-    start = 1 if parts[0] == "module" and len(parts) > 1 else 0
-    return ".".join(p for p in parts[start:] if p not in ("_orig_mod", "_checkpoint_wrapped_module"))
+def refuse_unsupported(model: nn.Module | None, rows: Iterable[Row]) -> None:
+    """Raise for trainable parameters with which a step would fail later, or go wrong."""
+    for row in rows:
+        p = row.parameter
+        if p.requires_grad and not p.is_floating_point():
+            raise ValueError(f"{row.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep the "
+                             "real and imaginary parts as two parameters, or freeze it")
+    for path, module in model.named_modules() if model is not None else ():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            refuse_sparse(f"{path}.weight" if path else "weight")
+
+
+def refuse_sparse(name: str) -> None:
+    raise ValueError(f"{name} has sparse gradients, along which no step can be taken: build its embedding with "
+                     "sparse=False, or freeze it")
 
 
 def _members(group: dict[str, Any]) -> list[nn.Parameter]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,17 +13,19 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..errors import PerturbedStateError
-from ..perturbed import HALF, Buffers, Displacement, RandomState, Widened, buffer_registries, unchanged_buffers
+from ..perturbed import HALF, Buffers, Constant, Displacement, RandomState, Widened, buffer_registries, undone
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
-from .directions import Ascent, Direction, Gradient, RandomFraction
-from .passes import Forward, Loss, MicroBatch, Passes, micro_batches
-from .record import StepRecord
-from .rows import Groups, Row, check_rho, devices_of, rho_at, rows_of
-from .rules import Plain, Rule, Selected
-from .wrappers import Wrappers
+from .directions import Ascent, Direction, Gradient
+from .inspection import Inspection
+from .passes import BackPropagation, Forward, Loss, MicroBatch, Passes, micro_batches
+from .record import Outcome, StepRecord, accumulate, merged
+from .rows import Groups, Row, check_rho, devices_of, refuse_sparse, refuse_unsupported, rho_at, rows_of
+from .rules import Plain, Rule
+from .wrappers import Wrappers, wrapped_name
 
-Scope = Literal["batch", "micro_batch", "rank"]
+Scope = Literal["batch", "micro_batch", "rank", "first"]
+_SCOPES = ("batch", "micro_batch", "rank", "first")
 
 
 @dataclass
@@ -33,26 +34,19 @@ class _Standing:
 
     displacement: Displacement = field(default_factory=Displacement)
     widened: Widened | None = None
-    narrow: list[tuple[list[Tensor], list[Tensor], Tensor]] = field(default_factory=list)  # the same step, not widened
     gradients: dict[int, Tensor] = field(default_factory=dict)  # kept g, by row
     gradient_norm: Tensor | None = None
     radius: Tensor | float = 0.0
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what the direction keeps of this step
 
     def restore(self) -> None:
-        try:
-            self.displacement.restore()
-        finally:
-            if self.widened is not None:
-                self.widened.restore()
+        self.displacement.restore()
+        if self.widened is not None:
+            self.widened.restore()
 
     def mode(self) -> AbstractContextManager[Any]:
         """The context for passes at w + ε."""
-        stack = ExitStack()
-        if self.widened is not None:
-            stack.enter_context(self.widened.mode)
-            # checkpointed forwards are recomputed inside backward, where the mode must hold too
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        return stack
+        return nullcontext() if self.widened is None else self.widened.mode
 
     def taken(self) -> tuple[Tensor | float, Tensor | float]:
         """Cosine of the step taken with the one asked for, and its radius; half-precision weights may round it."""
@@ -74,19 +68,34 @@ class Sharpener:
         direction: where uphill is (default ``Gradient()``).
         rule: which gradient is kept (default ``Plain()``).
         cadence: when the second pass is paid for (default ``EveryStep()``).
-        scope: whose gradient chooses ε: the whole ``"batch"``, each ``"micro_batch"``, or each ``"rank"``.
+        scope: whose gradient chooses ε: the whole ``"batch"``, each ``"micro_batch"``, each ``"rank"``, or the
+            ``"first"`` micro-batch alone, for all: its pass at w is the only one, so that ``backward`` returns the loss
+            at w + ε, and BatchNorm sees the other micro-batches there.
         optimizer: the optimizer whose state a direction reads, or whose learning rate a schedule of ρ follows.
         scaler: a ``torch.amp.GradScaler``; both passes are scaled, an overflow of either is left as inf in ``p.grad``.
-        backward: how a loss is back-propagated, such as ``accelerator.backward``; default ``loss.backward()``.
+        backward: how a loss is back-propagated, such as ``accelerator.backward``; default ``loss.backward()``. If it
+            divides by a number of accumulation steps, that stands for one ``backward`` a micro-batch; a list of
+            micro-batches has its own weights, and the division is undone.
         groups: ``[{"params" | "modules": ..., "rho": ...}]``; parameters in no group take ``rho``; ρ = 0 leaves a
             group where it is and out of the norm.
         rho: the radius ρ ≥ 0 in the direction's own norm, or a schedule called as ``rho(step, lr)``.
-        replay: draw the same random numbers (dropout masks) in both passes.
+        replay: draw the same random numbers (dropout masks) in both passes. Holds for torch's global generators, on
+            the CPU and on the parameters' devices; draws from Python, NumPy or a ``torch.Generator`` are new in each
+            pass: draw them before ``backward``.
         offload: keep the copy of w in the host's memory instead of where the first gradient was; slower, and on an
             accelerator a parameter-sized tensor less.
+        perturbed_norm: record ``last.perturbed_gradient_norm`` too, for one more reading of the gradients a step; may
+            be changed between steps.
+
+    Every trainable tensor that the loss reaches must be a parameter of ``model``: the first step looks (but not under
+    FSDP2). Half-precision weights stand at w + ε in float32 where the model is plain: not compiled, not data-parallel,
+    without recurrent layers and, in the first step, without a ``torch.autograd.Function`` of its own or a module that
+    ``backward`` runs again (activation checkpointing); elsewhere ε is rounded to the weights' precision, and
+    ``last.radius`` and ``last.cosine`` say what was left of it. After changing the model call :meth:`refresh`.
 
     Raises:
-        ValueError: a negative ρ, an unknown scope, a part that lacks what it needs.
+        ValueError: a negative ρ, an unknown scope, a part that lacks what it needs; FSDP1; trainable parameters that
+            are complex, sparse or without a shape, or outside the data-parallel wrappers.
 
     Example:
         >>> import torch, flatmin
@@ -115,26 +124,31 @@ class Sharpener:
         rho: Any = 0.05,
         replay: bool = True,
         offload: bool = False,
+        perturbed_norm: bool = False,
     ):
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}; several modules go into a "
                              "torch.nn.ModuleList, bare parameters into flatmin.SAM")
-        if scope not in ("batch", "micro_batch", "rank"):
-            raise ValueError(f'scope must be "batch", "micro_batch" or "rank", got {scope!r}')
+        if scope not in _SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
         self.model, self.scope, self.replay, self.offload = model, scope, replay, offload
+        self.perturbed_norm = perturbed_norm
         self.direction: Direction = direction or Gradient()
         self.rule: Rule = rule or Plain()
         self.cadence: Cadence = cadence or EveryStep()
         self.optimizer, self.scaler = optimizer, scaler
-        self._custom_backward = backward
+        self._propagate = BackPropagation(scaler, backward)
         self._groups, self._default = groups, {"rho": check_rho(rho)}
         for group in groups or ():
             check_rho(group.get("rho", 0.0))
         if self.direction.needs_optimizer and optimizer is None:
             raise ValueError(f"{type(self.direction).__name__} reads the optimizer's state: pass optimizer=")
-        self.last: StepRecord = StepRecord(0, False)
+        if scope == "first" and (self._keeps_gradient or self.rule.second in ("frozen", "selected")):
+            raise ValueError('scope="first" knows the first micro-batch at w and no other, and this rule or cadence '
+                             'needs them all: use scope="batch"')
+        self.last: StepRecord = StepRecord()
         self._step = 0
-        self._memory: dict[str, Any] = {}
+        self._memory: dict[str, dict[str, Tensor]] = {}
         self._standing: _Standing | None = None
         self._warned = False
         self._last_standing: _Standing | None = None
@@ -143,6 +157,10 @@ class Sharpener:
             raise ValueError('scope="rank" needs a model that is or contains DistributedDataParallel, or a mesh that '
                              'replicates (under FSDP2 one shard has one value for all ranks); use '
                              'scope="micro_batch" with a list of micro-batches')
+
+    def __repr__(self) -> str:
+        return (f"Sharpener({type(self.model).__name__}, rho={self.rho}, direction={self.direction}, rule={self.rule}, "
+                f"cadence={self.cadence}, scope={self.scope!r})")
 
     @property
     def rho(self) -> Any:
@@ -153,35 +171,55 @@ class Sharpener:
     def rho(self, value: Any) -> None:
         self._default["rho"] = check_rho(value)
 
-    def backward(self, forward: Forward | Sequence[Any], loss: Loss | None = None, *,
-                 weights: Sequence[float] | None = None) -> Tensor:
+    def backward(self, forward: Forward | Iterable[Any], loss: Loss | None = None, *,
+                 batches: Iterable[Any] | None = None, weights: Sequence[float] | None = None) -> Tensor:
         """Leave the sharpness-aware gradient in ``p.grad`` (added to what is there) and return the loss at w, detached.
 
         Args:
             forward: a callable that returns the loss, or, with ``loss``, the outputs; or a list of micro-batches,
                 each such a callable or a ``(forward, loss)`` pair. Both passes loop over all of them.
             loss: the loss of the outputs.
+            batches: the micro-batches as data, read once and kept for both passes; then ``forward(batch)`` and
+                ``loss(outputs, batch)`` take the batch. For ESAM's rule the samples come last: ``forward(batch, s)``,
+                ``loss(outputs, batch, s)``.
             weights: of the micro-batches; 1/n each by default.
 
         Raises:
+            ValueError: no or different micro-batches than described; a loss that is no scalar; in the first step, a
+                trainable tensor outside the model.
+            TypeError: a loss instead of a function.
             PerturbedStateError: called from within itself.
             RuntimeError: called inside ``no_sync``.
+
+        Example:
+            >>> import torch, flatmin
+            >>> model, loss_fn = torch.nn.Linear(3, 1), torch.nn.functional.mse_loss
+            >>> data = [(torch.ones(2, 3), torch.zeros(2, 1)), (torch.zeros(2, 3), torch.ones(2, 1))]
+            >>> loss = flatmin.presets.sam(model).backward(lambda b: loss_fn(model(b[0]), b[1]), batches=data)
         """
-        batches = micro_batches(forward, loss, weights)
+        steps = micro_batches(forward, loss, batches, weights)
         self._wrappers.refuse_unsynchronised()
-        stash = [(row.parameter, row.parameter.grad) for row in self._rows]
-        self.clear_gradients()
+        if self._standing is not None:
+            raise PerturbedStateError("the weights stand at w + ε already: finish that step first")
+        stash = self._stash()
         try:
+            self.clear_gradients()
+            several = len(steps) > 1
             if self.scope == "micro_batch" and self.pays:
-                record = self._each_micro_batch(batches)
+                outcome = self._each_micro_batch(steps, several)
             else:
-                record = self.run(Passes(batches, self._wrappers, self.scaler, self._custom_backward))
+                outcome = self.run(self._passes(steps, several))
+            self.finish(outcome, stash)
         except BaseException:
-            for parameter, gradient in stash:
+            self.come_back()
+            for parameter, gradient, saved in stash:
+                if saved is not None and gradient is not None:
+                    gradient.copy_(saved)
                 parameter.grad = gradient
             raise
-        self.finish(record, [(p, g) for p, g in stash if g is not None])
-        return record["loss"] if record.get("loss") is not None else record["perturbed_loss"]
+        value = outcome.loss if outcome.loss is not None else outcome.perturbed_loss
+        assert value is not None
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """What the direction and the cadence carry from step to step; loads with ``weights_only=True``."""
@@ -196,130 +234,87 @@ class Sharpener:
         self._step = int(state["step"])
         self._memory = self._placed(state["memory"], lambda value, p: local(value).to(p.device))
 
+    def _stash(self) -> list[tuple[nn.Parameter, Tensor | None, Tensor | None]]:
+        """The gradients there are, and a copy of those that lie in the buckets into which DDP writes the next ones."""
+        views = self._wrappers.bucket_views
+        return [(r.parameter, g, g.clone() if views and g is not None else None)
+                for r in self._rows for g in (r.parameter.grad,)]
+
+    def _passes(self, steps: list[MicroBatch], several: bool) -> Passes:
+        return Passes(steps, self._wrappers, self._propagate, several, self._devices if self.replay else None)
+
     # one step, given something that can run passes
 
-    def run(self, passes: Any) -> dict[str, Any]:
+    def run(self, passes: Any) -> Outcome:
         """One step with gradients cleared on entry and left in ``p.grad``; for :meth:`finish`."""
         if self._standing is not None:
             raise PerturbedStateError("the weights stand at w + ε already: finish that step first")
+        self._follow_devices()
         rhos = self._rhos()
         if not self.cadence(self._step) or not any(rhos):
             return self.plain_record(passes.loss())
+        if not self._inspection.done:
+            passes.look = self._inspection
         if not self.direction.needs_gradient and self.rule.second == "loss" and not self._keeps_gradient:
-            return self._one_pass(passes, rhos)
+            outcome = replace(self.combined(None, self._at_perturbed(passes.loss, rhos, None)), passes=1)
+            self._inspection.finish()
+            return outcome
         start = RandomState(self._devices) if self.replay else None
-        passes.alone = self.scope == "rank"
-        value = self._first_pass(passes, rhos, start)
-        passes.alone = False
+        value = self._first_pass(passes)
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
-        try:
-            with unchanged_buffers(self.model, self._registries):
-                perturbed = self._second_pass(passes, rhos, start)
-        finally:
-            if after is not None:
-                after.set()
+        self._inspection.second = True
+        buffers = Buffers(self._registries, self._constant)
+        first = self.scope == "first"  # the micro-batches after the first are met at w + ε only
+        if first:
+            passes.after_first, value = buffers.restore, None
+        with undone(buffers.restore, first), undone(_nothing if after is None else after.set, first):
+            perturbed = self._second_pass(passes, rhos, start)
+        self._inspection.finish()
         return self.combined(value, perturbed)
 
-    def _first_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor:
-        """The pass at w. Parameters that will not move need no gradient there, if nothing else needs it."""
-        second = self.rule.second
-        run = passes.recording if second == "frozen" else passes.sampled if second == "selected" else passes.loss
-        some_stay = isinstance(self.direction, RandomFraction) or not all(rhos)
-        if not (some_stay and self._may_skip and self._had_gradients) or self._keeps_gradient:
-            return run()
-        moving, buffers = self._moving(rhos), Buffers(self._registries)
-        passes.inputs = [r.parameter for r in moving]
-        try:
-            value = run()
-            if all(r.parameter.grad is not None for r in moving if r.index in self._had_gradients):
-                return value
-        except RuntimeError as error:
-            if "checkpoint" not in str(error):
-                raise
-        finally:
-            passes.inputs = None
-        # reentrant checkpointing hides parameters from such a choice, or refuses it: all gradients then, from now on
-        self._may_skip = False
-        self.clear_gradients()
-        buffers.restore()
-        if start is not None:
-            start.set()
-        return run()
+    def _first_pass(self, passes: Any) -> Tensor | None:
+        """The pass at w."""
+        passes.alone = self.scope == "rank"
+        if self.scope == "first":
+            value = passes.first()
+        elif self.rule.second == "frozen":
+            value = passes.recording()
+            passes.keep_apart(r.parameter.grad for r in self._rows if r.parameter.grad is not None)
+        else:
+            value = passes.sampled() if self.rule.second == "selected" else passes.loss()
+        passes.alone = False
+        return value
 
-    def _moving(self, rhos: list[float]) -> list[Row]:
-        """Rows that a step may move: trainable, ρ > 0, drawn if the direction draws."""
-        rows = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
-        if not isinstance(self.direction, RandomFraction):
-            return rows
-        chosen = self.direction.chosen(len(rows), self._step)
-        return [r for r, c in zip(rows, chosen, strict=True) if c]
-
-    def _second_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor | None:
+    def _second_pass(self, passes: Any, rhos: list[float], start: RandomState | None) -> Tensor:
         second = self.rule.second
-        if second == "frozen":
-            return self._at_perturbed(passes.frozen, rhos, start)
-        if isinstance(self.rule, Selected):
-            gamma = self.rule.gamma
-            return self._at_perturbed(lambda: passes.selected(gamma), rhos, start)
-        if second == "loss":
-            return self._at_perturbed(passes.loss, rhos, start)
-        perturbed = self._at_perturbed(passes.outputs_only, rhos, start)
-        if start is not None:
-            start.set()
-        passes.frozen()
-        return perturbed
+        if second == "logit":
+            perturbed = self._at_perturbed(passes.outputs_only, rhos, start)
+            if start is not None:
+                start.set()
+            passes.frozen()
+            return perturbed
+        if second == "selected":
+            share = getattr(self.rule, "gamma", 1.0)
+            return self._at_perturbed(lambda: passes.selected(share), rhos, start)
+        return self._at_perturbed(passes.frozen if second == "frozen" else passes.loss, rhos, start)
 
     def _at_perturbed(self, run: Callable[[], Tensor], rhos: list[float], start: RandomState | None) -> Tensor:
         """Run a pass with the weights at w + ε, and come back whatever happens."""
-        try:
-            mode = self.climb(rhos)
-            if start is not None:
-                start.set()
-            try:
-                with mode:
-                    value = run()
-                self._widening_works = True
-                return value
-            except Exception:
-                if not self._take_step_in_place():
-                    raise
+        with undone(self.come_back), self.climb(rhos):
             if start is not None:
                 start.set()
             return run()
-        finally:
-            self.come_back()
 
-    def _take_step_in_place(self) -> bool:
-        """After a failed pass with widened weights: step in half precision instead, from now on.
-
-        Some models do not run with float32 weights (recomputed activations and extensions that look at dtypes).
-        """
-        standing = self._standing
-        if standing is None or standing.widened is None or self._widening_works:
-            return False
-        standing.widened.restore()
-        standing.widened = None
-        self._can_widen = False
-        self.clear_gradients()
-        with torch.no_grad():
-            for w, d, scale in standing.narrow:
-                standing.displacement.move(w, d, scale, finite=True)
-        return True
-
-    def _one_pass(self, passes: Any, rhos: list[float]) -> dict[str, Any]:
-        value = self._at_perturbed(passes.loss, rhos, RandomState(self._devices) if self._can_widen else None)
-        return self.combined(None, value) | {"passes": 1}
-
-    def plain_record(self, value: Tensor | None) -> dict[str, Any]:
-        """The record of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""
+    def plain_record(self, value: Tensor | None) -> Outcome:
+        """The outcome of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""
         component = self._memory.get("component")
         reuse = self.cadence.reuse
         if reuse is not None and component is not None:
             rows = [r for r in self._rows if r.parameter.grad is not None and r.name in component]
             with torch.no_grad():
                 reuse.add(self._space(rows), self._gradients(rows), [component[r.name] for r in rows])
-        return {"passes": 1, "loss": value, "radius": 0.0} | self._final()
+        return Outcome(self._overflow(), loss=value)
 
     def climb(self, rhos: list[float] | None = None) -> AbstractContextManager[Any]:
         """With g in ``p.grad`` (or nothing, for directions that need none): choose ε, keep what is needed, move.
@@ -331,7 +326,7 @@ class Sharpener:
         gradients = self._take_gradients()
         if self._keeps_gradient:
             standing.gradients = {i: g.clone() if self._wrappers.bucket_views else g for i, g in gradients.items()}
-        moving = self._moving(rhos)
+        moving = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
         if self.direction.needs_gradient:
             moving = [r for r in moving if r.index in gradients]
         with torch.no_grad():
@@ -349,6 +344,8 @@ class Sharpener:
             p = row.parameter
             gradient = p.grad
             if gradient is not None:
+                if gradient.layout is not torch.strided:
+                    refuse_sparse(row.name)
                 out[row.index] = self._local(gradient, p)
                 p.grad = None
         return out
@@ -370,74 +367,74 @@ class Sharpener:
         ascent = Ascent(space, moving, w, d, standing.gradient_norm, self._memory, self._step, self.optimizer,
                         scale_of_loss)
         norm = self.direction(ascent)
+        moving, w, d, standing.memory = ascent.rows, ascent.w, ascent.d, ascent.keep
         usable = (norm > 0) & torch.isfinite(norm)
-        radii = {rhos[r.index] for r in moving}
+        radii = {max(rhos)} if len(self._distinct) == 1 else {rhos[r.index] for r in moving}
+        if len(radii) == 1:
+            standing.radius = torch.where(usable, max(radii) * ascent.stretch, 0.0)
+        else:
+            standing.radius = torch.where(usable, ascent.length([rhos[r.index] for r in moving]) / norm, 0.0)
         for rho in radii:
             scale = torch.where(usable, rho / norm, 0.0)
-            if len(radii) == 1:
-                self._displace(standing, moving, w, ascent.d, scale)
-            else:
-                where = [i for i, r in enumerate(moving) if rhos[r.index] == rho]
-                self._displace(standing, [moving[i] for i in where], [w[i] for i in where],
-                               [ascent.d[i] for i in where], scale)
-        standing.radius = usable * max(radii) * ascent.stretch
+            for some in self._alike(moving, w, rhos, rho):
+                self._displace(standing, [moving[i] for i in some], [w[i] for i in some], [d[i] for i in some], scale)
         if standing.gradient_norm is not None and scale_of_loss is not None:
             standing.gradient_norm = standing.gradient_norm / scale_of_loss.to(standing.gradient_norm.device)
 
     def _displace(self, standing: _Standing, rows: list[Row], w: list[Tensor], d: list[Tensor], scale: Tensor
                   ) -> None:
-        """Move by scale · d; half-precision weights in float32 where that can be done."""
-        dtypes = {t.dtype for t in w}
-        for dtype in dtypes:
-            if len(dtypes) > 1:
-                where = [i for i, t in enumerate(w) if t.dtype == dtype]
-                self._displace(standing, [rows[i] for i in where], [w[i] for i in where], [d[i] for i in where], scale)
-                continue
-            steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-            finite = self.scaler is not None or dtype in HALF
-            if dtype in HALF and self._can_widen and standing.widened is None:
-                standing.widened = Widened([r.parameter for r in rows])
-                standing.widened.move(d, steps, finite=finite)
-                if not self._widening_works:
-                    standing.narrow = [(w, d, steps)]
-            else:
-                standing.displacement.move(w, d, steps, finite=finite)
+        """Move by scale · d, tensors of one dtype and device; half precision in float32 where that can be done."""
+        dtype = w[0].dtype
+        steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        if dtype in HALF and self._can_widen and standing.widened is None:
+            standing.widened = Widened([r.parameter for r in rows])
+            standing.widened.move(d, steps, finite=True)
+        else:
+            standing.displacement.move(w, d, steps, finite=True)
+
+    @staticmethod
+    def _alike(rows: list[Row], w: list[Tensor], rhos: list[float], rho: float) -> list[list[int]]:
+        """The places of the tensors with this radius, apart by dtype and device."""
+        out: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, (row, t) in enumerate(zip(rows, w, strict=True)):
+            if rhos[row.index] == rho:
+                out.setdefault((t.dtype, t.device), []).append(i)
+        return list(out.values())
+
+    @property
+    def _can_widen(self) -> bool:
+        return self._plain_model and self._inspection.looked and not self._inspection.inflexible
 
     def come_back(self) -> None:
         """Give the weights back, if they were moved."""
-        standing, self._standing = self._standing, None
+        standing = self._standing
         if standing is not None:
             standing.restore()
             self._last_standing = standing
+            self._standing = None
             self._forget_gathered()
 
-    def combined(self, value: Tensor | None, perturbed: Tensor | None) -> dict[str, Any]:
-        """``p.grad`` holds g_p: apply the rule, keep the sharpness component, tell what happened."""
+    def combined(self, value: Tensor | None, perturbed: Tensor | None) -> Outcome:
+        """``p.grad`` holds g_p: apply the rule, tell what happened."""
         standing, self._last_standing = self._last_standing, None
         assert standing is not None
-        component = self._apply_rule(standing.gradients) if self._keeps_gradient else None
-        if self._may_skip:
-            self._had_gradients = {r.index for r in self._rows if r.parameter.grad is not None}
+        if self._keeps_gradient:
+            rows, perturbed_gradient, gradient = self._both(standing.gradients)
+            with torch.no_grad():
+                self.rule(self._space(rows), perturbed_gradient, gradient)
         cosine, radius = standing.taken()
-        return {"passes": 2, "loss": value, "perturbed_loss": perturbed, "gradient_norm": standing.gradient_norm,
-                "radius": radius, "cosine": cosine, "component": component} | self._final(standing.gradient_norm)
+        return Outcome(self._overflow(standing.gradient_norm), 2, value, perturbed, standing.gradient_norm, None,
+                       radius, cosine, {} if self.cadence.reuse is None else standing.gradients, standing.memory)
 
-    @torch.no_grad()
-    def _apply_rule(self, gradients: dict[int, Tensor]) -> dict[str, Any] | None:
-        """g_p in ``p.grad`` becomes the rule's gradient; returns the sharpness component if the cadence re-uses it."""
+    def _both(self, gradients: dict[int, Tensor]) -> tuple[list[Row], list[Tensor], list[Tensor]]:
+        """The rows with a gradient in either pass, ``p.grad`` there and the kept gradient."""
         rows = [r for r in self._rows if r.index in gradients or r.parameter.grad is not None]
         for r in rows:
             if r.parameter.grad is None:
                 r.parameter.grad = torch.zeros_like(r.parameter)
         perturbed = self._gradients(rows)
-        first = [gradients[r.index] if r.index in gradients else torch.zeros_like(g)
-                 for r, g in zip(rows, perturbed, strict=True)]
-        space = self._space(rows)
-        self.rule(space, perturbed, first)
-        reuse = self.cadence.reuse
-        if reuse is None:
-            return None
-        return {r.name: c for r, c in zip(rows, reuse.component(space, perturbed, first), strict=True)}
+        return rows, perturbed, [gradients[r.index] if r.index in gradients else torch.zeros_like(g)
+                                 for r, g in zip(rows, perturbed, strict=True)]
 
     def _gradients(self, rows: list[Row]) -> list[Tensor]:
         """The local parts of ``p.grad``; every row has one."""
@@ -446,24 +443,39 @@ class Sharpener:
             return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True) if g is not None]
         return [g for g in out if g is not None]
 
-    def finish(self, record: dict[str, Any], stash: Sequence[tuple[nn.Parameter, Tensor]] = ()) -> None:
+    def finish(self, outcome: Outcome,
+               stash: Sequence[tuple[nn.Parameter, Tensor | None, Tensor | None]] = ()) -> None:
         """The one host read of a step, then the gradients that were there before."""
-        skipped = bool(record.pop("flag"))
-        component = record.pop("component", None)
-        if component is not None and not skipped:
-            self._memory["component"] = component
+        if self.perturbed_norm:
+            rows = [r for r in self._rows if r.parameter.grad is not None]
+            norm, scale = self._space(rows).norm(self._gradients(rows)), self._loss_scale()
+            outcome.perturbed_gradient_norm = norm if scale is None else norm / scale.to(norm)
+        if outcome.gradients and self.cadence.reuse is not None:
+            rows, perturbed, first = self._both(outcome.gradients)
+            with torch.no_grad():
+                component = self.cadence.reuse.component(self._space(rows), perturbed, first)
+            outcome.memory["component"] = {r.name: c for r, c in zip(rows, component, strict=True)}
+        skipped = bool(outcome.overflow)
+        if not skipped:
+            for kind, tensors in outcome.memory.items():
+                self._memory[kind] = self._memory.get(kind, {}) | tensors
         if skipped and self.scaler is None:
             self.clear_gradients()
         else:
             if skipped:
                 self._leave_inf()
             with torch.no_grad():
-                for parameter, before in stash:
+                for parameter, before, saved in stash:
+                    if before is None:
+                        continue
+                    if parameter.grad is not None and saved is not None:
+                        parameter.grad.add_(saved)  # the same memory as ``before``, or DDP's bucket in its place
+                        continue
                     if parameter.grad is not None:
                         local(before).add_(local(vectors.matched(parameter.grad, before)))
                     parameter.grad = before
         self._step += 1
-        self.last = StepRecord(record.pop("passes"), skipped, self._left_norm(), **record)
+        self.last = StepRecord.of(outcome, skipped)
         self._warn_if_rounded()
 
     def clear_gradients(self) -> None:
@@ -479,7 +491,8 @@ class Sharpener:
     @property
     def has_state(self) -> bool:
         """Whether there is anything to carry from step to step."""
-        return bool(self._memory) or not isinstance(self.cadence, EveryStep) or callable(self.rho)
+        counts = self.cadence.counts_steps or getattr(self.direction, "counts_steps", False)
+        return bool(self._memory) or counts or any(callable(g.get("rho", self.rho)) for g in self._distinct.values())
 
     @property
     def pays(self) -> bool:
@@ -493,26 +506,26 @@ class Sharpener:
 
     # one step a micro-batch
 
-    def _each_micro_batch(self, batches: list[MicroBatch]) -> dict[str, Any]:
+    def _each_micro_batch(self, batches: list[MicroBatch], several: bool) -> Outcome:
+        """A step of its own for every micro-batch from the same memory; sums of gradients, means of what is kept."""
         totals: dict[int, Tensor] = {}
-        records = []
+        gradients: dict[int, Tensor] = {}
+        memory: dict[str, dict[str, Tensor]] = {}
+        outcomes = []
+        weight = sum(batch.weight for batch in batches) or 1.0
         for batch in batches:
-            alone = [MicroBatch(batch.forward, batch.loss, 1.0)]
-            record = self.run(Passes(alone, self._wrappers, self.scaler, self._custom_backward))
-            records.append((batch.weight, record))
+            outcome = self.run(self._passes([replace(batch, weight=1.0)], several))
             with torch.no_grad():
-                for row in self._rows:
-                    gradient, row.parameter.grad = row.parameter.grad, None
-                    if gradient is None:
-                        continue
-                    gradient = gradient * batch.weight
-                    if row.index in totals:
-                        local(totals[row.index]).add_(local(gradient))
-                    else:
-                        totals[row.index] = gradient
+                found = {r.index: r.parameter.grad for r in self._rows if r.parameter.grad is not None}
+                self.clear_gradients()
+                accumulate(totals, found, batch.weight)
+                accumulate(gradients, outcome.gradients, batch.weight)
+                for kind, tensors in outcome.memory.items():
+                    accumulate(memory.setdefault(kind, {}), tensors, batch.weight / weight)
+            outcomes.append((batch.weight, replace(outcome, gradients={}, memory={})))
         for row in self._rows:
             row.parameter.grad = totals.get(row.index)
-        return _merged(records)
+        return replace(merged(outcomes), gradients=gradients, memory=memory)
 
     # what a step stands on
 
@@ -522,21 +535,28 @@ class Sharpener:
         self._rows = rows_of(self.model, self._groups, self._default)
         if not self._rows:
             raise ValueError("no parameters: pass a model that has some")
+        refuse_unsupported(self.model, self._rows)
         self._devices = devices_of(r.parameter for r in self._rows)
         self._registries = buffer_registries(self.model)
+        self._constant: Constant = {}
         self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
         self._wrappers = Wrappers(self.model)
+        if self.scope != "rank":
+            self._wrappers.refuse_left_out((r.name, r.parameter) for r in self._rows)
         self._group_keys = [id(r.group) for r in self._rows]
         self._distinct = {id(r.group): r.group for r in self._rows}
         self._whole = Space([r.parameter for r in self._rows])
         self._spaces: dict[tuple[int, ...], Space] = {}
-        compiled = any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
-                       for m in (self.model.modules() if self.model is not None else ()))
-        alone = not compiled and not self._wrappers.ddp and not self._wrappers.fsdp
-        self._can_widen = self.model is not None and alone
-        self._widening_works = False
-        self._may_skip = self.model is not None and alone and self._custom_backward is None
-        self._had_gradients: set[int] = set()  # rows, after the last pass that computed all
+        modules = list(self.model.modules()) if self.model is not None else []
+        self._plain_model = bool(modules) and not any(
+            wrapped_name(m) is not None or isinstance(m, nn.RNNBase) or m in self._wrappers.fsdp
+            or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+        self._inspection = Inspection((r.parameter for r in self._rows), leaves=not self._wrappers.fsdp)
+
+    def _follow_devices(self) -> None:
+        """The model may have been moved."""
+        if devices_of(r.parameter for r in self._rows) != self._devices:
+            self.refresh()
 
     def _space(self, rows: list[Row]) -> Space:
         if len(rows) == len(self._rows):
@@ -557,44 +577,24 @@ class Sharpener:
         return self.rule.needs_gradient or self.cadence.reuse is not None
 
     def _loss_scale(self) -> Tensor | None:
-        """The scaler's factor as a tensor, without reading it to the host."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        return self.scaler.scale(torch.ones((), device=self._devices[0]))
+        return self._propagate.loss_scale(self._devices[0])
 
     def _forget_gathered(self) -> None:
         """Nothing computed from the old weights may serve the next pass: gathered shards, autocast's casts."""
         self._wrappers.reshard()
         torch.clear_autocast_cache()
 
-    def _final(self, first_norm: Tensor | None = None) -> dict[str, Tensor]:
+    def _overflow(self, first_norm: Tensor | None = None) -> Tensor:
         """Whether inf or nan was met in either pass, on any rank."""
         rows = self._rows
         if any(r.parameter.grad is None for r in rows):
             rows = [r for r in rows if r.parameter.grad is not None]
         if not rows:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
-        gradients = self._gradients(rows)
-        flag = ~self._space(rows).finite(gradients)
+        flag = ~self._space(rows).finite(self._gradients(rows))
         if first_norm is not None:
             flag = flag | ~torch.isfinite(first_norm)
-        return {"flag": self._wrappers.any_rank(flag) if self.scope == "rank" else flag}
-
-    def _left_norm(self) -> Callable[[], float]:
-        """‖p.grad‖ as this step leaves it, computed when asked for; nan once the gradients have changed."""
-        rows = [r for r in self._rows if r.parameter.grad is not None]
-        left = [r.parameter.grad for r in rows]
-        version = sum(g._version for g in left if g is not None)
-        scale = self._loss_scale()
-
-        def norm() -> float:
-            now = [r.parameter.grad for r in rows]
-            same = all(a is b for a, b in zip(now, left, strict=True))
-            if not rows or not same or sum(g._version for g in left if g is not None) != version:
-                return math.nan
-            return float(self._space(rows).norm(self._gradients(rows)) / (1.0 if scale is None else float(scale)))
-
-        return norm
+        return self._wrappers.any_rank(flag) if self.scope == "rank" else flag
 
     def _leave_inf(self) -> None:
         """A scaler looks for inf in ``p.grad``: leave one on every device."""
@@ -606,10 +606,7 @@ class Sharpener:
                 local(gradient).fill_(float("inf"))
 
     def _warn_if_rounded(self) -> None:
-        cosine = self.last._values.get("cosine")
-        if cosine is None or isinstance(cosine, float) or self._warned:
-            return
-        if self.last.cosine < 0.95:
+        if not self._warned and self.last.rounded and self.last.cosine < 0.95:
             self._warned = True
             warnings.warn(
                 f"half-precision weights rounded the step away: radius {self.last.radius:.3g}, cosine "
@@ -629,15 +626,5 @@ class Sharpener:
         return out
 
 
-def _merged(records: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
-    """Weighted means of losses, plain means of norms, and any overflow."""
-    out: dict[str, Any] = {"passes": max(r["passes"] for _, r in records)}
-    for name in ("loss", "perturbed_loss"):
-        values = [w * r[name] for w, r in records if r.get(name) is not None]
-        out[name] = sum(values[1:], values[0]) if len(values) == len(records) else None
-    for name in ("gradient_norm", "radius", "cosine"):
-        values = [r[name] for _, r in records if r.get(name) is not None]
-        out[name] = sum(values[1:], values[0]) / len(values) if values else None
-    flags = [r["flag"] for _, r in records]
-    out["flag"] = torch.stack(flags).any()
-    return out
+def _nothing() -> None:
+    pass

@@ -7,12 +7,23 @@ process has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..vectors import is_sharded
+
+_INSIDE = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod",
+           "ActivationWrapper": "_checkpoint_wrapped_module"}
+
+
+def wrapped_name(module: nn.Module) -> str | None:
+    """The attribute under which one of torch's wrappers holds the module it wraps; None for any other module."""
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch."))
+    return next((_INSIDE[kind.__name__] for kind in kinds if kind.__name__ in _INSIDE), None)
 
 
 class Wrappers:
@@ -20,9 +31,13 @@ class Wrappers:
 
     def __init__(self, model: nn.Module | None):
         modules = list(model.modules()) if model is not None else []
+        sharding = sys.modules.get("torch.distributed.fsdp")
+        for m in modules:
+            if isinstance(m, getattr(sharding, "FullyShardedDataParallel", ())):
+                raise ValueError("FullyShardedDataParallel (FSDP1) gives every rank a flat shard of its own, whose "
+                                 "norm is not the gradient's: use torch.distributed.fsdp.fully_shard (FSDP2) instead")
         self.ddp: list[Any] = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
-        kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-        self.fsdp: list[Any] = [m for m in modules if kind is not None and isinstance(m, kind)]
+        self.fsdp: list[Any] = [m for m in modules if isinstance(m, getattr(sharding, "FSDPModule", ()))]
         self.bucket_views = any(m.gradient_as_bucket_view for m in self.ddp)
         self._sharded_groups = [g for m in self.fsdp for g in _parameter_groups(m)]
         self._replicated = [g for g in self._sharded_groups if getattr(g, "_is_hsdp", False)]
@@ -31,6 +46,19 @@ class Wrappers:
     def has_ranks(self) -> bool:
         """Whether ranks hold copies of the weights that could each have an ε of their own."""
         return bool(self.ddp) or bool(self._replicated)
+
+    def refuse_left_out(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raise if a trainable parameter has a gradient that no wrapper averages over the ranks."""
+        import torch.distributed as dist
+
+        if not self.ddp and not self.fsdp or dist.get_world_size() == 1:
+            return
+        averaged = {id(p) for m in self.ddp for n, p in m.module.named_parameters() if n not in m.parameters_to_ignore}
+        for name, p in parameters:
+            if p.requires_grad and id(p) not in averaged and not is_sharded(p):
+                raise ValueError(
+                    f"{name} is trainable but outside the data-parallel wrappers, so that its gradient, the norm and ε "
+                    'would differ from rank to rank: wrap the whole model, freeze the parameter, or use scope="rank"')
 
     def refuse_unsynchronised(self) -> None:
         """Raise if the caller has switched gradient synchronisation off around us."""

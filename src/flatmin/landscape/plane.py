@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import perturbed, vectors
 from ..batches import unwrapped
-from ..objective import Objective, same
+from ..checks import same
+from ..objective import Objective
 from .models import State, statistics
 
 BatchNorm = Literal["frozen", "interpolated", "reestimated"]

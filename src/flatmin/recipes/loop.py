@@ -81,8 +81,11 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
         model.train()
         total = torch.zeros((), dtype=torch.float64)
         for index in batches(n, size, plan.seed, epoch):
+            recorded = done % every == 0
+            if sharpener is not None:
+                sharpener.perturbed_norm = recorded
             loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
-            if done % every == 0:
+            if recorded:
                 history["steps"].append({"step": done} | _step(sharpener, model, loss))
             done += 1
             optimizer.step()

@@ -1,0 +1,78 @@
+"""What only the graph of a pass shows, looked at in the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class Inspection:
+    """Called with the roots of each graph before it is back-propagated; later steps pay nothing.
+
+    A leaf outside the model that both passes reach would collect g + g_p. A leaf that a forward makes anew is met in
+    one pass only, and nobody reads its gradient.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], leaves: bool):
+        self._parameters = list(parameters)
+        self._leaves = leaves
+        self._met: dict[int, tuple[Tensor, Tensor | None]] = {}  # in the first pass, with their gradient before
+        self.second = False  # the pass at w + ε has begun
+        self.done = False
+        self.looked = False
+        self.inflexible = False  # own autograd functions or recomputed modules, which see the dtype of the weights
+
+    def __call__(self, roots: list[Tensor]) -> None:
+        known = {id(p) for p in self._parameters}
+        for node in _nodes(roots):
+            self.inflexible |= isinstance(node, BackwardCFunction)
+            if self._leaves and type(node).__name__ == "AccumulateGrad":
+                self._meet(node.variable, known)  # pyright: ignore[reportAttributeAccessIssue]
+        self.looked = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a back-propagation: notices modules that run again inside it."""
+        handle = register_module_forward_pre_hook(self._recomputed)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _recomputed(self, *_: object) -> None:
+        self.inflexible = True
+
+    def _meet(self, leaf: Tensor, known: set[int]) -> None:
+        if id(leaf) in known:
+            return
+        if not self.second:
+            self._met.setdefault(id(leaf), (leaf, None if leaf.grad is None else leaf.grad.clone()))
+        elif id(leaf) in self._met:
+            for tensor, before in self._met.values():
+                tensor.grad = before
+            kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
+            raise ValueError(
+                f"the loss reaches a trainable {kind} of shape {tuple(leaf.shape)} outside the model, which would "
+                "receive the gradients of both passes: put its module into the model "
+                "(torch.nn.ModuleList([model, head])), or detach it")
+
+    def finish(self) -> None:
+        """Nothing more to look at."""
+        self.done, self._met = True, {}
+
+
+def _nodes(roots: list[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    stack = [t.grad_fn for t in roots if t.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                stack.append(below)

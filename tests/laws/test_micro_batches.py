@@ -1,0 +1,235 @@
+"""Micro-batches as data, lists that are one batch several times, and frameworks that divide the loss too.
+
+The other laws hand over what is right; here are the ways of handing over something else that trains without an error.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import oracles
+import problems
+from flatmin import ascent, presets
+from problems import batch, build, flat, flat_grad, loss_fn, relative
+from rows import cut
+
+DATA = cut(*batch(0, dtype=torch.float64))  # unequal sizes
+WEIGHTS = [weight for *_, weight in DATA]
+
+
+def evaluated(model, b):
+    return loss_fn(model(b[0]), b[1])
+
+
+def sam_gradient(rule=oracles.sam, parts=DATA):
+    return rule(oracles.Point(build(), parts), 0.1)
+
+
+@pytest.mark.parametrize("make", [list, tuple, iter, lambda data: (b for b in data)], ids=["list", "tuple", "iterator",
+                                                                                         "generator"])
+def test_batches_are_data(make):
+    model = build()
+    sharpener = presets.sam(model, rho=0.1)
+    value = sharpener.backward(lambda b: evaluated(model, b), batches=make(DATA), weights=WEIGHTS)
+    assert relative(flat_grad(model), sam_gradient()) < 1e-13
+    at = oracles.Point(build(), DATA)
+    assert float(value) == pytest.approx(float(at.loss(at.w)), rel=1e-13)
+
+
+def test_batches_are_weighted_equally_by_default():
+    model = build()
+    presets.sam(model, rho=0.1).backward(lambda b: model(b[0]), lambda z, b: loss_fn(z, b[1]), batches=DATA)
+    assert relative(flat_grad(model), sam_gradient(parts=[(x, y, 1 / 3) for x, y, _ in DATA])) < 1e-13
+
+
+def test_batches_with_a_rule_that_needs_the_outputs():
+    model = build()
+    presets.functional_sam(model, rho=0.1).backward(lambda b: model(b[0]), lambda z, b: loss_fn(z, b[1]), batches=DATA,
+                                                    weights=WEIGHTS)
+    assert relative(flat_grad(model), sam_gradient(oracles.functional_sam)) < 1e-13
+
+
+def test_batches_with_data_selection_take_the_samples_last():
+    expected = build()
+    one = presets.esam(expected, rho=0.1, beta=1.0)
+    pairs = [(lambda s, b=b: expected(b[0][s]), lambda z, s, b=b: nn.functional.cross_entropy(z, b[1][s],
+                                                                                          reduction="none"))
+             for b in DATA]
+    one.backward(pairs)
+    model = build()
+    presets.esam(model, rho=0.1, beta=1.0).backward(
+        lambda b, s: model(b[0][s]), lambda z, b, s: nn.functional.cross_entropy(z, b[1][s], reduction="none"),
+        batches=DATA)
+    problems.assert_same(flat_grad(model), flat_grad(expected))
+    assert relative(flat_grad(model), sam_gradient(parts=[(x, y, 1 / 3) for x, y, _ in DATA])) > 1e-3
+
+
+@pytest.mark.parametrize("batches", [torch.ones(3, 6), {"x": 1}, "abc", []], ids=["tensor", "dict", "text", "empty"])
+def test_what_is_no_list_of_batches_is_refused(batches):
+    model = build()
+    with pytest.raises(ValueError, match="batches"):
+        presets.sam(model).backward(lambda b: model(b).sum(), batches=batches)
+
+
+def test_one_lambda_of_the_last_variables_is_refused():
+    """[lambda: f(x, y) for x, y in data] would train on the last batch n times."""
+    model = build()
+    for text in ("[lambda: loss_fn(model(x), y) for x, y, _ in DATA]",
+                 "list(lambda: loss_fn(model(x), y) for x, y, _ in DATA)",
+                 "[(lambda: model(x), lambda z: loss_fn(z, y)) for x, y, _ in DATA]"):
+        steps = eval(text, {"model": model, "loss_fn": loss_fn, "DATA": DATA})  # a linter refuses it in plain code
+        with pytest.raises(ValueError, match="batches="):
+            presets.sam(model).backward(steps)
+
+
+def test_functions_of_their_own_variables_are_not():
+    model = build()
+
+    def step(x, y):
+        return lambda: loss_fn(model(x), y)
+
+    class Step:
+        def __init__(self, x, y):
+            self.data = x, y
+
+        def __call__(self):
+            return evaluated(model, self.data)
+
+        def method(self):
+            return evaluated(model, self.data)
+
+    objects = [Step(x, y) for x, y, _ in DATA]
+    for steps in ([step(x, y) for x, y, _ in DATA], [lambda x=x, y=y: loss_fn(model(x), y) for x, y, _ in DATA],
+                  [functools.partial(evaluated, model, b) for b in DATA], objects, [s.method for s in objects]):
+        model.zero_grad()
+        presets.sam(model, rho=0.1).backward(steps, weights=WEIGHTS)
+        assert relative(flat_grad(model), sam_gradient()) < 1e-13
+
+
+def test_a_loss_instead_of_a_function_is_one_clear_error():
+    model = build()
+    for argument in (evaluated(model, DATA[0]), model(DATA[0][0])):
+        with pytest.raises(TypeError, match="lambda"):
+            presets.sam(model).backward(argument)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- the first micro-batch chooses for all ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_first_micro_batch_chooses_for_all(n):
+    model, data = build(), DATA[:n]
+    sharpener, calls = presets.sam(model, rho=0.1, scope="first"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    value = sharpener.backward(lambda b: evaluated(model, b), batches=data)
+    at = oracles.Point(build(), [(x, y, 1 / n) for x, y, _ in data])
+    g = oracles.Point(build(), [(*data[0][:2], 1.0)]).gradient(at.w)
+    there = at.w + 0.1 * g / g.norm()
+    assert relative(flat_grad(model), at.gradient(there)) < 1e-13
+    assert len(calls) == n + 1
+    assert float(value) == pytest.approx(float(at.loss(there)), rel=1e-13) == sharpener.last.perturbed_loss
+    assert sharpener.last.gradient_norm == pytest.approx(float(g.norm()), rel=1e-13)
+    assert sharpener.last.loss != sharpener.last.loss, "no loss of the whole batch at w is known"
+
+
+def test_the_first_micro_batch_chooses_and_every_statistic_moves_once():
+    model = build(problems.NoisyNet)
+    twin = build(problems.NoisyNet)
+    torch.manual_seed(3)
+    for b in DATA:
+        twin(b[0])
+    after, count = torch.get_rng_state(), twin.norm.num_batches_tracked
+    torch.manual_seed(3)
+    masks = []
+    model.drop.register_forward_hook(lambda m, i, o: masks.append(o == 0))
+    presets.sam(model, rho=0.1, scope="first").backward(lambda b: evaluated(model, b), batches=DATA)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert int(model.norm.num_batches_tracked) == int(count) == 3
+    assert torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("options", [{"rule": ascent.Functional()}, {"rule": ascent.SurrogateGap()},
+                                     {"rule": ascent.Selected()}, {"cadence": ascent.Every(2, ascent.Reuse())}],
+                         ids=str)
+def test_what_needs_every_micro_batch_at_w_refuses_the_first(options):
+    with pytest.raises(ValueError, match="first"):
+        ascent.Sharpener(build(), scope="first", **options)
+
+
+# --- frameworks that divide the loss ---------------------------------------------------------------------------------
+
+def dividing(by, scale=1.0):
+    return lambda loss: (loss * scale / by).backward()
+
+
+@pytest.mark.parametrize("rule", [ascent.Plain(), ascent.Functional(), ascent.LogitOnly()], ids=str)
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_a_framework_that_divides_does_not_divide_a_list_again(scope, rule):
+    found = []
+    for backward in (None, dividing(3)):
+        model = build()
+        sharpener = ascent.Sharpener(model, rho=0.1, scope=scope, rule=rule, backward=backward)
+        for _ in range(2):
+            model.zero_grad()
+            sharpener.backward(lambda b, m=model: m(b[0]), lambda z, b: loss_fn(z, b[1]), batches=DATA)
+        found.append(flat_grad(model))
+    assert relative(found[1], found[0]) < 1e-14
+
+
+@pytest.mark.parametrize("rule", [ascent.Plain(), ascent.Functional(), ascent.LogitOnly()], ids=str)
+def test_one_micro_batch_a_call_keeps_the_division(rule):
+    found = []
+    for backward in (None, dividing(2)):
+        model = build()
+        sharpener = ascent.Sharpener(model, rho=0.1, rule=rule, backward=backward)
+        for x, y, _ in DATA[:2]:
+            sharpener.backward(lambda m=model, x=x: m(x), lambda z, y=y: loss_fn(z, y))
+        found.append(flat_grad(model))
+    assert relative(2 * found[1], found[0]) < 1e-14
+
+
+def test_accelerate_with_accumulation_steps():
+    import accelerate
+
+    for several in (True, False):
+        model = build()
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        sharpener = presets.sam(model, rho=0.1, backward=accelerator.backward)
+        if several:
+            sharpener.backward(lambda b, m=model: evaluated(m, b), batches=DATA[:2])
+            expected = sam_gradient(parts=[(x, y, 0.5) for x, y, _ in DATA[:2]])
+        else:
+            for b in DATA[:2]:
+                sharpener.backward(lambda b=b, m=model: evaluated(m, b))
+            expected = sum(sam_gradient(parts=[(x, y, 1.0)]) for x, y, _ in DATA[:2]) / 2
+        assert relative(flat_grad(model), expected) < 1e-13
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_framework_that_scales_the_loss_shares_its_scaler(several):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    data = DATA if several else DATA[:1]
+    model = build()
+    framework = dividing(2, 2.0**12)
+    with pytest.raises(ValueError, match="scaler="):
+        presets.sam(model, backward=framework).backward(lambda b: evaluated(model, b), batches=data)
+    assert all(p.grad is None for p in model.parameters())
+    presets.fisher_sam(model, rho=0.1, backward=framework, scaler=scaler).backward(
+        lambda b: evaluated(model, b), batches=data)
+    expected = oracles.fisher_sam(oracles.Point(build(), [(x, y, 1 / len(data)) for x, y, _ in data]), 0.1, 1.0)
+    if several:
+        assert relative(flat_grad(model), 2.0**12 * expected) < 1e-12
+    else:  # the framework's half reaches Fisher's metric too: only the size is checked
+        assert float(flat_grad(model).norm() / expected.norm()) == pytest.approx(2.0**11, rel=0.05)
+
+
+def test_a_scaler_beside_a_framework_that_does_not_scale():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    model = build()
+    presets.sam(model, rho=0.1, backward=dividing(1), scaler=scaler).backward(lambda b: evaluated(model, b),
+                                                                             batches=DATA, weights=WEIGHTS)
+    assert relative(flat_grad(model), 2.0**12 * sam_gradient()) < 1e-13
+    assert flat(model).isfinite().all()
