@@ -20,7 +20,7 @@ from ..sharpness.gradient import gradient
 from .direction import along, inverse_metric
 from .loss_of_outputs import checked
 from .split import Split
-from .spread import NAMES, numbers, standard_errors
+from .spread import NAMES, influences, numbers
 
 LEAST_BATCHES = 8
 """Fewer batches say little about the spread between batches, and get no standard error."""
@@ -43,9 +43,10 @@ class SharpnessPaths(Scalar):
     """``value`` = τ_logit; shares, norms and curvatures of δ_logit = H_G ε* and δ_func = H_F ε*.
 
     ``errors`` holds the standard errors over batches by the name of the field. It is empty where there are fewer than
-    eight batches, where ``product`` was chosen or is a difference, and with ``error=False``. Where the paths nearly
-    cancel (``cosine`` near −1, as it can be with tied embeddings at initialization) the shares leave [0, 1]: read
-    ``ratio`` and ``cosine`` there.
+    eight batches, where ``product`` was chosen or is a difference, and with ``error=False``. Where ``gradient_noise``
+    is near 1, ε* is that of these batches and not of the population, and no error of first order says by how much
+    that matters. Where the paths nearly cancel (``cosine`` near −1, as it can be with tied embeddings at
+    initialization) the shares leave [0, 1]: read ``ratio`` and ``cosine`` there.
     """
 
     tau_func: float
@@ -60,6 +61,7 @@ class SharpnessPaths(Scalar):
     gradient_norm: float
     loss: float
     batches: int
+    gradient_noise: float = math.nan        # share of ‖g‖² that differences between batches alone explain
     errors: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, LayerPaths] = field(default_factory=dict)
     product_error: float | None = None      # relative, where products are finite differences
@@ -88,6 +90,10 @@ class SharpnessPaths(Scalar):
                  f"  norms    logit {shown('logit_norm')}, functional {shown('func_norm')}, sum {shown('norm')}",
                  f"  ratio    {shown('ratio')}, cosine {shown('cosine')}",
                  f"  curvature along it: logit {self.logit_curvature:.5g}, functional {self.func_curvature:.5g}"]
+        if self.gradient_noise > 0.5:
+            share = min(self.gradient_noise, 1)
+            lines.append(f"  about {share:.0%} of the squared gradient is noise of these batches, "
+                         "so the direction is theirs, and the errors leave out what that biases")
         if self.tau_cross < -0.5:
             lines.append("  the paths partly cancel, so shares may exceed 1: compare ratio and cosine instead")
         if self.product_error is not None:
@@ -127,7 +133,7 @@ def sharpness_paths(objective: Objective,
             relative error is ``.product_error``. Else what ``GaussNewton`` and ``FunctionalPart`` take, such as
             "finite_difference" for a model without a second derivative.
         error: also the standard errors over batches, where there are at least eight. They see that ε* comes from the
-            same batches, and leave out the bias of order 1/batches. About seven more forward-backwards.
+            same batches, and leave out the bias of order 1/batches. About 7.3 more forward-backwards.
         keep_vectors: keep ``direction``, ``delta_logit`` and ``delta_func`` in the record, lists of tensors.
 
     Returns:
@@ -171,17 +177,19 @@ def sharpness_paths(objective: Objective,
         logit, func = split.product(unit.vector) if split else (G.matvec(unit.vector), F.matvec(unit.vector))
         squares = _squares(space, G.numels, logit, func)
         total = squares.sum(1)
-        errors = {}
+        errors, noise = dict[str, float](), math.nan
         if error and split and count >= LEAST_BATCHES and unit.length > 0:
-            errors = standard_errors(split, unit, g, logit, func, total)
+            spread = influences(split, unit, g, logit, func, total)
+            errors, noise = spread.errors(total, objective.ranks), spread.noise(length, objective.ranks)
     found = warn_of(objective, loss=float(at.loss), samples=at.samples, missing=at.missing)
     values = dict(zip(NAMES, numbers(total).tolist(), strict=True))
     kinds = [e for e in (G.error, F.error) if e is not None]
     return SharpnessPaths(
         value=values.pop("tau_logit"), stderr=errors.get("tau_logit", math.nan), **values,
         logit_curvature=G.dot(unit.vector, logit), func_curvature=G.dot(unit.vector, func), gradient_norm=length,
-        loss=float(at.loss), batches=count, errors=errors, layers=_layers(G.names, squares, total, per_layer),
-        product_error=max(kinds, default=None), warnings=tuple(found),
+        loss=float(at.loss), batches=count, errors=errors, gradient_noise=noise,
+        layers=_layers(G.names, squares, total, per_layer), product_error=max(kinds, default=None),
+        warnings=tuple(found),
         direction=G.split(unit.vector) if keep_vectors else None,
         delta_logit=G.split(logit) if keep_vectors else None, delta_func=G.split(func) if keep_vectors else None,
         settings={"direction": direction if named else "a given direction", "product": G.product, "size": G.size,
