@@ -12,11 +12,11 @@ from .. import batches
 from ..objective import Objective
 
 
-def checked(objective: Objective, found: Callable[[Tensor], object]) -> Objective:
+def checked(objective: Objective, count: Callable[[float], object]) -> Objective:
     """The same objective, whose losses raise a ValueError where they reach weights other than through the outputs.
 
-    The check reads the graph that the loss has anyway, from the loss to the outputs: no pass and no memory. Each loss
-    of a batch that passes goes, detached, to ``found``.
+    The check reads the graph that the loss has anyway, from the loss to the outputs: no pass and no memory. ``count``
+    is called with the weight of each batch that is read.
     """
     names = {id(p): name for name, p in objective.model.named_parameters()}
     out = copy.copy(objective)
@@ -28,10 +28,14 @@ def checked(objective: Objective, found: Callable[[Tensor], object]) -> Objectiv
             leaves = [name or "sharded weights" for name in leaves]
         if reached := sorted({name for name in leaves if name}):
             raise ValueError(_message(reached, own=objective.loss_fn is None))
-        found(loss.detach())
         return loss
 
-    out._loss = loss_of  # type: ignore[method-assign]
+    def weighted() -> Iterator[tuple[int, Any, float]]:
+        for row in objective._weighted():
+            count(row[2])
+            yield row
+
+    out._loss, out._weighted = loss_of, weighted  # type: ignore[method-assign]
     return out
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..ascent.directions import Preconditioned
+from ..ascent.rows import rows_of
 from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain
@@ -165,9 +166,9 @@ def sharpness_paths(objective: Objective,
     metric = G.join(inverse_metric(objective, optimizer, preconditioner)) if direction == "preconditioned" else None
     given = None if named else direction if isinstance(direction, Tensor) else G.join(direction)
     with objective.session():
-        seen: list[Tensor] = []
-        at = gradient(checked(objective, seen.append))
-        g, count = G.join(at.gradient), int(objective.ranks.total(len(seen))[0])
+        weights: list[float] = []
+        at = gradient(checked(objective, weights.append))
+        g, count = G.join(at.gradient), int(objective.ranks.total(len(weights))[0])
         length = G.norm(g)
         if given is None:
             unit = along(G, g, metric)
@@ -188,7 +189,7 @@ def sharpness_paths(objective: Objective,
         value=values.pop("tau_logit"), stderr=errors.get("tau_logit", math.nan), **values,
         logit_curvature=G.dot(unit.vector, logit), func_curvature=G.dot(unit.vector, func), gradient_norm=length,
         loss=float(at.loss), batches=count, errors=errors, gradient_noise=noise,
-        layers=_layers(G.names, squares, total, per_layer), product_error=max(kinds, default=None),
+        layers=_layers(objective, squares, total, per_layer), product_error=max(kinds, default=None),
         warnings=tuple(found),
         direction=G.split(unit.vector) if keep_vectors else None,
         delta_logit=G.split(logit) if keep_vectors else None, delta_func=G.split(func) if keep_vectors else None,
@@ -203,11 +204,13 @@ def _squares(space: vectors.Space, numels: list[int], logit: Tensor, func: Tenso
     return torch.stack([space.reduce_each(vectors.dots(x, y)).double().cpu() for x, y in ((a, a), (b, b), (a, b))])
 
 
-def _layers(names: list[str], squares: Tensor, total: Tensor, per_layer: bool | str) -> dict[str, LayerPaths]:
+def _layers(objective: Objective, squares: Tensor, total: Tensor, per_layer: bool | str) -> dict[str, LayerPaths]:
     if not per_layer:
         return {}
+    names = {id(row.parameter): row.name for row in rows_of(objective.model, None, {})}     # without what wrappers add
     rows: dict[str, Tensor] = {}
-    for name, column in zip(names, squares.unbind(1), strict=True):
+    for p, column in zip(objective.parameters, squares.unbind(1), strict=True):
+        name = names[id(p)]
         key = (name.rpartition(".")[0] or name) if per_layer == "module" else name
         rows[key] = rows[key] + column if key in rows else column
     whole = float(total[0] + total[1] + 2 * total[2])
