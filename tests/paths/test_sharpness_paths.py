@@ -497,14 +497,14 @@ def test_the_split_takes_at_most_six_forward_backwards(kind):
     if kind == "deep":
         model, (x, y) = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.Tanh()))), (
             torch.randn(16, 32), torch.randint(32, (16,)))
-        objective = Objective(model, nn.CrossEntropyLoss(), (x, y))
+        objective = Objective(model, nn.CrossEntropyLoss(), (x, y), check=False)
 
         def once():
             torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     else:
         model, (ids, labels) = gpt(256), tokens(256)
         batch = {"input_ids": ids, "labels": labels}
-        objective = Objective(model, None, batch)
+        objective = Objective(model, None, batch, check=False)
 
         def once():
             torch.autograd.grad(model(**batch).loss, list(model.parameters()))
