@@ -21,8 +21,8 @@ def checked(objective: Objective, count: Callable[[float], object]) -> Objective
     names = {id(p): name for name, p in objective.model.named_parameters()}
     out = copy.copy(objective)
 
-    def loss_of(outputs: Any, batch: Any) -> Tensor:
-        loss = objective._loss(outputs, batch)
+    def loss_of(outputs: Any, *rest: Any) -> Tensor:
+        loss = objective._loss(outputs, *rest)
         leaves = [names.get(id(leaf)) for leaf in reached_beside(batches.logits(outputs), loss)]
         if objective.ranks.in_step:     # FSDP2 runs on gathered weights, which have no names
             leaves = [name or "sharded weights" for name in leaves]

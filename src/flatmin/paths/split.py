@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..curvature import FunctionalPart
 from ..curvature.gauss_newton import loss_curvature
 from ..curvature.hessian import differentiable_again
+from ..curvature.outputs import outputs_and_loss
 from ..objective import Objective, Term
 
 Apply = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -55,8 +56,7 @@ class Split:
     @torch.enable_grad()
     def _linearized(self, term: Term) -> Apply:
         w: list[nn.Parameter] = self.operator.parameters
-        outputs = term.outputs()
-        z, loss = term.logits(outputs), term.loss(outputs)
+        z, loss = outputs_and_loss(term)
         if not (z.requires_grad and loss.requires_grad):
             return lambda v: (torch.zeros_like(v), torch.zeros_like(v))
         middle = loss_curvature(z, loss)
