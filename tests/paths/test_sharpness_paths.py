@@ -607,6 +607,7 @@ def test_wrong_arguments_say_what_to_do():
                           (dict(direction="preconditioned", optimizer=never), "after its first step"),
                           (dict(direction="preconditioned", optimizer=other), "the one that trains this model"),
                           (dict(direction="preconditioned", optimizer=momentum), "no second moment"),
+                          (dict(direction=torch.ones(3)), "one flat tensor"),
                           (dict(direction=[torch.ones(3)]), "one tensor for each of the 6 parameters")):
         with pytest.raises(ValueError, match=text):
             sharpness_paths(objective, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,20 @@ class Unit:
     follows: bool
 
 
-def along(operator: CurvatureOperator, direction: Tensor, metric: Tensor | None = None, follows: bool = True) -> Unit:
-    """The unit vector along P times a flat tensor; zero where that is zero."""
-    moved = direction if metric is None else direction * metric
+def along(operator: CurvatureOperator, g: Tensor, direction: str | Tensor | Sequence[Tensor],
+          metric: Tensor | None) -> Unit:
+    """ε* along P g for a direction that is a name, else along the tensors given; zero where those are zero."""
+    if isinstance(direction, str):
+        moved = g if metric is None else g * metric
+    elif isinstance(direction, Tensor):
+        if direction.shape != g.shape:
+            raise ValueError(f"the direction must be {len(g)} numbers in one flat tensor, or one tensor for each "
+                             f"parameter; got shape {tuple(direction.shape)}")
+        moved = direction.detach().to(g)
+    else:
+        moved = operator.join(direction)
     length = operator.norm(moved)
-    return Unit(moved / length if length > 0 else torch.zeros_like(moved), length, metric, follows)
+    return Unit(moved / length if length > 0 else torch.zeros_like(moved), length, metric, isinstance(direction, str))
 
 
 def inverse_metric(objective: Objective, optimizer: torch.optim.Optimizer | None,

@@ -71,7 +71,7 @@ def preconditioned_spectrum(objective: Objective, optimizer: torch.optim.Optimiz
     G = GaussNewton(objective, product=product)
     inverse = G.join(inverse_metric(objective, optimizer, preconditioner))
     scaled = G.preconditioned(inverse)
-    with G.session(check=False):
+    with G.session(check=options.get("certify", True)):
         g = G.join(gradient(objective).gradient)
         before, after = eigenpairs(G, k, **options), eigenpairs(scaled, k, **options)
     return PreconditionedSpectrum(

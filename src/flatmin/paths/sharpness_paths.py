@@ -139,8 +139,8 @@ def sharpness_paths(objective: Objective,
 
     Returns:
         ``.tau_logit .tau_func .tau_cross .ratio .cosine .logit_norm .func_norm .norm .logit_curvature .func_curvature
-        .errors .batches .layers``. About 4.7 forward-backwards: one for g and 3.7
-        for both products. nan where g = 0.
+        .errors .batches .layers``; nan where g = 0. About 4.7 forward-backwards: one for g and 3.7 for
+        both products.
 
     Raises:
         ValueError: a loss that reaches weights beside the outputs (auxiliary losses, weight penalties), outputs without
@@ -160,23 +160,16 @@ def sharpness_paths(objective: Objective,
     named = isinstance(direction, str)
     if named and direction not in ("gradient", "preconditioned"):
         raise ValueError(f'direction must be "gradient", "preconditioned" or tensors, got {direction!r}')
-    w = objective.parameters
-    space = vectors.Space(w)
     G, F = GaussNewton(objective, product=product), FunctionalPart(objective, product=product)
     metric = G.join(inverse_metric(objective, optimizer, preconditioner)) if direction == "preconditioned" else None
-    given = None if named else direction if isinstance(direction, Tensor) else G.join(direction)
     with objective.session():
         weights: list[float] = []
         at = gradient(checked(objective, weights.append))
         g, count = G.join(at.gradient), int(objective.ranks.total(len(weights))[0])
-        length = G.norm(g)
-        if given is None:
-            unit = along(G, g, metric)
-        else:
-            unit = along(G, given.detach().to(g), follows=False)
+        length, unit = G.norm(g), along(G, g, direction, metric)
         split = Split(objective) if product == "auto" and G.exact else None
         logit, func = split.product(unit.vector) if split else (G.matvec(unit.vector), F.matvec(unit.vector))
-        squares = _squares(space, G.numels, logit, func)
+        squares = _squares(vectors.Space(G.parameters), G.numels, logit, func)
         total = squares.sum(1)
         errors, noise = dict[str, float](), math.nan
         if error and split and count >= LEAST_BATCHES and unit.length > 0:
@@ -190,8 +183,7 @@ def sharpness_paths(objective: Objective,
         logit_curvature=G.dot(unit.vector, logit), func_curvature=G.dot(unit.vector, func), gradient_norm=length,
         loss=float(at.loss), batches=count, errors=errors, gradient_noise=noise,
         layers=_layers(objective, squares, total, per_layer), product_error=max(kinds, default=None),
-        warnings=tuple(found),
-        direction=G.split(unit.vector) if keep_vectors else None,
+        warnings=tuple(found), direction=G.split(unit.vector) if keep_vectors else None,
         delta_logit=G.split(logit) if keep_vectors else None, delta_func=G.split(func) if keep_vectors else None,
         settings={"direction": direction if named else "a given direction", "product": G.product, "size": G.size,
                   "dtype": str(G.dtype).removeprefix("torch."), "mode": objective.mode, "samples": at.samples}
