@@ -21,7 +21,7 @@ def load(path: Path):
 
 
 def test_there_are_examples_and_each_has_a_test_here():
-    tested = {"edge_of_stability"}
+    tested = {"edge_of_stability", "paths"}
     assert {p.stem for p in EXAMPLES} == tested
 
 
@@ -40,3 +40,25 @@ def test_edge_of_stability(tmp_path):
     assert max(sam.sharpness[-4:]) < 0.7 * 2 / 0.3
     assert sam.sharpness[-1] == pytest.approx(sam.edge[-1], rel=0.5)
     assert (tmp_path / "e.svg").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_paths(capsys):
+    """After a few steps the logit path leads in a language model, and less so along M⁻¹g."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        module = load(next(p for p in EXAMPLES if p.stem == "paths"))
+        found = module.main(["--steps", "20", "--seeds", "2", "--vocabularies", "32", "--spectra"])
+    finally:
+        torch.set_default_dtype(kept)
+    for runs in found.values():
+        for run in runs:
+            assert {step for step, _ in run.paths} == {0, 2, 6, 20} and len(run.spectrum.before.eigenvalues) == 10
+            for record in run.paths.values():
+                assert record.tau_logit + record.tau_func + record.tau_cross == pytest.approx(1, abs=1e-4)
+    for run in found["words, 32"]:
+        plain, preconditioned = run.paths[20, "gradient"], run.paths[20, "preconditioned"]
+        assert plain.tau_logit > 5 * plain.tau_func
+        assert preconditioned.ratio < plain.ratio
+    assert capsys.readouterr().out.count("| words, 32 |") == 8
