@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +12,10 @@ from .. import batches
 from ..objective import Objective
 
 
-def checked(objective: Objective, count: Callable[[float], object]) -> Objective:
+def checked(objective: Objective) -> Objective:
     """The same objective, whose losses raise a ValueError where they reach weights other than through the outputs.
 
-    The check reads the graph that the loss has anyway, from the loss to the outputs: no pass and no memory. ``count``
-    is called with the weight of each batch that is read.
+    The check reads the graph that the loss has anyway, from the loss to the outputs: no pass and no memory.
     """
     names = {id(p): name for name, p in objective.model.named_parameters()}
     out = copy.copy(objective)
@@ -30,12 +29,7 @@ def checked(objective: Objective, count: Callable[[float], object]) -> Objective
             raise ValueError(_message(reached, own=objective.loss_fn is None))
         return loss
 
-    def weighted() -> Iterator[tuple[int, Any, float]]:
-        for row in objective._weighted():
-            count(row[2])
-            yield row
-
-    out._loss, out._weighted = loss_of, weighted  # type: ignore[method-assign]
+    out._loss = loss_of  # type: ignore[method-assign]
     return out
 
 

@@ -12,7 +12,6 @@ from .. import vectors
 from ..ascent.directions import Preconditioned
 from ..curvature import CurvatureOperator, GaussNewton, Spectrum, eigenpairs
 from ..objective import Objective
-from ..sharpness.gradient import gradient
 from .direction import inverse_metric
 
 
@@ -72,7 +71,7 @@ def preconditioned_spectrum(objective: Objective, optimizer: torch.optim.Optimiz
     inverse = G.join(inverse_metric(objective, optimizer, preconditioner))
     scaled = G.preconditioned(inverse)
     with G.session(check=options.get("certify", True)):
-        g = G.join(gradient(objective).gradient)
+        g = G.join(objective.evaluate(gradient=True).gradient)
         before, after = eigenpairs(G, k, **options), eigenpairs(scaled, k, **options)
     return PreconditionedSpectrum(
         before=before, after=after, gradient_share=eigenspace_share(G, before, g),

@@ -17,7 +17,6 @@ from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain
 from ..sharpness.cautions import warn_of
-from ..sharpness.gradient import gradient
 from .direction import along, inverse_metric
 from .loss_of_outputs import checked
 from .split import Split
@@ -162,10 +161,9 @@ def sharpness_paths(objective: Objective,
         raise ValueError(f'direction must be "gradient", "preconditioned" or tensors, got {direction!r}')
     G, F = GaussNewton(objective, product=product), FunctionalPart(objective, product=product)
     metric = G.join(inverse_metric(objective, optimizer, preconditioner)) if direction == "preconditioned" else None
-    with objective.session():
-        weights: list[float] = []
-        at = gradient(checked(objective, weights.append))
-        g, count = G.join(at.gradient), int(objective.ranks.total(len(weights))[0])
+    with objective.session(check=True):
+        at = checked(objective).evaluate(gradient=True)
+        g, count = G.join(at.gradient), int(objective.ranks.total(sum(n > 0 for n in at.weights))[0])
         length, unit = G.norm(g), along(G, g, direction, metric)
         split = Split(objective) if product == "auto" and G.exact else None
         logit, func = split.product(unit.vector) if split else (G.matvec(unit.vector), F.matvec(unit.vector))
@@ -175,7 +173,7 @@ def sharpness_paths(objective: Objective,
         if error and split and count >= LEAST_BATCHES and unit.length > 0:
             spread = influences(split, unit, g, logit, func, total)
             errors, noise = spread.errors(total, objective.ranks), spread.noise(length, objective.ranks)
-    found = warn_of(objective, loss=float(at.loss), samples=at.samples, missing=at.missing)
+    found = warn_of(objective, at, data_stderr=0.0 if errors else math.nan)
     values = dict(zip(NAMES, numbers(total).tolist(), strict=True))
     kinds = [e for e in (G.error, F.error) if e is not None]
     return SharpnessPaths(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..curvature import FunctionalPart
 from ..curvature.gauss_newton import loss_curvature
-from ..curvature.hessian import differentiable_again
+from ..curvature.hessian import differentiable_gradient
 from ..curvature.outputs import outputs_and_loss
 from ..objective import Objective, Term
 
@@ -62,10 +60,7 @@ class Split:
         middle = loss_curvature(z, loss)
         u, = torch.autograd.grad(loss, z, retain_graph=True)
         u.requires_grad_()
-        transposed = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
-        used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
-        roots: list[Any] = [transposed[i] for i in used]
-        differentiable_again(roots)
+        roots, used = differentiable_gradient(z, w, u)
 
         def apply(v: Tensor) -> tuple[Tensor, Tensor]:
             rows = [part.view(p.shape).to(p.dtype) for part, p in zip(v.split(self.operator.numels), w, strict=True)]

@@ -86,7 +86,7 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
                 sharpener.perturbed_norm = recorded
             loss = gradient(sharpener, model, plan.recipe, plan.inputs[index], plan.targets[index])
             if recorded:
-                history["steps"].append({"step": done} | _step(sharpener, model, loss))
+                history["steps"].append({"step": done} | _step(sharpener, loss))
             done += 1
             optimizer.step()
             optimizer.zero_grad()
@@ -116,18 +116,14 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     return model, history
 
 
-def _step(sharpener: Sharpener | None, model: nn.Module, loss: Tensor) -> dict[str, Any]:
+def _step(sharpener: Sharpener | None, loss: Tensor) -> dict[str, Any]:
     """What the diagnosis reads of a step whose gradient is in ``p.grad``."""
     if sharpener is None:
         return {"loss": loss.item()}
-    found = {name: value for name, value in sharpener.last.to_dict().items() if name in STEP}
-    if found["passes"] > 1:
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        found["perturbed_gradient_norm"] = float(torch.nn.utils.get_total_norm(grads))
-    return found
+    return {name: value for name, value in sharpener.last.to_dict().items() if name in STEP}
 
 
-STEP = ("loss", "perturbed_loss", "gradient_norm", "radius", "cosine", "skipped", "passes")
+STEP = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm", "radius", "cosine", "skipped", "passes")
 
 
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
