@@ -106,7 +106,8 @@ def test_the_numbers_are_those_of_the_library(tmp_path):
     values = torch.linalg.eigvalsh(dense_hessian(mine.ready).double())
     record = record_of(tmp_path / "r")["results"]
     assert record["spectrum"]["eigenvalues"] == pytest.approx(values[-2:].tolist(), rel=1e-4)
-    assert abs(record["trace"]["value"] - float(values.sum())) < 5 * record["trace"]["stderr"]
+    assert record["trace"]["settings"]["method"] == "exact"     # so few parameters; float32 rounds
+    assert record["trace"]["value"] == pytest.approx(float(values.sum()), rel=1e-6)
 
 
 def test_all_measures_and_the_surface_that_turns(tmp_path):
@@ -266,7 +267,8 @@ def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, mo
     assert len(list((tmp_path / "cut" / "checkpoints").glob(f"{metric}-*.pt"))) == 1
     assert run("--resume", "cut") == 0
     whole, cut = (record_of(tmp_path / name)["results"] for name in ("whole", "cut"))
-    assert cut == whole and len(calls) == whole[metric]["matvecs"] + 3
+    # beside the products: each run's fingerprint and check of the products, and the one that was cut short
+    assert cut == whole and len(calls) == whole[metric]["matvecs"] + 5
     assert not list((tmp_path / "cut" / "checkpoints").iterdir())
 
 

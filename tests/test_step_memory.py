@@ -17,6 +17,5 @@ def test_a_step_holds_one_copy_and_one_gradient():
                               text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         peaks[who] = float(done.stdout)
-    # six equal tensors: plain steps hold one gradient and, over several steps, up to one tensor (a sixth) more
-    assert peaks["plain"] < 1.25
+    assert abs(peaks["plain"] - 1) < 0.15
     assert 1.8 < peaks["flatmin"] < 2.1  # over five steps; 2.05 at 36 million

@@ -22,6 +22,9 @@ from . import vectors
 
 HALF = (torch.float16, torch.bfloat16)
 
+READABLE = ("cpu",)
+"""Devices on which reading a number to the host waits for nothing."""
+
 
 class Displacement:
     """Weights moved by ε = scale · d, and back, bit for bit.
@@ -46,12 +49,24 @@ class Displacement:
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in HALF
+            if len(ws) > 1 and not half and ws[0].device.type in READABLE:
+                self._move_small(ws, ds, cs, float(scale))
+                continue
             step = scratch.scaled([t.float() for t in ds] if half else ds, scale.to(ws[0].device), finite)
             torch._foreach_copy_(cs, ws)
             self._copies.append((ws, cs))
             torch._foreach_add_(ws, step)
             if half:
                 self.realised.append(_realised(ws, cs, step))
+
+    def _move_small(self, w: list[Tensor], d: list[Tensor], copies: list[Tensor], scale: float) -> None:
+        """Many small tensors in three calls; a step of length 0 (an overflow, among others) is not taken."""
+        if scale == 0:
+            return
+        moved = torch._foreach_add(w, d, alpha=scale)
+        torch._foreach_copy_(copies, w)
+        self._copies.append((w, copies))
+        torch._foreach_copy_(w, list(moved))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -85,7 +85,7 @@ def compute_hessian_eigenvalues_lanczos(model: nn.Module, batch: Any, k: int = 2
     ([1.0, 1.0], 1.0)
     """
     H = Hessian(objective_for(model, batch, loss_fn))
-    found = eigenpairs(H, k, seed=seed)
+    found = eigenpairs(H, k, seed=seed, find_missing=True)
     with warnings.catch_warnings():     # what has not converged is said in the result
         warnings.simplefilter("ignore")
         total = trace(H, seed=seed, max_matvecs=200)

@@ -361,10 +361,8 @@ def copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
 
 
 def _by_device(x: Sequence[Tensor]) -> list[list[Tensor]]:
-    out: dict[torch.device, list[Tensor]] = {}
-    for t in x:
-        out.setdefault(t.device, []).append(t)
-    return list(out.values())
+    devices = {t.device for t in x}
+    return [list(x)] if len(devices) == 1 else [[t for t in x if t.device == device] for device in devices]
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -349,8 +349,7 @@ class Preconditioned:
                 raise ValueError(f"{type(ascent.optimizer).__name__} keeps no betas in its groups or no step in its "
                                  "state, which the bias correction needs: Preconditioned(bias_correction=False)")
             beta2, step = float(owner["betas"][1]), state["step"]
-            on_device = isinstance(step, Tensor) and not step.is_cpu  # reading it would wait for the device
-            v = v / (1 - beta2 ** (step if on_device else float(step)))
+            v = v / (1 - beta2 ** (step.double() if isinstance(step, Tensor) else step))  # nothing is read to the host
         return v.sqrt() if self.power == 0.5 else v
 
 

@@ -392,9 +392,10 @@ class Sharpener:
         else:
             standing.displacement.move(w, d, steps, finite=True)
 
-    @staticmethod
-    def _alike(rows: list[Row], w: list[Tensor], rhos: list[float], rho: float) -> list[list[int]]:
+    def _alike(self, rows: list[Row], w: list[Tensor], rhos: list[float], rho: float) -> Iterable[Sequence[int]]:
         """The places of the tensors with this radius, apart by dtype and device."""
+        if self._uniform and len(self._distinct) == 1:
+            return [range(len(rows))]
         out: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, (row, t) in enumerate(zip(rows, w, strict=True)):
             if rhos[row.index] == rho:
@@ -537,6 +538,7 @@ class Sharpener:
             raise ValueError("no parameters: pass a model that has some")
         refuse_unsupported(self.model, self._rows)
         self._devices = devices_of(r.parameter for r in self._rows)
+        self._uniform = len({(r.parameter.dtype, r.parameter.device) for r in self._rows}) == 1
         self._registries = buffer_registries(self.model)
         self._constant: Constant = {}
         self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
@@ -586,9 +588,7 @@ class Sharpener:
 
     def _overflow(self, first_norm: Tensor | None = None) -> Tensor:
         """Whether inf or nan was met in either pass, on any rank."""
-        rows = self._rows
-        if any(r.parameter.grad is None for r in rows):
-            rows = [r for r in rows if r.parameter.grad is not None]
+        rows = [r for r in self._rows if r.parameter.grad is not None]
         if not rows:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
         flag = ~self._space(rows).finite(self._gradients(rows))
