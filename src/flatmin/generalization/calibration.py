@@ -441,8 +441,9 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNO
     if all(bool((z.gather(-1, t[:, None])[:, 0] == z.amax(-1)).all()) for z, t in _chunks(rows, y)):
         raise ValueError("no temperature has the smallest NLL: every target has the largest logit, so that smaller "
                          "temperatures are always better (T → 0). Fit on more data, or on data with errors")
-    low, high, beta, i = 0.0, math.inf, 1.0, 0
-    for i in range(1, max_iterations + 1):
+    low, high, beta, iterations, done = 0.0, math.inf, 1.0, 0, False
+    while not done and iterations < max_iterations:
+        iterations += 1
         _, scores, curvature = at(beta)
         slope = float(scores.mean())
         low, high = (beta, high) if slope < 0 else (low, beta)
@@ -452,14 +453,12 @@ def fit_temperature(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNO
             following = 10 * beta if math.isinf(high) else (low + high) / 2
         done = abs(following - beta) <= 1e-12 * beta
         beta = following
-        if done:
-            break
     loss, scores, curvature = at(beta)
     stderr = _mean(scores, groups, level)[1] / curvature
     z = NormalDist().inv_cdf((1 + level) / 2)
     ends = (1 / (beta + z * stderr), 1 / (beta - z * stderr) if beta > z * stderr else math.inf)
     return Temperature(value=1 / beta, stderr=stderr / beta**2, interval=ends, level=level, samples=n,
-                       groups=_distinct(groups), nll=loss, nll_before=before[0], iterations=i)
+                       groups=_distinct(groups), nll=loss, nll_before=before[0], iterations=iterations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,19 +498,22 @@ def summary(logits: Tensor, targets: Tensor, bins: int = 15, *, ignore_index: in
     value
     """
     found = top_label(logits, targets, ignore_index=ignore_index)
-    s: tuple[Any, ...] = found.confidence, found.correct
+    confidence, correct = found.confidence, found.correct
     o: dict[str, Any] = {"groups": found.groups, "resamples": resamples, "level": level, "seed": seed}
     value, stderr, interval = _mean(found.correct.double(), found.groups, level)
     return Summary(
-        accuracy=Calibration(value=value, stderr=stderr, interval=interval, level=level, samples=len(found.correct),
+        accuracy=Calibration(value=value, stderr=stderr, interval=interval, level=level, samples=len(correct),
                              groups=_distinct(found.groups)),
         nll=nll(logits, targets, ignore_index=ignore_index, level=level),
         brier=brier(logits, targets, bins, ignore_index=ignore_index, level=level),
-        expected=expected_calibration_error(*s, bins, **o), adaptive=adaptive_calibration_error(*s, bins, **o),
+        expected=expected_calibration_error(confidence, correct, bins, **o),
+        adaptive=adaptive_calibration_error(confidence, correct, bins, **o),
         classwise=classwise_calibration_error(logits, targets, bins, ignore_index=ignore_index, resamples=resamples,
                                               level=level, seed=seed),
-        maximum=maximum_calibration_error(*s, bins, **o), smooth=smooth_calibration_error(*s, **o),
-        risk_coverage=risk_coverage(*s, **o), reliability=reliability(*s, bins, **o))
+        maximum=maximum_calibration_error(confidence, correct, bins, **o),
+        smooth=smooth_calibration_error(confidence, correct, **o),
+        risk_coverage=risk_coverage(confidence, correct, **o),
+        reliability=reliability(confidence, correct, bins, **o))
 
 
 class _Sample:
