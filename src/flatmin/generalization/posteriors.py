@@ -151,7 +151,7 @@ def optimized(objective: Objective, n: int, *, prior_mean: Sequence[Tensor] | fl
     if start is None:
         logs = [torch.full_like(t, math.log(max(1e-4, 0.01 * float(t.square().mean())))) for t in w]
         distance = sum(float((a - b).square().sum()) for a, b in zip(w, v, strict=True))
-        first = max(distance / sum(t.numel() for t in w), 1e-6)
+        first = (distance + sum(float(z.exp().sum()) for z in logs)) / sum(t.numel() for t in w)
     else:
         logs, first = [t.log() for t in start.variance], start.prior_variance
     c, b = GRID
@@ -170,7 +170,7 @@ def optimized(objective: Objective, n: int, *, prior_mean: Sequence[Tensor] | fl
                     p.copy_(w_i + xi * deviation)
             loss = term.loss(term.outputs())
             g = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            now = float(loss) * scale
+            now = float(loss.detach()) * scale
             q = now if math.isnan(q) else 0.95 * q + 0.05 * now
             shift = sum(float((a - o).square().sum()) for a, o in zip(w, v, strict=True))
             mass = sum(float(z.exp().sum()) for z in logs)
