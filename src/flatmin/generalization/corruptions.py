@@ -95,7 +95,7 @@ def _impulse_noise(x: Tensor, share: float, g: torch.Generator) -> Tensor:
 
 
 def _gaussian_blur(x: Tensor, sigma: float, g: torch.Generator) -> Tensor:
-    line = _bell(max(1, math.ceil(4 * sigma)), sigma, x)
+    line = _bell(max(1, int(4 * sigma + 0.5)), sigma, x)
     return _filtered(x, line[:, None] * line, "replicate")
 
 

@@ -23,9 +23,12 @@ from .. import batches, perturbed, vectors
 from ..curvature import Hessian, trace
 from ..objective import Objective
 from ..results import Scalar, uncertain
+from ..sharpness.cautions import warn_of_rounded_step
 from .corruptions import corrupt
 
 __all__ = ["Curve", "Rise", "accuracy", "corrupt", "curve", "pruned", "quantized", "truncated", "weight_noise"]
+
+_KEPT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 Metric = Callable[[Any, Any], Tensor]
 Parameters = str | Sequence[str] | None
@@ -95,15 +98,16 @@ def accuracy(outputs: Any, batch: Any) -> Tensor:
 
 
 def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relative: bool = False,
-                 antithetic: bool = True, predict: bool = True, rtol: float = 0.1, metric: Metric | None = None,
-                 seed: int = 0) -> Rise:
+                 antithetic: bool = True, predict: bool = True, rtol: float = 0.1, max_matvecs: int = 500,
+                 metric: Metric | None = None, seed: int = 0) -> Rise:
     """E L(w + δ) − L(w) for δ ~ N(0, σ²) in every number of ``objective.parameters``.
 
     Args:
         sigma: σ, absolute; with ``relative``, in units of the root mean square of each tensor.
         draws: independent draws; each is a pair δ, −δ (two passes over the data) unless ``antithetic`` is off, so that
             the first-order term cancels.
-        predict: whether to compute ½ tr(HΣ), by random probes to a relative error of ``rtol``.
+        predict: whether to compute ½ tr(HΣ), by random probes to a relative error of ``rtol``, with at
+            most ``max_matvecs`` products.
         metric: ``metric(outputs, batch)``, a mean over the batch like the loss, such as ``accuracy``.
         seed: of the draws.
 
@@ -125,22 +129,24 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
              for p, norm in zip(parameters, norms, strict=True)]
     with objective.session():
         before = _evaluate(objective, metric)
-        rises, metrics = [], []
+        rises, metrics, realised = [], [], []
         for _ in range(draws):
             delta = [xi.mul_(s) for xi, s in zip(space.random(generator), scale, strict=True)]
             found = []
             for sign in (1.0, -1.0) if antithetic else (1.0,):
-                with perturbed.displaced(parameters, delta, sign):
+                with perturbed.displaced(parameters, delta, sign) as displacement:
                     found.append(_evaluate(objective, metric))
+                realised += displacement.realised
             rises.append(math.fsum(f.loss - before.loss for f in found) / len(found))
             metrics.append(math.fsum(f.metric for f in found) / len(found))
+    warn_of_rounded_step(objective, realised)
     predicted, error = math.nan, math.nan
     if predict:
         H = Hessian(objective)
         variance = torch.cat([torch.full((vectors.local(p).numel(),), s**2, dtype=H.dtype, device=H.device)
                               for p, s in zip(parameters, scale, strict=True)])
         if bool((variance > 0).any()):
-            found = trace(H.preconditioned(variance), rtol=rtol, seed=seed)
+            found = trace(H.preconditioned(variance), rtol=rtol, max_matvecs=max_matvecs, seed=seed)
             predicted, error = found.value / 2, found.stderr / 2
     size = _size(objective.model)
     return _record(before, rises, [1.0] * draws, predicted, error, sum(p.numel() for p in parameters), size,
@@ -219,8 +225,7 @@ def truncated(objective: Objective, keep: float = 0.5, *, parameters: Parameters
         raise ValueError(f"keep is the share of singular values that stay, in (0, 1], got {keep}")
 
     def low_rank(rows: Tensor) -> Tensor:
-        wide = rows.float() if rows.dtype in perturbed.HALF else rows
-        U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+        U, s, Vh = torch.linalg.svd(_wide(rows), full_matrices=False)
         r = max(1, math.ceil(keep * len(s)))
         return rows if r == len(s) else ((U[:, :r] * s[:r]) @ Vh[:r]).to(rows.dtype)
 
@@ -283,9 +288,14 @@ class _Evaluation:
     metric: float
 
 
+def _wide(t: Tensor) -> Tensor:
+    """In float32 at least."""
+    return t.float() if t.dtype in perturbed.HALF else t
+
+
 def _rounded(rows: Tensor, levels: int) -> Tensor:
     """Each row to the nearest multiple of max |row| / levels, calculated in float32 at least."""
-    wide = rows.float() if rows.dtype in perturbed.HALF else rows
+    wide = _wide(rows)
     step = wide.abs().amax(1, keepdim=True) / levels
     return (torch.round(wide / step.where(step > 0, torch.ones_like(step))) * step).to(rows.dtype)
 
@@ -305,7 +315,7 @@ def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[T
     with _trainable([p for _, p, _ in chosen]):
         with torch.no_grad():
             new = change(_Weight(p, vectors.full(p.detach()), outputs) for _, p, outputs in chosen)
-            delta = [t - vectors.local(p.detach()) for t, (_, p, _) in zip(new, chosen, strict=True)]
+            delta = [_wide(t) - _wide(vectors.local(p.detach())) for t, (_, p, _) in zip(new, chosen, strict=True)]
         moved = [p for _, p, _ in chosen]
         with objective.session():
             before = _evaluate(objective, metric)
@@ -383,8 +393,7 @@ def _chosen(objective: Objective, parameters: Parameters) -> list[tuple[str, nn.
     """Names, parameters and output dimensions of the weights to change, each tensor once."""
     objective.ranks.reshard()
     model = objective.model
-    kept = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-            for p in m.parameters(recurse=False)}
+    kept = {id(p) for m in model.modules() if isinstance(m, _KEPT) for p in m.parameters(recurse=False)}
     outputs = {id(m.weight): 1 for m in model.modules() if isinstance(m, nn.modules.conv._ConvTransposeNd)}
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
     if parameters is None:
