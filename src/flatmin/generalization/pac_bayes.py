@@ -259,7 +259,7 @@ def check_delta(delta: float, name: str = "delta") -> None:
 
 def _together(*arguments: Values) -> list[list[Tensor]]:
     """For each tensor of the lists, one row of float64 tensors of equal shape."""
-    columns = [[torch.as_tensor(a)] if isinstance(a, (int, float, Tensor)) else list(a) for a in arguments]
+    columns = [[torch.as_tensor(t) for t in ([a] if isinstance(a, (int, float, Tensor)) else a)] for a in arguments]
     length = max(map(len, columns))
     if any(len(column) not in (1, length) for column in columns):
         raise ValueError(f"mean, variance, prior_mean and prior_variance have {', '.join(str(len(c)) for c in columns)}"
