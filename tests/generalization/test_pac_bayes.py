@@ -178,12 +178,12 @@ def test_bounds_hold_on_a_finite_class(n, temperature):
 
 
 def test_the_divergence_is_what_makes_it_a_bound():
-    """4000 hypotheses of risk ½, of which the best looking is taken: without its ln 4000 the bound always fails."""
+    """4000 hypotheses of risk ½, of which the best looking is taken: without its ln 4000 the bound mostly fails."""
     n = 200
     best = finite_class(n, 0, torch.full((4000,), 0.5), 200).amin(1).tolist()
     for bound in (pb.seeger, pb.mcallester):
         assert sum(float(bound(e, math.log(4000), n, 0.1)) < 0.5 for e in best) <= 20
-        assert sum(float(bound(e, 0.0, n, 0.1)) < 0.5 for e in best) > 180
+        assert sum(float(bound(e, 0.0, n, 0.1)) < 0.5 for e in best) > 120
 
 
 def test_constant_is_not_larger_than_needed():

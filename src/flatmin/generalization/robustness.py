@@ -98,7 +98,7 @@ def accuracy(outputs: Any, batch: Any) -> Tensor:
 
 
 def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relative: bool = False,
-                 antithetic: bool = True, predict: bool = True, rtol: float = 0.1, max_matvecs: int = 500,
+                 antithetic: bool = True, predict: bool = True, rtol: float = 0.1, max_matvecs: int = 100,
                  metric: Metric | None = None, seed: int = 0) -> Rise:
     """E L(w + δ) − L(w) for δ ~ N(0, σ²) in every number of ``objective.parameters``.
 
