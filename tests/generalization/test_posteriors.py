@@ -138,7 +138,8 @@ def test_optimised_posterior_has_a_smaller_bound():
     """Than its own start and than the Laplace posterior, with a prior at the initialization."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
-    objective = Objective(model, nn.BCEWithLogitsLoss(), [tuple(t[i:i + 50] for t in blobs()) for i in range(0, 200, 50)])
+    data = list(zip(*(t.split(50) for t in blobs()), strict=True))
+    objective = Objective(model, nn.BCEWithLogitsLoss(), data)
     prior = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(100):
