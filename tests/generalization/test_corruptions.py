@@ -32,7 +32,7 @@ def test_severity_grows(name, size, scale):
     x = torch.nn.functional.interpolate(images(4, 8), size=(size, size), mode="bilinear")
     far = [float((corrupt(x, name, s) - x).square().mean()) for s in range(1, 6)]
     assert far[4] > far[0], far
-    if (name, scale) != ("pixelate", "cifar"):      # the published sides of 30, 28, 27, 24 and 20 pixels are not in order
+    if (name, scale) != ("pixelate", "cifar"):      # published sides of 30, 28, 27, 24, 20: not in order
         assert far == sorted(far), far
     assert torch.equal(corrupt(x, name, 2), corrupt(x, name, 2, scale=scale))
 
