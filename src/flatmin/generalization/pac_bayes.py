@@ -132,12 +132,8 @@ def _binary_kl(q: float, d: float) -> float:
 
 
 def _log1p_rest(x: float) -> float:
-    """ln(1 + x) − x, also for small x."""
-    if x <= -1:
-        return -math.inf
-    if abs(x) > 0.01:
-        return math.log1p(x) - x
-    return math.fsum((-1) ** (k + 1) * x**k / k for k in range(2, 10))
+    """ln(1 + x) − x."""
+    return math.log1p(x) - x if x > -1 else -math.inf
 
 
 def mcallester(empirical: float, kl: float | Divergence, n: int, delta: float = 0.05) -> Bound:
