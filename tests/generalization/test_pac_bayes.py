@@ -102,6 +102,13 @@ def test_bounds_by_hand():
         float(pb.seeger(0.1, 1.5, 1000)))
 
 
+def test_tensors_are_numbers_and_equal_distributions_have_no_divergence():
+    found = pb.mcallester(torch.tensor(0.1), torch.tensor(50.0), 1000, 0.05)  # type: ignore[arg-type]
+    assert type(found.value) is float and found == pb.mcallester(float(torch.tensor(0.1)), 50.0, 1000, 0.05)
+    s = torch.rand(1000) + 0.01
+    assert 0 <= pb.gaussian_kl(s, s * (1 + 1e-16), s, s).value < 1e-12
+
+
 def test_seeger_is_never_above_mcallester_and_both_grow_with_the_divergence():
     for q in (0.0, 0.01, 0.3, 0.9):
         rows = [(pb.seeger(q, kl, 500), pb.mcallester(q, kl, 500)) for kl in (0.0, 10.0, 100.0, 1e4)]

@@ -79,7 +79,7 @@ def gaussian_kl(mean: Values, variance: Values, prior_mean: Values, prior_varian
                                  f"{float(t.min()):.4g}: without density with respect to each other the divergence "
                                  "is infinite")
         a, b = spread_and_shift(w_i, s, v, p)
-        spread, shift = spread + float(a), shift + float(b)
+        spread, shift = spread + max(float(a), 0.0), shift + float(b)
     value = spread + shift
     return Divergence(value=value, bits=value / math.log(2), spread=spread, shift=shift)
 
@@ -155,7 +155,7 @@ def mcallester(empirical: float, kl: float | Divergence, n: int, delta: float = 
     D. McAllester, COLT 1999; A. Maurer, arXiv cs/0411099 (the constant).
     """
     kl, numbers = _checked(empirical, kl, n, delta)
-    value = empirical + math.sqrt((kl + math.log(2 * math.sqrt(n) / delta)) / (2 * n))
+    value = numbers["empirical"] + math.sqrt((kl + math.log(2 * math.sqrt(n) / delta)) / (2 * n))
     return Bound(value=value, theorem="McAllester and Maurer", vacuous=value >= 1, **numbers)
 
 
@@ -167,7 +167,7 @@ def seeger(empirical: float, kl: float | Divergence, n: int, delta: float = 0.05
     M. Seeger, JMLR 3 (2002) 233-269; A. Maurer, arXiv cs/0411099.
     """
     kl, numbers = _checked(empirical, kl, n, delta)
-    value = _kl_inverse(float(empirical), (kl + math.log(2 * math.sqrt(n) / delta)) / n)
+    value = _kl_inverse(numbers["empirical"], (kl + math.log(2 * math.sqrt(n) / delta)) / n)
     return Bound(value=value, theorem="Seeger and Maurer", vacuous=value >= 1, **numbers)
 
 
@@ -194,7 +194,7 @@ def sam_theorem(worst: float, norm: float, rho: float, parameters: int, n: int, 
                          f"parameters={parameters}, rho={rho}, norm={norm}")
     k = parameters
     size = k * math.log1p((norm / rho) ** 2 * (1 + math.sqrt(math.log(n) / k)) ** 2)
-    value = worst + math.sqrt((size + 4 * math.log(n / delta) + 8 * math.log(6 * n + 3 * k)) / (n - 1))
+    value = numbers["empirical"] + math.sqrt((size + 4 * math.log(n / delta) + 8 * math.log(6 * n + 3 * k)) / (n - 1))
     return Bound(value=value, theorem="Foret et al., theorem 2", vacuous=value >= 1, of="the weights",
                  settings={"rho": rho, "norm": norm, "parameters": k}, **numbers)
 
