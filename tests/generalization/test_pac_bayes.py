@@ -103,7 +103,7 @@ def test_bounds_by_hand():
 
 
 def test_tensors_are_numbers_and_equal_distributions_have_no_divergence():
-    found = pb.mcallester(torch.tensor(0.1), torch.tensor(50.0), 1000, 0.05)  # type: ignore[arg-type]
+    found = pb.mcallester(torch.tensor(0.1), torch.tensor(50.0), 1000, 0.05)
     assert type(found.value) is float and found == pb.mcallester(float(torch.tensor(0.1)), 50.0, 1000, 0.05)
     s = torch.rand(1000) + 0.01
     assert 0 <= pb.gaussian_kl(s, s * (1 + 1e-16), s, s).value < 1e-12

@@ -324,7 +324,7 @@ def test_unequal_batches_and_summed_losses():
     total = Objective(model, nn.CrossEntropyLoss(reduction="sum"), data())
     found = r.pruned(total)
     assert float(found) == pytest.approx(25 * float(r.pruned(merged, predict=False)))
-    assert found.stderr > 0 and abs(found.predicted - found.value) < 10 * abs(found.value)
+    assert found.stderr == pytest.approx(math.sqrt(3) * float(torch.tensor(found.rises).std()))
 
 
 def test_accuracy_as_a_metric():
