@@ -127,7 +127,7 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
     norms = space.norms([vectors.local(p.detach()) for p in parameters]).tolist()
     scale = [sigma * norm / math.sqrt(p.numel()) if relative else sigma
              for p, norm in zip(parameters, norms, strict=True)]
-    with objective.session():
+    with objective.session(check=True):
         before = _evaluate(objective, metric)
         rises, metrics, realised = [], [], []
         for _ in range(draws):
@@ -317,7 +317,7 @@ def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[T
             new = change(_Weight(p, vectors.full(p.detach()), outputs) for _, p, outputs in chosen)
             delta = [_wide(t) - _wide(vectors.local(p.detach())) for t, (_, p, _) in zip(new, chosen, strict=True)]
         moved = [p for _, p, _ in chosen]
-        with objective.session():
+        with objective.session(check=True):
             before = _evaluate(objective, metric)
             with perturbed.displaced(moved, delta):
                 after = _evaluate(objective, metric)
@@ -333,7 +333,7 @@ def _second_order(objective: Objective, moved: Sequence[nn.Parameter], delta: Se
     found = {id(p): t for p, t in zip(moved, delta, strict=True)}
     along = [found[id(p)] if id(p) in found else torch.zeros_like(vectors.local(p.detach()))
              for p in objective.parameters]
-    g = objective.trainable_gradient()[1]
+    g = objective.evaluate(gradient=True).gradient
     H = Hessian(objective)
     v = torch.cat([t.reshape(-1).to(H.device, H.dtype) for t in along])
     first = H.dot(torch.cat([t.reshape(-1).to(H.device, H.dtype) for t in g]), v)
@@ -342,13 +342,14 @@ def _second_order(objective: Objective, moved: Sequence[nn.Parameter], delta: Se
 
 
 def _evaluate(objective: Objective, metric: Metric | None) -> _Evaluation:
-    """One pass over the data, without gradients. Inside ``objective.session()``."""
+    """One pass over the data, as ``objective.value()`` evaluates. Inside ``objective.session()``."""
     rows = []
-    with torch.no_grad():
+    with torch.enable_grad():
         for term in objective.terms():
             outputs = term.outputs()
-            loss = float(term.loss(outputs))
+            loss = float(term.loss(outputs, differentiate=False).detach())
             rows.append((loss, float(metric(outputs, term.batch)) if metric else math.nan, term.weight))
+            del outputs
     rows = [row for row in _of_all_ranks(objective, rows) if row[2] > 0]
     losses, metrics, n = zip(*rows, strict=True)
     total = math.fsum(n)
