@@ -6,7 +6,9 @@ Descend     Sharpener             sharpness-aware gradients for any optimizer
 Measure     Objective             a model and a loss bound to data
             flatmin.curvature     Hessian, Gauss-Newton, Fisher; eigenpairs, traces, densities
             flatmin.sharpness     one-step sharpness and its relatives
-            flatmin.landscape     the loss along lines
+            flatmin.landscape     the loss along lines and over planes
+            flatmin.paths         the logit path and the functional path of sharpness
+            flatmin.generalization  calibration, robustness of weights, PAC-Bayes bounds
 """
 
 from . import presets
