@@ -1,4 +1,4 @@
-"""Claim: a 51 × 51 surface of the digits net takes under a minute on two cores, and at most 0.7 of the time of
+"""Claim: a 51 × 51 surface of the digits net takes under a minute on two cores, and less time than
 ``loss-landscapes`` and of Landscaper on the same grid.
 
 Alternating with each peer, on the same network (64-256-256-10), the same 1000 samples and as many points; wall and

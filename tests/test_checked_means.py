@@ -172,3 +172,35 @@ def test_autocast_raises_no_alarm():
         warnings.simplefilter("error")
         with torch.autocast("cpu", torch.bfloat16):
             Objective(model, nn.CrossEntropyLoss(), cut(X.float(), Y, *UNEQUAL)).check()
+
+
+@pytest.mark.parametrize("lengths", ((4, 4), (4, 6)))
+def test_batches_of_different_length_are_compared_in_parts(lengths):
+    """Batches padded to their own longest sequence cannot be concatenated; parts of one of them can."""
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+        def forward(self, ids, labels):
+            return self.head(self.embed(ids))
+
+    def by_sequence(z, batch):      # a mean over sequences, where labels say tokens
+        losses = nn.functional.cross_entropy(z.transpose(1, 2), batch["labels"], reduction="none")
+        mask = batch["labels"] != -100
+        return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+    def by_token(z, batch):
+        return nn.functional.cross_entropy(z.transpose(1, 2), batch["labels"])
+
+    data = []
+    for n, length in zip((6, 7), lengths, strict=True):
+        ids = torch.randint(9, (n, length))
+        labels = ids.clone()
+        for i in range(n):
+            labels[i, 1 + i % (length - 1):] = -100
+        data.append({"ids": ids, "labels": labels})
+    model = Language()
+    with pytest.raises(ValueError, match="weight="):
+        Objective(model, by_sequence, data).check()
+    Objective(model, by_token, data).check()

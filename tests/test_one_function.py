@@ -403,3 +403,16 @@ def test_an_objective_says_what_it_is():
     assert repr(objective) == "Objective(Linear, CrossEntropyLoss, one batch of 12, mode='eval')"
     assert "3 batches" in repr(Objective(nn.Linear(6, 3), nn.functional.cross_entropy, [batch(i) for i in range(3)]))
     assert "the model's own loss, one batch of 12" in repr(Objective(nn.Linear(6, 3), None, {"x": batch(0)[0]}))
+
+
+def test_hooks_on_parameters_do_not_enter_a_measurement():
+    """A user's mask or scaling of gradients belongs to training; the derivative of the loss has none."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randn(16, 4), torch.randint(3, (16,))))
+    gradient, top = objective.gradient(), eigenpairs(Hessian(objective)).largest
+    calls = []
+    model[0].weight.register_hook(lambda g: calls.append(1) or 2 * g)
+    torch.testing.assert_close(objective.gradient(), gradient)
+    assert eigenpairs(Hessian(objective)).largest == top and not calls
+    objective.model(torch.randn(2, 4)).sum().backward()
+    assert calls, "the hook is there again"

@@ -72,12 +72,16 @@ def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:
 
 
 class _Pair:
-    """Two batches, of unequal weight where the data have such, and whether their loss together is their mean."""
+    """Two batches, of unequal weight where the data have such, and whether their loss together is their mean.
+
+    Where no two can be concatenated (padded to their own longest sequence), two parts of the first.
+    """
 
     def __init__(self, objective: Objective):
         self.objective = objective
         self.first: Term | None = None
         self.second: Term | None = None
+        self.several = self.unequal = False
         self.applies = (objective._weight is None and not objective.ranks.in_step and not any(
             m.training or isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
             for m in objective.model.modules()))
@@ -87,7 +91,9 @@ class _Pair:
             return
         if self.first is None:
             self.first = term
-        elif (self.second is None or self.first.weight == self.second.weight != term.weight) and \
+            return
+        self.several, self.unequal = True, self.unequal or term.weight != self.first.weight
+        if (self.second is None or self.first.weight == self.second.weight != term.weight) and \
                 batches.merged(self.first.batch, term.batch) is not None:
             self.second = term
 
@@ -98,7 +104,7 @@ class _Pair:
         if not wrong:
             return
         text = found[0] if found is not None else "on another rank"
-        what = ("the loss of parts of two batches together is not their mean, weighted by the terms that each is "
+        what = ("the loss of parts of the data together is not their mean, weighted by the terms that each is "
                 f"taken to average: {text}. A reduction, ignore_index or class weights inside a function cannot be "
                 "seen, and a loss that compares the samples of a batch is no mean over them")
         if unequal:
@@ -108,10 +114,11 @@ class _Pair:
 
     def _found(self) -> tuple[str, bool] | None:
         """What was found as a text, and whether the mean over these batches is wrong for certain."""
-        if self.first is None or self.second is None:
+        if self.first is None or not self.several:
             return None
         for a, b in ((0.6, 0.4), (0.3, 0.7), (-0.5, -0.5)):     # parts: no more is held than for one batch
-            found = self._apart_and_together(_part(self.first, a), _part(self.second, b))
+            pair = _cut(self.first, a) if self.second is None else (_part(self.first, a), _part(self.second, b))
+            found = self._apart_and_together(*pair)
             if found is not None:
                 return found
         return None
@@ -130,10 +137,9 @@ class _Pair:
         if _near(loss, mean, tolerance, abs(la) + abs(lb)):
             return None
         twice = _evaluated(_with(a, batches.merged(a.batch, a.batch)))[1]
-        assert self.first is not None and self.second is not None
         text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
                 f"{loss:.6g} together")
-        return text, self.first.weight != self.second.weight or _near(twice, la, tolerance, abs(la))
+        return text, self.unequal or _near(twice, la, tolerance, abs(la))
 
 
 def _part(term: Term, share: float) -> Term | None:
@@ -142,6 +148,15 @@ def _part(term: Term, share: float) -> Term | None:
     k = max(1, round(n * abs(share)))
     batch = batches.rows(term.batch, slice(k) if share > 0 else slice(n - k, n))
     return None if batch is None else _with(term, batch)
+
+
+def _cut(term: Term, share: float) -> tuple[Term | None, Term | None]:
+    """The first samples of a batch and the others."""
+    n = batches.samples_in(term.batch)
+    k = max(1, round(n * abs(share)))
+    parts = [batches.rows(term.batch, s) if k < n else None for s in (slice(k), slice(k, n))]
+    first, rest = (None if part is None else _with(term, part) for part in parts)
+    return first, rest
 
 
 def _with(term: Term, batch: Any) -> Term:

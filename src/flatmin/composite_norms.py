@@ -84,9 +84,12 @@ def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = No
 
 def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                 bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Running statistics stay as they are: an evaluation restores them in any case."""
     if training or running_mean is None or running_var is None:
-        x = _normalized(input, [d for d in range(input.dim()) if d != 1], eps)
+        dims = [d for d in range(input.dim()) if d != 1]
+        x = _normalized(input, dims, eps)
+        if running_mean is not None and running_var is not None:
+            _follow(running_mean, input.mean(dims), momentum)
+            _follow(running_var, input.var(dims), momentum)
     else:
         mean, var = _rows(input, running_mean, running_var)
         x = (input - mean) * torch.rsqrt(var + eps)
@@ -98,7 +101,17 @@ def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_va
                    momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
-    return _affine(_normalized(input, list(range(2, input.dim())), eps), *_rows(input, weight, bias))
+    dims = list(range(2, input.dim()))
+    if running_mean is not None and running_var is not None:
+        _follow(running_mean, input.mean(dims).mean(0), momentum)
+        _follow(running_var, input.var(dims).mean(0), momentum)
+    return _affine(_normalized(input, dims, eps), *_rows(input, weight, bias))
+
+
+@torch.no_grad()
+def _follow(running: Tensor, statistic: Tensor, momentum: float) -> None:
+    """running ← (1 − momentum) · running + momentum · statistic, in place."""
+    running.mul_(1 - momentum).add_(statistic.detach().to(running), alpha=momentum)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

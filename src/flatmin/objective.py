@@ -206,6 +206,7 @@ class Objective(Batchwise):
                         module.training = True
             stack.enter_context(batches.eager(self.model))
             stack.enter_context(without_fast_path())
+            stack.enter_context(perturbed.without_hooks(*self.model.parameters()))
             stack.enter_context(self._held_generators())
             self._buffers = self.moving_buffers()
             self._watched(stack)

@@ -129,8 +129,21 @@ class _Promote(TorchFunctionMode):
         kinds = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
         if torch.float32 not in kinds or self.half not in kinds:
             return func(*args, **kwargs)
-        args, kwargs = tree_map(lambda t: _cast(t, self.half, torch.float32), (args, kwargs))
-        return tree_map(lambda t: _cast(t, torch.float32, self.half), func(*args, **kwargs))
+        wide: list[tuple[Tensor, Tensor]] = []
+
+        def widened(t: Any) -> Any:
+            out = _cast(t, self.half, torch.float32)
+            if out is not t:
+                wide.append((t, out))
+            return out
+
+        args, kwargs = tree_map(widened, (args, kwargs))
+        result = func(*args, **kwargs)
+        with torch.no_grad():
+            for own, copy in wide:
+                if copy._version:   # written in place: BatchNorm's running statistics
+                    own.copy_(copy)
+        return tree_map(lambda t: _cast(t, torch.float32, self.half), result)
 
 
 def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
@@ -232,6 +245,19 @@ def unchanged_random_state(devices: Sequence[torch.device] = ()) -> Iterator[Non
         yield
     finally:
         state.set()
+
+
+@contextmanager
+def without_hooks(*tensors: Tensor) -> Iterator[None]:
+    """Inside, hooks on tensors do not run, so that gradients are those of the loss."""
+    kept = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.update(own)
 
 
 @contextmanager

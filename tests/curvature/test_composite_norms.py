@@ -280,3 +280,17 @@ def test_arguments_by_name():
         F.layer_norm(input=x, normalized_shape=(3,), weight=b, bias=b, eps=0.1)
         F.batch_norm(input=x, running_mean=None, running_var=None, weight=b, bias=b, training=True, momentum=0.5)
         F.batch_norm(input=x, running_mean=b.detach(), running_var=b.detach() ** 2, weight=b, bias=b, eps=0.1)
+
+
+@pytest.mark.parametrize("make", (lambda: nn.BatchNorm1d(3), lambda: nn.BatchNorm1d(3, momentum=None),
+                                  lambda: nn.InstanceNorm1d(3, track_running_stats=True)))
+def test_running_statistics_move_as_they_do_in_torch(make):
+    """A landscape that re-estimates them needs it."""
+    ours, theirs = make(), make()
+    for _ in range(3):
+        x = 2 * torch.randn(5, 3, 4) + 1
+        with CompositeNorms():
+            ours(x)
+        theirs(x)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)

@@ -340,3 +340,19 @@ def test_one_step_of_the_twin_agrees_in_float32():
     presets.sam(model, rho=0.1).backward(lambda: loss_fn(model(x), y))
     expected = oracles.sam(oracles.Point(twin, [(x.double(), y, 1.0)]), 0.1)
     assert relative(flat_grad(model).double(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("preset, options", (("random_sam", {}), ("sam", {}), ("sam", {"scope": "first"})))
+def test_running_statistics_move_in_widened_passes(preset, options):
+    """Where a pass at w + ε moves them, they are half-precision buffers beside float32 weights."""
+    means = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).to(dtype)
+        sharpener = getattr(presets, preset)(model, rho=0.05, **options)
+        for step in range(4):
+            x = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float32) + 1
+            sharpener.backward(lambda b, m=model: m(b).float().square().mean(), batches=list(x.to(dtype)))
+            model.zero_grad()
+        means[dtype] = model[1].running_mean.float()
+    torch.testing.assert_close(means[torch.bfloat16], means[torch.float32], rtol=0.03, atol=0.01)   # bfloat16's digits

@@ -22,7 +22,7 @@ from .passes import BackPropagation, Forward, Loss, MicroBatch, Passes, micro_ba
 from .record import Outcome, StepRecord, accumulate, merged
 from .rows import Groups, Row, check_rho, devices_of, refuse_sparse, refuse_unsupported, rho_at, rows_of
 from .rules import Plain, Rule
-from .wrappers import Wrappers, wrapped_name
+from .wrappers import Wrappers, in_bucket, wrapped_name
 
 Scope = Literal["batch", "micro_batch", "rank", "first"]
 _SCOPES = ("batch", "micro_batch", "rank", "first")
@@ -236,8 +236,7 @@ class Sharpener:
 
     def _stash(self) -> list[tuple[nn.Parameter, Tensor | None, Tensor | None]]:
         """The gradients there are, and a copy of those that lie in the buckets into which DDP writes the next ones."""
-        views = self._wrappers.bucket_views
-        return [(r.parameter, g, g.clone() if views and g is not None else None)
+        return [(r.parameter, g, g.clone() if g is not None and in_bucket(g) else None)
                 for r in self._rows for g in (r.parameter.grad,)]
 
     def _passes(self, steps: list[MicroBatch], several: bool) -> Passes:
@@ -325,7 +324,7 @@ class Sharpener:
         standing = self._standing = _Standing(Displacement(self.offload))
         gradients = self._take_gradients()
         if self._keeps_gradient:
-            standing.gradients = {i: g.clone() if self._wrappers.bucket_views else g for i, g in gradients.items()}
+            standing.gradients = {i: g.clone() if in_bucket(g) else g for i, g in gradients.items()}
         moving = [r for r in self._rows if r.parameter.requires_grad and rhos[r.index] > 0]
         if self.direction.needs_gradient:
             moving = [r for r in moving if r.index in gradients]
@@ -359,8 +358,7 @@ class Sharpener:
         space = self._space(moving)
         d: list[Tensor] = []
         if self.direction.needs_gradient:
-            own = not self._keeps_gradient and not self._wrappers.bucket_views
-            d = [gradients[r.index] if own else gradients[r.index].clone() for r in moving]
+            d = [g.clone() if self._keeps_gradient or in_bucket(g) else g for g in (gradients[r.index] for r in moving)]
             gradients.clear()
             standing.gradient_norm = space.norm(d)
         scale_of_loss = self._loss_scale()

@@ -26,6 +26,15 @@ def wrapped_name(module: nn.Module) -> str | None:
     return next((_INSIDE[kind.__name__] for kind in kinds if kind.__name__ in _INSIDE), None)
 
 
+def in_bucket(gradient: Tensor) -> bool:
+    """Whether a gradient is a view of a DDP bucket, into which the next backward pass writes.
+
+    By the gradient itself: with ``gradient_as_bucket_view=True`` a wrapper may stand around a model, or parameters,
+    that were handed over without it.
+    """
+    return not is_sharded(gradient) and gradient._is_view()
+
+
 class Wrappers:
     """The data-parallel wrappers a model is or contains."""
 
@@ -38,7 +47,6 @@ class Wrappers:
                                  "norm is not the gradient's: use torch.distributed.fsdp.fully_shard (FSDP2) instead")
         self.ddp: list[Any] = [m for m in modules if isinstance(m, nn.parallel.DistributedDataParallel)]
         self.fsdp: list[Any] = [m for m in modules if isinstance(m, getattr(sharding, "FSDPModule", ()))]
-        self.bucket_views = any(m.gradient_as_bucket_view for m in self.ddp)
         self._sharded_groups = [g for m in self.fsdp for g in _parameter_groups(m)]
         self._replicated = [g for g in self._sharded_groups if getattr(g, "_is_hsdp", False)]
 

@@ -7,13 +7,12 @@ does with z is small and local, and differentiated exactly.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import perturbed, vectors
 from ..objective import Term
 from .differences import Add, Differences, adder, move
 from .products import ObjectiveOperator
@@ -110,7 +109,7 @@ class TangentDifferences(OutputDifferences):
             z, loss = outputs_and_loss(term)
             if not z.requires_grad:
                 return 0.0, 0.0, 0.0
-            with _unhooked(z, loss):    # a batch without weight keeps other ranks company
+            with perturbed.without_hooks(z, loss):    # FSDP2's take any gradient there for a pass through the model
                 middle = self.curvature(term, z, loss) if term.weight else torch.zeros_like
                 u = middle((upper - lower) / (2 * h)).detach()
             self._pull(z, u, term, add)
@@ -131,7 +130,7 @@ class FrozenDifferences(OutputDifferences):
             start, loss = outputs_and_loss(term)
             if not start.requires_grad:
                 return 0.0, 0.0, 0.0
-            with _unhooked(start, loss):
+            with perturbed.without_hooks(start, loss):
                 c, = torch.autograd.grad(loss, start)
         start = start.detach()
         del loss
@@ -152,16 +151,3 @@ class FrozenDifferences(OutputDifferences):
 
 def _square(t: Tensor) -> float:
     return float(vectors.sums_of_squares([t]).sum())
-
-
-@contextmanager
-def _unhooked(*tensors: Tensor) -> Iterator[None]:
-    """Inside, hooks on tensors do not run: those of FSDP2 take any gradient there for a pass through the model."""
-    kept = [(hooks, dict(hooks)) for t in tensors if (hooks := t._backward_hooks)]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, own in kept:
-            hooks.update(own)
