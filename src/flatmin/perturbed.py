@@ -8,7 +8,6 @@ never written at all.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -114,6 +113,11 @@ class Widened:
                 p.grad = gradient.to(w.dtype)
 
 
+_LIKE_SELF = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "addmm_",
+              "addmv_", "baddbmm_", "lerp_"}
+"""In-place operations that take no other dtype than that of the tensor they write to."""
+
+
 class _Promote(TorchFunctionMode):
     """Run operations on mixed half and single precision tensors in single precision; results go back to half."""
 
@@ -124,6 +128,9 @@ class _Promote(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in _LIKE_SELF:
+            args, kwargs = tree_map(lambda t: _cast(_cast(t, self.half, args[0].dtype), torch.float32, args[0].dtype),
+                                    (args, kwargs))
         if name.endswith("_") or name in ("backward", "to", "type_as", "view_as", "expand_as"):
             return func(*args, **kwargs)
         kinds = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
@@ -133,16 +140,15 @@ class _Promote(TorchFunctionMode):
 
         def widened(t: Any) -> Any:
             out = _cast(t, self.half, torch.float32)
-            if out is not t:
+            if out is not t and not t.requires_grad:
                 wide.append((t, out))
             return out
 
         args, kwargs = tree_map(widened, (args, kwargs))
         result = func(*args, **kwargs)
-        with torch.no_grad():
+        if name in ("batch_norm", "instance_norm"):     # running statistics are written in place
             for own, copy in wide:
-                if copy._version:   # written in place: BatchNorm's running statistics
-                    own.copy_(copy)
+                own.copy_(copy)
         return tree_map(lambda t: _cast(t, torch.float32, self.half), result)
 
 
@@ -158,20 +164,26 @@ def buffer_registries(module: nn.Module | None) -> list[dict[str, Any]]:
 _LARGE = 1 << 16
 
 
+def buffer_versions(registries: list[dict[str, Any]]) -> dict[int, int]:
+    """How often each buffer has been written to in place, by identity."""
+    return {id(b): -1 if b.is_inference() else b._version
+            for registry in registries for b in registry.values() if b is not None}
+
+
 class Buffers:
     """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
 
-    ``constant``, kept by the caller from one time to the next, holds large buffers that a pass was seen to leave alone.
-    They are not copied while they are the same tensors, unwritten by their version counters.
+    ``versions`` are those before an earlier pass of the same step: a large buffer that it has not written to is not
+    copied, since the next pass will leave it alone too. (Writing through ``.data`` is not seen.)
     """
 
-    def __init__(self, registries: list[dict[str, Any]], constant: Constant | None = None):
+    def __init__(self, registries: list[dict[str, Any]], versions: dict[int, int] | None = None):
         self._owned = [(registry, name, b) for registry in registries for name, b in registry.items() if b is not None]
         self._seen = {id(b): b for _, _, b in self._owned}
-        self._constant = {} if constant is None else constant
-        self._learns = constant is not None
-        same = {key for key, b in self._seen.items() if key in self._constant and self._constant[key][0]() is b}
-        self._copies = {key: b.detach().clone() for key, b in self._seen.items() if key not in same}
+        now, before = buffer_versions(registries), versions or {}
+        self._same = {key: now[key] for key, b in self._seen.items()
+                      if b.numel() > _LARGE and now[key] >= 0 and before.get(key) == now[key]}
+        self._copies = {key: b.detach().clone() for key, b in self._seen.items() if key not in self._same}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -179,23 +191,10 @@ class Buffers:
             registry[name] = buffer
         for key, buffer in self._seen.items():
             if key in self._copies:
-                copy = self._copies[key]
-                if self._learns and buffer.numel() > _LARGE and not buffer.is_inference() and _equal(buffer, copy):
-                    self._constant[key] = weakref.ref(buffer), buffer._version
-                else:
-                    vectors.local(buffer).copy_(vectors.local(copy))
-            elif buffer._version != self._constant[key][1]:
-                del self._constant[key]
-                warnings.warn("a buffer that no earlier pass wrote to was written in the pass at w + ε and keeps that "
-                              "value; from the next step on it is given back", stacklevel=2)
-
-
-Constant = dict[int, tuple[Callable[[], Any], int]]
-"""Buffers that passes leave alone, by identity: a weak reference and the version."""
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(vectors.local(a), vectors.local(b))
+                vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+            elif buffer._version != self._same[key]:
+                warnings.warn("a buffer that the pass at w left alone was written in the pass at w + ε and keeps that "
+                              "value", stacklevel=2)
 
 
 @contextmanager

@@ -12,17 +12,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class Inspection:
-    """Called with the roots of each graph before it is back-propagated; later steps pay nothing.
+    """Called with the roots of each graph before it is back-propagated; later steps mostly pay nothing.
 
-    A leaf outside the model that both passes reach would collect g + g_p. A leaf that a forward makes anew is met in
-    one pass only, and nobody reads its gradient.
+    A leaf outside the model that both passes reach would collect g + g_p. A parameter is refused. Any other tensor,
+    such as an input that requires a gradient, gets its gradient at w + ε alone; where there is one, every step is
+    looked at. A leaf that a forward makes anew is met in one pass only, and nobody reads its gradient.
     """
 
     def __init__(self, parameters: Iterable[Tensor], leaves: bool):
         self._parameters = list(parameters)
         self._leaves = leaves
         self._met: dict[int, tuple[Tensor, Tensor | None]] = {}  # in the first pass, with their gradient before
-        self.second = False  # the pass at w + ε has begun
+        self._second = False  # the pass at w + ε has begun
         self.done = False
         self.looked = False
         self.inflexible = False  # own autograd functions or recomputed modules, which see the dtype of the weights
@@ -50,20 +51,31 @@ class Inspection:
     def _meet(self, leaf: Tensor, known: set[int]) -> None:
         if id(leaf) in known:
             return
-        if not self.second:
+        if not self._second:
             self._met.setdefault(id(leaf), (leaf, None if leaf.grad is None else leaf.grad.clone()))
-        elif id(leaf) in self._met:
-            for tensor, before in self._met.values():
-                tensor.grad = before
-            kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
+        elif id(leaf) in self._met and isinstance(leaf, nn.Parameter):
+            self._put_back()
             raise ValueError(
-                f"the loss reaches a trainable {kind} of shape {tuple(leaf.shape)} outside the model, which would "
+                f"the loss reaches a trainable parameter of shape {tuple(leaf.shape)} outside the model, which would "
                 "receive the gradients of both passes: put its module into the model "
                 "(torch.nn.ModuleList([model, head])), or detach it")
 
+    def begin(self) -> None:
+        """A step starts; one before may have failed."""
+        self._second, self._met = False, {}
+
+    def begin_second(self) -> None:
+        """Between the passes: tensors outside the model have the gradients that they had before the first."""
+        self._second = True
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for tensor, before in self._met.values():
+            tensor.grad = before
+
     def finish(self) -> None:
-        """Nothing more to look at."""
-        self.done, self._met = True, {}
+        """The step is over."""
+        self.done = not self._met
 
 
 def _nodes(roots: list[Tensor]) -> Iterator[torch.autograd.graph.Node]:

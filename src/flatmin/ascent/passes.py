@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,71 +95,85 @@ def _variables(function: Any) -> Any:
 class BackPropagation:
     """How a loss is back-propagated: plainly, times a ``GradScaler``'s factor, or by a framework's own ``backward``.
 
-    A framework may divide the loss by its number of accumulation steps, and may scale it. A call with several
-    micro-batches holds all that are to be accumulated and has their weights: there the division is undone. A call
-    with one keeps it, since the caller accumulates.
+    A framework may divide the loss by its number of accumulation steps, and may scale it. Passes see neither: what it
+    divides by is ``division`` afterwards, for a caller that accumulates over several calls.
     """
 
     def __init__(self, scaler: Any, custom: Callable[[Tensor], Any] | None):
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._custom = custom
-        self._division: float | None = None  # what ``custom`` multiplies a loss by, loss scale apart
-        self._scales = False  # whether ``custom`` applies the loss scale itself
+        self._scales: bool | None = None  # whether ``custom`` applies the loss scale itself
+        self.division: Tensor | None = None  # what ``custom`` multiplied the last loss by, loss scale apart
 
     def loss_scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a tensor, without reading it to the host."""
         return None if self._scaler is None else self._scaler.scale(torch.ones((), device=device))
 
-    def __call__(self, value: Tensor, weight: float, several: bool) -> None:
+    def __call__(self, value: Tensor, weight: float) -> None:
         """Back-propagate weight · value."""
         check_loss(value)
         value = value if weight == 1.0 else value * weight
         if self._custom is None:
             (value if self._scaler is None else self._scaler.scale(value)).backward()
             return
+        calls: list[Any] = []
         if value.requires_grad:
             value = value.view_as(value)
-            value.register_hook(lambda g: self._given(g, several))
-        self._custom(value)
+            value.register_hook(lambda g: self._given(g, calls))
+        with self._noted(calls):
+            self._custom(value)
 
-    def seed(self, value: Tensor, weight: float, several: bool) -> Tensor:
+    def seed(self, value: Tensor, weight: float) -> Tensor:
         """∂(what is back-propagated)/∂value, for a value that is not back-propagated by itself."""
-        factor = weight if several or self._division is None else weight * self._division
-        scale = self.loss_scale(value.device)
-        out = torch.full_like(value, factor)
+        out, scale = torch.full_like(value, weight), self.loss_scale(value.device)
         return out if scale is None else out * scale.to(value)
 
-    def _given(self, g: Tensor, several: bool) -> Tensor:
+    @contextmanager
+    def _noted(self, calls: list[Any]) -> Iterator[None]:
+        """Until it is known: notes whether the framework calls the scaler, and so scales the loss itself."""
+        if self._scaler is None or self._scales is not None:
+            yield
+            return
+        scale = self._scaler.scale
+
+        def noted(outputs: Any) -> Any:
+            calls.append(outputs)
+            return scale(outputs)
+
+        self._scaler.scale = noted
+        try:
+            yield
+        finally:
+            del self._scaler.scale
+
+    def _given(self, g: Tensor, calls: list[Any]) -> Tensor:
         """The gradient that arrives at the loss from the framework, made into the one that goes on."""
+        if self._scales is None:
+            self._scales = bool(calls)
         scale = self.loss_scale(g.device)
-        if self._division is None:
-            arrived = float(g)
-            self._scales = arrived > 1
-            if self._scales and scale is None:
-                raise ValueError(f"backward= multiplies the loss by {arrived:g}, as a framework with a loss scaler "
-                                 "does: pass its torch.amp.GradScaler as scaler= too, so that the scale is known")
-            self._division = arrived / float(scale) if self._scales and scale is not None else arrived
-        if several:
-            g = torch.ones_like(g)
-        elif self._scales:
-            return g
-        return g if scale is None else g * scale.to(g)
+        arrived = g if scale is None or not self._scales else g / scale.to(g)
+        if self.division is None and float(arrived) > 1:
+            raise ValueError(f"backward= multiplies the loss by {float(arrived):g}, as a framework with a loss scaler "
+                             "does: pass its torch.amp.GradScaler as scaler= too, so that the scale is known")
+        self.division = arrived
+        one = torch.ones_like(g)
+        return one if scale is None else one * scale.to(g)
 
 
 class Passes:
     """Runs passes over micro-batches; gradients land in ``p.grad``, weighted losses are returned detached.
 
-    ``several``: the caller handed over more than one micro-batch. ``devices``: whose random state is replayed for every
-    execution of a micro-batch where a rule needs several in one pass; None: no replay.
+    ``devices``: whose random state is replayed for every execution of a micro-batch where a rule needs several in one
+    pass; None: no replay.
     """
 
     def __init__(self, batches: list[MicroBatch], wrappers: Wrappers, propagate: BackPropagation,
-                 several: bool = False, devices: Sequence[torch.device] | None = None):
+                 devices: Sequence[torch.device] | None = None):
         self.batches = batches
         self.output_gradients: list[list[Tensor | None]] = [[] for _ in batches]
         self.samples: list[Any] = [None] * len(batches)
         self._states: list[RandomState | None] = [None] * len(batches)
-        self._wrappers, self._propagate, self._several, self._devices = wrappers, propagate, several, devices
+        self._wrappers, self._propagate, self._devices = wrappers, propagate, devices
         self.alone = False  # this rank's gradients stay its own in the next pass
         self.look: Inspection | None = None  # of what is back-propagated
         self.after_first: Callable[[], None] | None = None  # called after the first micro-batch of a pass
@@ -216,11 +232,11 @@ class Passes:
     def _backward(self, value: Tensor, weight: float) -> None:
         check_loss(value)
         if self.look is None:
-            self._propagate(value, weight, self._several)
+            self._propagate(value, weight)
             return
         self.look([value])
         with self.look.watching():
-            self._propagate(value, weight, self._several)
+            self._propagate(value, weight)
 
     def _loss(self, i: int, batch: MicroBatch) -> Tensor:
         outputs = batch.forward()
@@ -241,7 +257,7 @@ class Passes:
         self._replay(i)
         with torch.no_grad():
             losses = self._sample_losses(batch, slice(None))
-        keep = max(1, int(gamma * losses.numel()))
+        keep = max(1, math.floor(gamma * losses.numel() + 1e-9))     # 0.29 · 100 is 28.999... in binary
         subset = (losses - self.samples[i]).topk(keep).indices.sort().values
         self._replay(i)
         self._backward(self._sample_losses(batch, subset).mean(), batch.weight)
@@ -266,7 +282,7 @@ class Passes:
         leaves, spec = _outputs(batch.forward())
         kept: list[Tensor | None] = [None] * len(leaves)
         aliases = [_alias(t, lambda g, k=k: kept.__setitem__(k, g)) for k, t in enumerate(leaves)]
-        value = loss(tree_unflatten(aliases, spec))
+        value = _loss_of(loss, leaves, aliases, spec)
         self._backward(value, batch.weight)
         self.output_gradients[i] = kept
         return value
@@ -278,9 +294,8 @@ class Passes:
         kept = self.output_gradients[i]
         if all(g is None for g in kept):
             raise ValueError("the loss does not depend on the network's outputs")
-        aliases = [_alias(t, lambda g, k=k: torch.zeros_like(g) if kept[k] is None else kept[k])
-                   for k, t in enumerate(leaves)]
-        value = loss(tree_unflatten(aliases, spec))
+        aliases = [_alias(t, lambda g, k=k: _instead(kept[k], g)) for k, t in enumerate(leaves)]
+        value = _loss_of(loss, leaves, aliases, spec)
         self._backward(value, batch.weight)
         return value
 
@@ -289,11 +304,12 @@ class Passes:
         with torch.no_grad():
             leaves, spec = _outputs(batch.forward())
         cut = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in leaves]
-        value = loss(tree_unflatten(cut, spec))
+        aliases = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in cut]
+        value = _loss_of(loss, cut, aliases, spec)
         check_loss(value)
         wanted = [k for k, t in enumerate(cut) if isinstance(t, Tensor) and t.requires_grad]
         found = torch.autograd.grad(value, [cut[k] for k in wanted],
-                                    self._propagate.seed(value, batch.weight, self._several), allow_unused=True)
+                                    self._propagate.seed(value, batch.weight), allow_unused=True)
         kept: list[Tensor | None] = [None] * len(cut)
         for k, g in zip(wanted, found, strict=True):
             kept[k] = g
@@ -308,6 +324,23 @@ def _alias(output: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
     alias = output.view_as(output)
     alias.register_hook(hook)
     return alias
+
+
+def _instead(kept: Tensor | None, g: Tensor) -> Tensor:
+    """The kept gradient in the place of g, in its dtype: a widened pass has other outputs than the one before."""
+    return torch.zeros_like(g) if kept is None else kept.to(g.dtype)
+
+
+def _loss_of(loss: Loss, leaves: list[Any], aliases: list[Any], spec: Any) -> Tensor:
+    """The loss of the outputs, which it must leave as they are: the gradient that arrives at them is exchanged."""
+    before = [t._version for t in leaves if isinstance(t, Tensor)]
+    with torch.enable_grad():
+        value = loss(tree_unflatten(aliases, spec))
+    if before != [t._version for t in leaves if isinstance(t, Tensor)]:
+        raise ValueError("the loss writes into the network's outputs in place (z.mul_, z[...] = ..., z /= ...), and "
+                         "this rule exchanges the gradient that arrives at them: let the loss work on new tensors "
+                         "(z.mul, torch.where, z / ...)")
+    return value
 
 
 def _needed(batch: MicroBatch) -> Loss:

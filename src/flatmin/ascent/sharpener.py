@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..errors import PerturbedStateError
-from ..perturbed import HALF, Buffers, Constant, Displacement, RandomState, Widened, buffer_registries, undone
+from ..perturbed import HALF, Buffers, Displacement, RandomState, Widened, buffer_registries, buffer_versions, undone
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient
@@ -204,14 +204,15 @@ class Sharpener:
         stash = self._stash()
         try:
             self.clear_gradients()
-            several = len(steps) > 1
             if self.scope == "micro_batch" and self.pays:
-                outcome = self._each_micro_batch(steps, several)
+                outcome = self._each_micro_batch(steps)
             else:
-                outcome = self.run(self._passes(steps, several))
-            self.finish(outcome, stash)
+                outcome = self.run(self._passes(steps))
+            # one micro-batch a call: the caller accumulates, and the framework's division is for that
+            self.finish(outcome, stash, self._propagate.division if len(steps) == 1 else None)
         except BaseException:
             self.come_back()
+            self._last_standing = None
             for parameter, gradient, saved in stash:
                 if saved is not None and gradient is not None:
                     gradient.copy_(saved)
@@ -239,8 +240,8 @@ class Sharpener:
         return [(r.parameter, g, g.clone() if g is not None and in_bucket(g) else None)
                 for r in self._rows for g in (r.parameter.grad,)]
 
-    def _passes(self, steps: list[MicroBatch], several: bool) -> Passes:
-        return Passes(steps, self._wrappers, self._propagate, several, self._devices if self.replay else None)
+    def _passes(self, steps: list[MicroBatch]) -> Passes:
+        return Passes(steps, self._wrappers, self._propagate, self._devices if self.replay else None)
 
     # one step, given something that can run passes
 
@@ -253,17 +254,19 @@ class Sharpener:
         if not self.cadence(self._step) or not any(rhos):
             return self.plain_record(passes.loss())
         if not self._inspection.done:
+            self._inspection.begin()
             passes.look = self._inspection
         if not self.direction.needs_gradient and self.rule.second == "loss" and not self._keeps_gradient:
             outcome = replace(self.combined(None, self._at_perturbed(passes.loss, rhos, None)), passes=1)
             self._inspection.finish()
             return outcome
         start = RandomState(self._devices) if self.replay else None
+        versions = buffer_versions(self._registries)
         value = self._first_pass(passes)
         after = RandomState(self._devices) if self.replay else None
         self._forget_gathered()
-        self._inspection.second = True
-        buffers = Buffers(self._registries, self._constant)
+        self._inspection.begin_second()
+        buffers = Buffers(self._registries, versions)
         first = self.scope == "first"  # the micro-batches after the first are met at w + ε only
         if first:
             passes.after_first, value = buffers.restore, None
@@ -310,9 +313,11 @@ class Sharpener:
         component = self._memory.get("component")
         reuse = self.cadence.reuse
         if reuse is not None and component is not None:
-            rows = [r for r in self._rows if r.parameter.grad is not None and r.name in component]
-            with torch.no_grad():
-                reuse.add(self._space(rows), self._gradients(rows), [component[r.name] for r in rows])
+            rows = [r for r in self._rows if r.parameter.grad is not None]
+            g = self._gradients(rows)
+            with torch.no_grad():   # 0 where the last full step had no gradient
+                reuse.add(self._space(rows), g, [component[r.name] if r.name in component else torch.zeros_like(t)
+                                                 for r, t in zip(rows, g, strict=True)])
         return Outcome(self._overflow(), loss=value)
 
     def climb(self, rhos: list[float] | None = None) -> AbstractContextManager[Any]:
@@ -333,6 +338,8 @@ class Sharpener:
                 self._move(standing, moving, rhos, gradients)
             if self.scope == "rank" and standing.gradients:
                 self._wrappers.average(list(standing.gradients.values()))
+            if self.scope == "rank":
+                self._wrappers.average([t for kept in standing.memory.values() for t in kept.values()])
         self._forget_gathered()
         return standing.mode()
 
@@ -442,9 +449,9 @@ class Sharpener:
             return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True) if g is not None]
         return [g for g in out if g is not None]
 
-    def finish(self, outcome: Outcome,
-               stash: Sequence[tuple[nn.Parameter, Tensor | None, Tensor | None]] = ()) -> None:
-        """The one host read of a step, then the gradients that were there before."""
+    def finish(self, outcome: Outcome, stash: Sequence[tuple[nn.Parameter, Tensor | None, Tensor | None]] = (),
+               factor: Tensor | None = None) -> None:
+        """The one host read of a step, then ``factor`` times the gradient is added to those that were there before."""
         if self.perturbed_norm:
             rows = [r for r in self._rows if r.parameter.grad is not None]
             norm, scale = self._space(rows).norm(self._gradients(rows)), self._loss_scale()
@@ -453,8 +460,11 @@ class Sharpener:
             rows, perturbed, first = self._both(outcome.gradients)
             with torch.no_grad():
                 component = self.cadence.reuse.component(self._space(rows), perturbed, first)
+            self._memory.pop("component", None)     # of the last full step alone
             outcome.memory["component"] = {r.name: c for r, c in zip(rows, component, strict=True)}
         skipped = bool(outcome.overflow)
+        if factor is not None:
+            vectors.scale(factor, [local(r.parameter.grad) for r in self._rows if r.parameter.grad is not None])
         if not skipped:
             for kind, tensors in outcome.memory.items():
                 self._memory[kind] = self._memory.get(kind, {}) | tensors
@@ -505,7 +515,7 @@ class Sharpener:
 
     # one step a micro-batch
 
-    def _each_micro_batch(self, batches: list[MicroBatch], several: bool) -> Outcome:
+    def _each_micro_batch(self, batches: list[MicroBatch]) -> Outcome:
         """A step of its own for every micro-batch from the same memory; sums of gradients, means of what is kept."""
         totals: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
@@ -513,7 +523,7 @@ class Sharpener:
         outcomes = []
         weight = sum(batch.weight for batch in batches) or 1.0
         for batch in batches:
-            outcome = self.run(self._passes([replace(batch, weight=1.0)], several))
+            outcome = self.run(self._passes([replace(batch, weight=1.0)]))
             with torch.no_grad():
                 found = {r.index: r.parameter.grad for r in self._rows if r.parameter.grad is not None}
                 self.clear_gradients()
@@ -538,7 +548,6 @@ class Sharpener:
         self._devices = devices_of(r.parameter for r in self._rows)
         self._uniform = len({(r.parameter.dtype, r.parameter.device) for r in self._rows}) == 1
         self._registries = buffer_registries(self.model)
-        self._constant: Constant = {}
         self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
         self._wrappers = Wrappers(self.model)
         if self.scope != "rank":

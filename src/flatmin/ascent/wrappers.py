@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..vectors import is_sharded
 
 _INSIDE = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod",
-           "ActivationWrapper": "_checkpoint_wrapped_module"}
+           "ActivationWrapper": "_checkpoint_wrapped_module", "_FabricModule": "_forward_module"}
 
 
 def wrapped_name(module: nn.Module) -> str | None:
-    """The attribute under which one of torch's wrappers holds the module it wraps; None for any other module."""
-    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch."))
+    """The attribute under which a wrapper of torch or Lightning Fabric holds its module; None for other modules."""
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", "lightning")))
     return next((_INSIDE[kind.__name__] for kind in kinds if kind.__name__ in _INSIDE), None)
 
 
