@@ -217,13 +217,46 @@ def test_a_framework_that_scales_the_loss_shares_its_scaler(several):
     with pytest.raises(ValueError, match="scaler="):
         presets.sam(model, backward=framework).backward(lambda b: evaluated(model, b), batches=data)
     assert all(p.grad is None for p in model.parameters())
-    presets.fisher_sam(model, rho=0.1, backward=framework, scaler=scaler).backward(
+    presets.fisher_sam(model, rho=0.1, backward=lambda loss: scaler.scale(loss / 2).backward(), scaler=scaler).backward(
         lambda b: evaluated(model, b), batches=data)
     expected = oracles.fisher_sam(oracles.Point(build(), [(x, y, 1 / len(data)) for x, y, _ in data]), 0.1, 1.0)
-    if several:
-        assert relative(flat_grad(model), 2.0**12 * expected) < 1e-12
-    else:  # the framework's half reaches Fisher's metric too: only the size is checked
-        assert float(flat_grad(model).norm() / expected.norm()) == pytest.approx(2.0**11, rel=0.05)
+    # one micro-batch a call keeps the framework's half, of a gradient whose metric did not see it
+    assert relative(flat_grad(model), 2.0**12 * (1 if several else 0.5) * expected) < 1e-12
+
+
+@pytest.mark.parametrize("scale, division", ((1024.0, 4), (4.0, 4), (2.0, 4), (1.0, 1)))
+def test_the_scale_is_applied_once_whatever_its_size(scale, division):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sharpener = presets.sam(model, scaler=scaler, backward=lambda loss: scaler.scale(loss / division).backward())
+    norms = []
+    for _ in range(3):
+        sharpener.backward(lambda: evaluated(model, DATA[0]))
+        scaler.unscale_(optimizer)
+        norms.append(float(flat_grad(model).norm()) * division)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    twin = build()
+    presets.sam(twin).backward(lambda: evaluated(twin, DATA[0]))
+    assert norms == pytest.approx([float(flat_grad(twin).norm())] * 3, rel=1e-6)    # the scaler works in float32
+
+
+@pytest.mark.parametrize("preset, options", (("unnormalized_sam", {}), ("fisher_sam", {"eta": 50.0}), ("looksam", {})))
+def test_a_division_is_no_part_of_the_step(preset, options):
+    """One micro-batch a call under a framework that accumulates: ε and the record are those without it."""
+    results = []
+    for division in (1, 4):
+        model = build()
+        sharpener = getattr(presets, preset)(model, rho=0.5, backward=lambda loss, n=division: (loss / n).backward(),
+                                             **options)
+        for b in DATA[:2]:
+            model.zero_grad()
+            sharpener.backward(lambda b=b, model=model: evaluated(model, b))
+        results.append((division * flat_grad(model), sharpener.last.gradient_norm, sharpener.last.radius))
+    assert relative(results[1][0], results[0][0]) < 1e-12
+    assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-12, nan_ok=True)
 
 
 def test_a_scaler_beside_a_framework_that_does_not_scale():

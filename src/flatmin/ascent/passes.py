@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -80,6 +81,9 @@ def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
     weights = [1.0 / n] * n if weights is None else [float(w) for w in weights]
     if len(weights) != n:
         raise ValueError(f"{n} micro-batches need as many weights, got {len(weights)}")
+    if n > 1 and min(weights) > 1:
+        warnings.warn(f"weights= are factors of the losses and sum to {sum(weights):g} here, as numbers of samples do: "
+                      "for the mean over all samples divide them by their sum", stacklevel=4)
     return weights
 
 

@@ -150,7 +150,7 @@ class Sharpener:
         self._step = 0
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._standing: _Standing | None = None
-        self._warned = False
+        self._warned = self._warned_of_skip = False
         self._last_standing: _Standing | None = None
         self.refresh()
         if scope == "rank" and not self._wrappers.has_ranks:
@@ -175,6 +175,10 @@ class Sharpener:
                  batches: Iterable[Any] | None = None, weights: Sequence[float] | None = None) -> Tensor:
         """Leave the sharpness-aware gradient in ``p.grad`` (added to what is there) and return the loss at w, detached.
 
+        To accumulate over micro-batches hand over all of them in one call, each with its own mean loss, not divided by
+        their number. Directions that need no gradient at w (momentum, random) run one pass, at w + ε: its loss is what
+        is returned, and BatchNorm's statistics are those at w + ε.
+
         Args:
             forward: a callable that returns the loss, or, with ``loss``, the outputs; or a list of micro-batches,
                 each such a callable or a ``(forward, loss)`` pair. Both passes loop over all of them.
@@ -182,7 +186,8 @@ class Sharpener:
             batches: the micro-batches as data, read once and kept for both passes; then ``forward(batch)`` and
                 ``loss(outputs, batch)`` take the batch. For ESAM's rule the samples come last: ``forward(batch, s)``,
                 ``loss(outputs, batch, s)``.
-            weights: of the micro-batches; 1/n each by default.
+            weights: factors of the losses; 1/n each by default. For the mean over all samples pass nᵢ/Σn, which sum to
+                one.
 
         Raises:
             ValueError: no or different micro-batches than described; a loss that is no scalar; in the first step, a
@@ -463,6 +468,11 @@ class Sharpener:
             self._memory.pop("component", None)     # of the last full step alone
             outcome.memory["component"] = {r.name: c for r, c in zip(rows, component, strict=True)}
         skipped = bool(outcome.overflow)
+        if skipped and self.scaler is None and not self._warned_of_skip:
+            self._warned_of_skip = True
+            warnings.warn("a loss or gradient of this step is inf or NaN: every p.grad is None now and optimizers skip "
+                          "the step; last.skipped says so from here on. Look at the batch, the learning rate or the "
+                          "radius", stacklevel=3)
         if factor is not None:
             vectors.scale(factor, [local(r.parameter.grad) for r in self._rows if r.parameter.grad is not None])
         if not skipped:
