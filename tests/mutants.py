@@ -28,7 +28,7 @@ FOLDER = ROOT / ".mutants"
 CORE = ("vectors.py", "perturbed.py", "objective.py", "evaluation.py", "batches.py", "results.py", "ranks.py",
         "composite_norms.py", "ascent", "curvature")
 RANKS = ("tests/laws/test_parallel.py", "tests/curvature/test_curvature_ranks.py")
-TESTS, SECONDS = 80, 240
+TESTS, SECONDS = 400, 400
 """At most so many tests and seconds a mutant."""
 
 COMPARISONS = {ast.Lt: ast.GtE, ast.LtE: ast.Lt, ast.Gt: ast.LtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,

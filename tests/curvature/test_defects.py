@@ -303,3 +303,23 @@ def test_one_graph_a_session_and_one_pass_over_the_data():
     calls.clear()
     eigenpairs(Hessian(objective, product="recomputed"), 3, certify=False)
     assert len(calls) == 3 * found.matvecs
+
+
+@pytest.mark.parametrize("make", (GaussNewton, FunctionalPart, Fisher, Hessian))
+@pytest.mark.filterwarnings("ignore:autograd sees no parameter")
+def test_outputs_that_no_parameter_reaches(make):
+    """A matrix of zeros, for a detached model, and where one batch of two does not reach the parameters."""
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.layer(x) if x[0, 0] > 0 else self.layer(x).detach()
+
+    model, y = Detached(), torch.tensor([0, 1])
+    reached, not_reached = (torch.ones(2, 2), y), (-torch.ones(2, 2), y)
+    loss = nn.CrossEntropyLoss()
+    assert make(Objective(model, loss, not_reached)).dense().abs().max() == 0
+    both = make(Objective(model, loss, [reached, not_reached])).dense()
+    torch.testing.assert_close(both, make(Objective(model, loss, reached)).dense() / 2)

@@ -73,7 +73,7 @@ class Fisher(Inexact):
 
     def _linearize_batch(self, term: Term, w: list[nn.Parameter]) -> Apply:
         z, loss = outputs_and_loss(term)
-        return sandwich(z, w, self._expectation(term, z, loss))
+        return sandwich(z, w, lambda: self._expectation(term, z, loss))
 
     def _expectation(self, term: Term, z: Tensor, loss: Tensor) -> Middle:
         """u ↦ E[r rᵀ] u, times the number of terms."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,11 @@ def loss_curvature(z: Tensor, loss: Tensor) -> Middle:
     return middle
 
 
-def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
+def sandwich(z: Tensor, w: list[nn.Parameter], make: Callable[[], Middle]) -> Apply:
     """v ↦ Jᵀ M J v. Jv is the derivative along v of u ↦ Jᵀu, which is linear: two reverse passes on a kept graph."""
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
+    middle = make()
     u = torch.zeros_like(z, requires_grad=True)
     roots, used = differentiable_gradient(z, w, u)
 
@@ -89,12 +90,14 @@ def sandwich(z: Tensor, w: list[nn.Parameter], middle: Middle) -> Apply:
 
 def _linearize(term: Term, w: list[nn.Parameter]) -> Apply:
     z, loss = outputs_and_loss(term)
-    return sandwich(z, w, loss_curvature(z, loss))
+    return sandwich(z, w, lambda: loss_curvature(z, loss))
 
 
 def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
     logits, at = on_module(term, w, lambda t: t.logits(t.outputs()))
     z, loss = outputs_and_loss(term)
+    if not z.requires_grad:
+        return lambda v, keep, batched: [None] * len(w)
     middle = loss_curvature(z, loss)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
