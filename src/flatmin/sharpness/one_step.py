@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class OneStep(Scalar):
     data_stderr: float = math.nan           # over batches, for this step; nan where there are fewer than five
     expansion_holds: bool | None = None     # |remainder| ≤ ½(|first order| + |second order|); None without the latter
     warnings: tuple[str, ...] = ()
+    rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches
+    weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
 
     @property
     def remainder(self) -> float:
@@ -64,7 +66,7 @@ def scaled_radius(epsilon: float, size: int) -> float:
     """ρ = ε √(d / 10⁶): the radius for d parameters that moves each by as much, in the mean square, as ε does for 10⁶.
 
     A step of length ρ moves a coordinate by ρ/√d in the root mean square; this holds ε/1000 fixed. It is a convention
-    of this library: seed 000 asks for "scales with model size" and gives no formula.
+    of this library.
 
     >>> scaled_radius(0.01, 1_000_000), round(scaled_radius(0.01, 1_500_000_000), 3)
     (0.01, 0.387)
@@ -131,6 +133,7 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     return OneStep(value=rise, first_order=first, second_order=second, loss=loss, data_stderr=error,
                    expansion_holds=holds, radius=0.0 if realised is None else rho * ratio,
                    perturbed_loss=float(moved.loss), gradient_norm=float(length), warnings=tuple(found),
+                   rises=tuple(rises), weights=at.weights,
                    settings=settings | ({"epsilon": epsilon} if adaptive_epsilon else {}))
 
 
