@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .reading import Gap, Reading, Stat, gap, in_range, numbers, plus_minus, section
+from .reading import Gap, Reading, Stat, gap, in_range, number, numbers, plus_minus, section
 
 LOSSES = {  # what should be small: the metric and its name
     "nll": "Negative log-likelihood",
@@ -170,6 +170,26 @@ def _peaks(r: Reading) -> list[str]:
             fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points")
     return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {joined(fell)}. (No epoch was "
             f"picked; every result is that of the last one.)"] if fell else []
+
+
+def diagnosed(r: Reading) -> list[tuple[str, str]]:
+    """What the runs of each method show to be wrong: the fault, and where, on what evidence, and what to do."""
+    out = []
+    for m in r.methods:
+        part = section(r.record, "diagnosis", m)
+        found = part.get("findings")
+        for fault in map(section, found if isinstance(found, list) else []):
+            evidence = ", ".join(f"{k} {number(v):.3g}" for k, v in section(fault, "evidence").items())
+            where, shown, of = fault.get("in"), number(fault.get("runs")), number(part.get("runs"))
+            where = [str(w) for w in where] if isinstance(where, list) and where else []
+            runs = f" in {joined(where)} ({shown:.0f} of {of:.0f} runs)" if where else f" in {shown:.0f} of {of:.0f} runs"
+            advice = f"{fault.get('cause')}; {fault.get('solution')}."
+            out.append((f"{r.label(m)}: {fault.get('symptom')}",
+                        f"{runs} ({evidence}). {advice[0].upper()}{advice[1:]}"))
+        now, tried = number(part.get("rho")), number(part.get("next_rho"))
+        if math.isfinite(tried) and tried != now:
+            out.append((f"{r.label(m)}: try ρ = {tried:g} next", f", after {now:g}."))
+    return out
 
 
 def percent(stat: Stat) -> str:
