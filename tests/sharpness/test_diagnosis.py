@@ -93,7 +93,8 @@ def test_a_method_that_is_ahead_within_the_spread_is_told_no_other_radius():
     steps = healthy(accuracy=lambda t: 0.575)
     base = healthy(accuracy=lambda t: 0.55)
     found, = diagnose(steps, base=base, rho=0.05, spread=0.03)
-    assert found.evidence == pytest.approx({"accuracy": 0.575, "base": 0.55, "spread": 0.03, "sharpness over loss": 0.1})
+    assert found.evidence == pytest.approx({"accuracy": 0.575, "base": 0.55, "spread": 0.03,
+                                            "sharpness over loss": 0.1})
     assert str(found).startswith("Not measurably better") and "rho" not in str(found) and "radius" not in str(found)
     assert next_radius([found], 0.05)[0] == 0.05
 

@@ -237,9 +237,10 @@ def _comparison(job: Measurement) -> Any:
     """Both models side by side, and the loss on the straight line from one to the other."""
     assert job.other is not None and job.settings.against is not None
     own = job.settings.checkpoint
-    names = Path(own).name if own else f"{job.settings.objective} as returned", Path(job.settings.against).name
+    names = (Path(own).name if own else f"{job.settings.objective} as returned"), Path(job.settings.against).name
     names = names if names[0] != names[1] else (str(job.settings.checkpoint), job.settings.against)
-    found: dict[str, Any] = plain(compare(job.objective, job.other, job.settings.rho, names=names, seed=job.settings.seed))
+    compared = compare(job.objective, job.other, job.settings.rho, names=names, seed=job.settings.seed)
+    found: dict[str, Any] = plain(compared)
     if own is None:
         found["sentence"] += (f" The first weights are those that {job.settings.objective} returns, since no "
                               "--checkpoint was given.")

@@ -43,7 +43,8 @@ def table(record: Mapping[str, Any]) -> str:
     sharpness, followed by the rest where that is more than a quarter; "× SGD" is the time of a step in units of SGD's.
     """
     r = Reading(record)
-    head = ["", "ρ", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step", f"× {r.label(r.baseline)}"]
+    head = ["", "ρ", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step",
+            f"× {r.label(r.baseline)}"]
     rows = [[r.label(m), _radius(r, m), *(_cell(r, m, c) for c in COLUMNS), *_time(r, m)] for m in r.methods]
     for row, m in zip(rows, r.methods, strict=True):
         row.insert(6, _parts(r, m))

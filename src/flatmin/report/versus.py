@@ -64,13 +64,15 @@ def html(part: Mapping[str, Any]) -> str:
         return ""
     a, b = map(escape, names(part))
     body = "".join(f"<tr><th>{escape(name)}</th><td><b>{escape(x)}</b></td><td><b>{escape(y)}</b></td>"
-                   f"<td>{escape(difference)}</td><td>{escape(sharper)}</td><td>{'yes' if invariant else 'no'}</td></tr>"
+                   f"<td>{escape(difference)}</td><td>{escape(sharper)}</td>"
+                   f"<td>{'yes' if invariant else 'no'}</td></tr>"
                    for name, x, y, difference, sharper, invariant in found)
     scale = number(part.get("scale"))
     apart = f"Norms of corresponding weights are up to {scale:.3g} times apart." if math.isfinite(scale) else ""
     return (f"<section><h2>{a} and {b}</h2><p>{escape(printable(str(part.get('sentence', ''))))} {apart}</p>"
             f'<div class="scroll" tabindex="0"><table class="small"><thead><tr><th></th><th>{a}</th><th>{b}</th>'
-            f"<th>difference ± standard error</th><th>sharper</th><th>invariant to rescaling</th></tr></thead><tbody>{body}</tbody></table></div>"
+            f"<th>difference ± standard error</th><th>sharper</th><th>invariant to rescaling</th></tr></thead>"
+            f"<tbody>{body}</tbody></table></div>"
             f"{_path(section(part, 'path'), names(part))}</section>")
 
 

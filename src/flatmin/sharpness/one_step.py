@@ -50,6 +50,18 @@ class OneStep(Scalar):
         total = math.fsum(sizes.values())
         return {name: size / total if total else math.nan for name, size in sizes.items()}
 
+    def __str__(self) -> str:
+        """The value as the sum of its parts, each to the decimals that the smallest of three digits has."""
+        error = f", data ± {self.data_stderr:.2g}" if math.isfinite(self.data_stderr) else ""
+        if self.second_order is None:
+            return f"{self.value:.3g} (first order {self.first_order:.3g}){error}"
+        terms = ((self.first_order, "first order"), (self.second_order, "second order"), (self.remainder, "rest"))
+        size = max(abs(self.value), *(abs(term) for term, _ in terms))
+        digits = max(0, 2 - math.floor(math.log10(size))) if math.isfinite(size) and 1e-5 <= size < 1e5 else None
+        shown = [f"{x:.3g}" if digits is None else f"{x:.{digits}f}" for x in (self.value, *(x for x, _ in terms))]
+        parts = " + ".join(f"{x} ({name})" for x, (_, name) in zip(shown[1:], terms, strict=True))
+        return f"{shown[0]} = {parts.replace('+ -', '− ')}{error}"
+
     @property
     def dominant(self) -> str:
         """Which part says most of the value: "first_order", "second_order" or "remainder"; "none" where all are 0.
