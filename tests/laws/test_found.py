@@ -4,6 +4,7 @@ records that hold gradients, buffers, masks, radii. Every other law is run on mo
 
 import copy
 import gc
+import math
 import pickle
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import oracles
 import problems
 from flatmin import Sharpener, ascent, presets
+from flatmin.ascent.record import StepRecord
 from flatmin.perturbed import Displacement
 from problems import assert_same, batch, build, flat, flat_grad, loss_fn, relative
 from rows import whole
@@ -388,3 +390,9 @@ def test_a_copied_sharpener_looks_at_its_own_model():
     twin, copied = copy.deepcopy((model, presets.sam(model)))
     copied.backward(lambda: loss_fn(twin(x), y))
     assert relative(flat_grad(twin), oracles.sam(oracles.Point(build(), whole(x, y)), 0.05)) < 1e-13
+
+
+def test_what_a_step_does_not_know_is_a_number_that_is_nan():
+    found = StepRecord(1, False, {"loss": 2.0}).to_dict()
+    assert found["loss"] == 2.0 and all(isinstance(found[n], float) for n in ("perturbed_loss", "radius", "cosine"))
+    assert math.isnan(found["perturbed_loss"])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -11,8 +12,8 @@ from test_worst_case import relu_net
 from torch import nn
 
 from flatmin import Objective
-from flatmin.sharpness import agreement, compare, correlation, normalized_flatness
-from flatmin.sharpness.agreement import observed_order
+from flatmin.sharpness import agreement, compare, correlation, normalized_flatness, one_step
+from flatmin.sharpness.agreement import _sentence, observed_order
 from flatmin.sharpness.cautions import DifferentScaleWarning
 from problems import NoisyNet, Vector, batch, build, flat, loss_fn
 
@@ -154,3 +155,18 @@ def test_with_few_batches_the_sentence_says_that_the_data_have_no_error():
     assert math.isnan(found.rows["one_step"].data_stderr) and "these data alone" in found.sentence
     found = compare(*two_nets(0.0, 4), measures=["one_step"])
     assert found.signs == {"one_step": 0} and "undecided" in found.sentence
+
+
+def test_what_is_printed():
+    objective = two_nets(0.0, 6)[0]
+    s = agreement(objective, 0.1)
+    assert str(s) == s.sentence
+    kinks = _sentence(1.0, False, 0.1, 0.1, math.nan)
+    assert kinks.index("kinks (ReLU)") < kinks.index("the Hessian is wrong")
+    step = one_step(objective, 0.5)
+    shown, *parts = re.findall(r"-?[0-9.]+(?:e-?[0-9]+)?", str(step).replace("− ", "-"))
+    assert float(shown) == pytest.approx(step.value, rel=1e-2)
+    assert math.fsum(map(float, parts[:3])) == pytest.approx(float(shown), rel=2e-2)
+    assert str(step).endswith(f", data ± {step.data_stderr:.2g}")
+    for name in ("(first order)", "(second order)", "(rest)"):
+        assert name in str(step)
