@@ -23,7 +23,7 @@ from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..objective import Objective
 from ..sharpness import Finding, diagnose, next_radius, one_step
-from ..sharpness.diagnosis import LARGER, SMALLER, beyond, consistent
+from ..sharpness.diagnosis import LARGER, SMALLER, WITHOUT_RHO, beyond, consistent
 from . import landscape, timing
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, train
@@ -290,10 +290,12 @@ def _advised(finding: Finding, method: Method, rho: float | None, chosen: dict[s
     scores = dict(zip(chosen.get("grid", []), chosen.get("scores", []), strict=False))
     sides = (True, False) if name == "no improvement at this radius" else (name in LARGER,)
     beside = [t for larger in sides for t in beyond(list(scores), rho, larger)[:1]]
-    if not (beside or method.knobs):
+    if not (beside or method.knobs):        # the radii tried end here, or none was
         return finding
-    cause = f"{method.name} rescales its correction, so that {method.knobs} set how strong it is, and not rho" \
-        if method.knobs else finding.cause
+    others = {"underfitting": WITHOUT_RHO["underfitting"][1], "unstable": WITHOUT_RHO["unstable"][1],
+              "diverging": WITHOUT_RHO["diverging"][1]}
+    cause = f"the correction is rescaled, so that {method.knobs} set how strong it is, and not rho" if method.knobs \
+        else others.get(name, "it is not the radius, since those tried beside it did no better")
     also = {"underfitting": "train longer, or add capacity", "unstable": "warm up or lower the learning rate",
             "diverging": "lower the learning rate"}.get(name)
     solution = ", or ".join(filter(None, (f"change {method.knobs}" if method.knobs else "keep rho", also)))
