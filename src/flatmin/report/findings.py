@@ -129,7 +129,8 @@ def _flatter(r: Reading) -> list[str]:
             verb = "has" if len(less) == 1 else "have"
             out.append(_listing(r, f"{_names(r, less)} {verb} fitted the data less (training loss {losses} against "
                                    f"{r.label(r.baseline)}’s {plus_minus(r.training_loss(r.baseline))}) and {verb} a "
-                                   f"lower {r.test_name}, and only so {name} is lower", metric, less))
+                                   f"lower {r.test_name}, so that this does not show a flatter solution: {name} is "
+                                   "lower", metric, less))
     return sorted(out, key=lambda text: not text.startswith("Flatter"))
 
 
@@ -170,7 +171,7 @@ def _rankings(r: Reading) -> list[str]:
     text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than "
             f"{r.label(b)} by the first, sharper by the second")
     if not clear:
-        text += ", though not by more than the spread in both"
+        text += " (undecided: not by more than the spread in both)"
     more = (len(clear) or len(clashes)) - 1
     rest = {0: "", 1: "; so for one more pair of methods"}.get(more, f"; so for {more} more pairs of methods")
     return [f"{text}{rest}."]
