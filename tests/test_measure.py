@@ -410,3 +410,32 @@ def test_a_step_beyond_the_expansion_is_not_split(parts, says, not_said):
     record = made_up((0.3, 0.2, 0.09, 0.01))
     record["results"]["one_step"]["expansion_holds"] = False       # the record's own word goes first
     assert "beyond the range" in " ".join(measured.summary(record).split())
+
+
+def test_the_weights_and_the_loss_that_were_measured_are_named(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MODULE + """
+def floats():
+    return net(), (data()[0], torch.ones(40, 3))
+""")
+    save_file({k: v for k, v in trained().state_dict().items()}, "w.safetensors")
+    for arguments, says in ((["mine:floats"], ("weights as mine:floats returns them",
+                                               "MSELoss, the default for floating-point targets")),
+                            (["mine:objective", "--checkpoint", "w.safetensors"], ("weights from w.safetensors",
+                                                                                   "loss: CrossEntropyLoss"))):
+        out = f"r-{len(arguments)}"
+        assert cli.main(["measure", *arguments, "--metrics", "one_step", "--quiet", "--out", out]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        with open(f"{out}/record.json") as file:
+            record = json.load(file)
+        page = report.page(record)
+        assert record["data"]["loss_function"] in shown
+        assert all(said in text for said in says for text in (shown, page))
+        assert "average case moves" not in page
+
+
+def test_without_a_checkpoint_a_comparison_says_what_stands_on_the_first_side(capsys):
+    save_file({k: v for k, v in trained().state_dict().items()}, "w.safetensors")
+    assert cli.main(["measure", "mine:objective", "--against", "w.safetensors", "--metrics", "one_step", "--quiet",
+                     "--out", "r"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "mine:objective as returned" in shown and "no --checkpoint was given" in shown

@@ -14,7 +14,10 @@ from flatmin.recipes import CompareSettings, Comparison, Data, Recipe, find_reci
 from flatmin.recipes.compare import summary
 from flatmin.recipes.folder import RunFolder
 from flatmin.recipes.loop import Diverged
+from flatmin.recipes.methods import METHODS
 from flatmin.recipes.metrics import classification, standard_errors
+from flatmin.report.findings import joined
+from flatmin.sharpness import Finding
 
 
 @pytest.fixture(autouse=True)
@@ -262,3 +265,28 @@ def test_the_time_of_a_comparison_is_foretold(monkeypatch, tmp_path, capsys):
     assert "57 training steps, about 0:0" in capsys.readouterr().err
     module.Comparison(module.CompareSettings(methods="sgd", seeds=1), folder, job.record).run()
     assert "training steps" not in capsys.readouterr().err
+
+
+def test_the_advice_leaves_out_radii_that_were_tried_and_names_the_knobs_of_looksam():
+    finding = Finding(name="rho too large", symptom="s", cause="rho is above its useful range", solution="lower rho")
+    chosen = {"grid": [0.05, 0.1, 0.2, 0.4], "scores": [0.7, 0.8, 0.81, 0.85], "chosen": 0.4}
+    for name, begins in (("sam", "keep rho; tried"), ("looksam", "change alpha and k; tried")):
+        advice = module._advised(finding, METHODS[name], 0.4, chosen)
+        assert advice.solution.startswith(begins) and "rho 0.2 reached 0.81, no better than 0.85" in advice.solution
+        assert ("alpha and k" in advice.cause) == (name == "looksam") and "useful range" not in advice.cause
+    assert module._advised(finding, METHODS["sam"], 0.05, chosen | {"chosen": 0.05}) == finding  # beyond the grid
+    assert module._advised(finding, METHODS["sgd"], None, {}) == finding
+
+
+def test_a_finding_says_which_runs_show_it(monkeypatch, tmp_path, capsys):
+    module_with(monkeypatch, recipe=MINE)
+    assert compare("--methods", "sgd,sam", "--rho", "0.05", "--seeds", "2", "--out", str(tmp_path / "run")) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    every = [(m, f) for m, part in record["diagnosis"].items() for f in part["findings"]]
+    shown = " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert every and "ρ" in shown.split("─")[0] and " 0.05 " in shown
+    for _, fault in every:
+        assert set(fault["in"]) <= {"seed 0", "seed 1", module.HELD_OUT} and fault["runs"] == len(fault["in"])
+        said = f"in {joined(fault['in'])} ({len(fault['in'])} of 3 runs)"
+        assert said in shown and said in page and fault["symptom"] in shown

@@ -346,3 +346,24 @@ def test_a_comparison_beyond_the_expansion_says_so():
     assert "For SAM, a step of ρ = 0.05 is beyond the range of slope and curvature" in said
     assert "a third part is what slope and curvature leave unexplained" in report.table(record)
     assert "unexplained" not in report.table(fake()) and "beyond the range" not in " ".join(report.findings(fake()))
+
+
+def test_a_method_that_fitted_the_data_less_does_not_lead_as_flatter():
+    def said(accuracy, loss):
+        record = fake(levels(accuracy=accuracy))
+        for run in record["runs"]:
+            run["history"]["train_loss"][-1] = (loss if run["method"] == "sam" else 0.3) + 0.001 * run["seed"]
+        return [line for line in report.findings(record) if "one-step sharpness is lower" in line]
+
+    line, = said(0.4, 1.2)
+    assert line.startswith("SAM has fitted the data less (training loss SAM 1.2") and "SGD’s 0.3" in line
+    for accuracy, loss in ((0.8, 1.2), (0.4, 0.3)):         # more accurate, or fitted as well
+        line, = said(accuracy, loss)
+        assert line.startswith("Flatter: one-step sharpness is lower")
+
+
+def test_a_fall_in_a_single_seed_is_undecided():
+    line, = [line for line in report.findings(fake(seeds=1)) if "fell between" in line]
+    assert "(undecided)" in line
+    line, = [line for line in report.findings(fake(seeds=3)) if "fell between" in line]
+    assert "undecided" not in line

@@ -112,3 +112,14 @@ def test_the_page_stands_whatever_the_record_holds(part):
     text = report.page({"kind": "measure", "results": {"comparison": part}})
     assert "<h1>" in text and "<b>" not in [row[0] for row in versus.rows(part)] or "&lt;b&gt;" in text
     assert isinstance(versus.summary(part), list)
+
+
+def test_the_error_of_the_difference_is_shown(capsys):
+    compared("larger.safetensors")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "this is said of these data alone" in shown and ", on these data alone" in shown, shown
+    part = {"rows": {"one_step": {"a": 0.0450, "b": 0.0439, "value": 0.0011, "stderr": 0.0008, "data_stderr": 0.0008,
+                                  "sign": 0}}}
+    text = report.page({"kind": "measure", "results": {"comparison": part}})
+    for shown in (text, "\n".join(versus.summary(part))):
+        assert "+0.00110 ± 0.00080" in shown and "undecided" in shown and "these data alone" not in shown

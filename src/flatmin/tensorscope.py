@@ -236,7 +236,7 @@ def _of_mappings(model: nn.Module, data: Any, first: Mapping[str, Any], loss_fn:
         raise ValueError(f"the batch has no labels: one of {', '.join(TARGETS)} is needed beside {source}; it has "
                          f"{', '.join(map(str, first))}")
     if target is None:      # a language model that returns logits
-        return Objective(model, loss_fn or _next_token, _Mapped(data, _with_labels),
+        return Objective(model, loss_fn or next_token_cross_entropy, _Mapped(data, _with_labels),
                          forward=lambda m, b: m(b["input_ids"]),
                          weight=lambda b: float((b["labels"][..., 1:] != -100).sum()))
     return Objective(model, loss_fn or _default_loss(first[target]), _Mapped(data, lambda b: (b[source], b[target])))
@@ -259,7 +259,7 @@ def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     return out | {"labels": labels}
 
 
-def _next_token(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+def next_token_cross_entropy(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     z, labels = batches.logits(outputs)[..., :-1, :], batch["labels"][..., 1:]
     return F.cross_entropy(z.reshape(-1, z.shape[-1]), labels.reshape(-1))
 
@@ -267,7 +267,12 @@ def _next_token(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
 def _default_loss(targets: Any) -> Callable[..., Tensor]:
     floating = isinstance(targets, Tensor) and targets.is_floating_point()
     function = nn.MSELoss() if floating else nn.CrossEntropyLoss()
-    return lambda outputs, y: function(batches.logits(outputs), y)
+
+    def taken(outputs: Any, y: Any) -> Tensor:
+        return function(batches.logits(outputs), y)
+
+    taken.__name__ = f"{type(function).__name__}, the default for {'floating-point' if floating else 'integer'} targets"
+    return taken
 
 
 class _Mapped:

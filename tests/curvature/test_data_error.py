@@ -191,3 +191,9 @@ def test_coverage_over_many_data_sets(logistic):
         held["trace"] += abs(sums.value - total) <= 2 * sums.data_stderr
     # Student's t with 15 degrees of freedom: 281 of 300 within two standard errors
     assert 270 <= held["eigenvalue"] <= 294 and 270 <= held["trace"] <= 294, held
+
+
+def test_the_interval_is_printed_with_its_confidence():
+    found = trace(Hessian(many()), confidence=0.9)
+    low, high = found.interval
+    assert str(found).endswith(f", {low:.5g} to {high:.5g} at 90%)")

@@ -1,5 +1,7 @@
 """The loss along a line: closed form on a quadratic, true displacements, nothing changed, nothing smoothed over."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,12 @@ def test_wrong_arguments():
             line(objective, direction)
     with pytest.raises(ValueError):
         line(objective, radius=0.0)
+
+
+def test_what_is_printed_is_short_and_names_ranges():
+    found = line(quadratic(), [torch.tensor([[3.0, 0.0, 4.0]])], steps=11, radius=2.0)
+    low, high = float(found.values.min()), float(found.values.max())
+    assert repr(found) == f"Line(11 points, x -2 to 2, loss {low:.4g} to {high:.4g})"
+    assert repr(line(quadratic(), "random", draws=3)).endswith(", 3 draws)")
+    holes = dataclasses.replace(found, values=torch.where(found.x.abs() > 1.9, torch.inf, found.values))
+    assert "(2 not finite)" in repr(holes)

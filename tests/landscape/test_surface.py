@@ -180,3 +180,8 @@ def test_vectors_alone_fall_back_to_plain_directions():
     assert s.x.tolist() == [-1, 0, 1]
 
 
+
+
+def test_what_is_printed_is_short_and_names_ranges():
+    shown = repr(surface(quadratic(symmetric(7), torch.randn(7)), 9, directions="random", radius=2.0))
+    assert shown.startswith("Surface(9 × 9 points, x -2 to 2, y -2 to 2, loss ") and len(shown) < 120

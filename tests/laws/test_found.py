@@ -4,6 +4,7 @@ records that hold gradients, buffers, masks, radii. Every other law is run on mo
 
 import copy
 import gc
+import math
 import pickle
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import oracles
 import problems
 from flatmin import Sharpener, ascent, presets
+from flatmin.ascent.record import StepRecord
 from flatmin.perturbed import Displacement
 from problems import assert_same, batch, build, flat, flat_grad, loss_fn, relative
 from rows import whole
@@ -504,3 +506,9 @@ def test_data_selection_keeps_the_floor_of_its_share(gamma, n, kept):
     presets.esam(model, gamma=gamma).backward(
         lambda s: (seen.append(len(y[s])), nn.functional.cross_entropy(model(x[s]), y[s], reduction="none"))[1])
     assert seen[-1] == kept
+
+
+def test_what_a_step_does_not_know_is_a_number_that_is_nan():
+    found = StepRecord(1, False, {"loss": 2.0}).to_dict()
+    assert found["loss"] == 2.0 and all(isinstance(found[n], float) for n in ("perturbed_loss", "radius", "cosine"))
+    assert math.isnan(found["perturbed_loss"])

@@ -1,6 +1,8 @@
 """Agreement with the Hessian, correlations with their intervals, and two models side by side."""
 
+import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -10,8 +12,8 @@ from test_worst_case import relu_net
 from torch import nn
 
 from flatmin import Objective
-from flatmin.sharpness import agreement, compare, correlation
-from flatmin.sharpness.agreement import observed_order
+from flatmin.sharpness import agreement, compare, correlation, normalized_flatness, one_step
+from flatmin.sharpness.agreement import _sentence, observed_order
 from flatmin.sharpness.cautions import DifferentScaleWarning
 from problems import NoisyNet, Vector, batch, build, flat, loss_fn
 
@@ -92,3 +94,79 @@ def test_other_shapes_are_another_scale():
         assert compare(a, b, measures=["one_step"]).scale == math.inf
     with pytest.raises(ValueError, match="normalized_flatness"):
         compare(a, b, measures=["flat"])
+
+
+def two_nets(noise, batches, size=10):
+    """A net and the same with noise on its weights, on the same batches."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(batches * size, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (batches * size,), generator=generator)
+    a = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        for p in b.parameters():
+            p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    data = list(zip(x.split(size), y.split(size), strict=True))
+    return [Objective(m, torch.nn.CrossEntropyLoss(), data) for m in (a, b)]
+
+
+def test_the_error_of_a_difference_is_that_of_the_differences_by_batch():
+    a, b = two_nets(0.3, 12)
+    row = compare(a, b, measures=["one_step", "normalized_flatness"]).rows
+
+    def rises(objective):       # by hand, batch by batch
+        w = [p.detach().clone() for p in objective.parameters]
+        losses = lambda: torch.stack([objective.loss_fn(objective.model(x), y) for x, y in objective.data])  # noqa: E731
+        g = torch.autograd.grad(losses().mean(), objective.parameters)
+        length = torch.cat([t.flatten() for t in g]).norm()
+        with torch.no_grad():
+            before = losses()
+            for p, t in zip(objective.parameters, g, strict=True):
+                p += 0.05 * t / length
+            after = losses()
+            for p, t in zip(objective.parameters, w, strict=True):
+                p.copy_(t)
+        return after - before
+
+    change = rises(a) - rises(b)
+    side = row["one_step"]
+    assert side.paired and side.value == pytest.approx(float(change.mean()), rel=1e-9)
+    assert side.stderr == side.data_stderr == pytest.approx(float(change.std() / 12**0.5), rel=1e-9)
+    assert side.sign == (0 if abs(side.value) <= 2 * side.stderr else 1 if side.value > 0 else -1)
+
+    def flatness(objective, only):
+        return normalized_flatness(Objective(objective.model, objective.loss_fn, [only])).value
+
+    change = torch.tensor([flatness(a, one) - flatness(b, one) for one in a.data], dtype=torch.float64)
+    side = row["normalized_flatness"]
+    assert side.value == pytest.approx(float(change.mean()), rel=1e-6) and side.paired
+    assert side.data_stderr == pytest.approx(float(change.std() / 12**0.5), rel=1e-6)
+
+
+def test_the_largest_eigenvalues_of_nearly_the_same_weights_are_undecided():
+    found = compare(*two_nets(1e-3, 12), measures=["largest_eigenvalue"])
+    row = found.rows["largest_eigenvalue"]
+    assert row.sign == 0 and row.stderr > abs(row.value) / 2 and "undecided" in found.sentence
+    assert "sharper" not in found.sentence and "no error" not in found.sentence.lower()
+
+
+def test_with_few_batches_the_sentence_says_that_the_data_have_no_error():
+    found = compare(*two_nets(0.3, 4), measures=["one_step"])
+    assert math.isnan(found.rows["one_step"].data_stderr) and "these data alone" in found.sentence
+    found = compare(*two_nets(0.0, 4), measures=["one_step"])
+    assert found.signs == {"one_step": 0} and "undecided" in found.sentence
+
+
+def test_what_is_printed():
+    objective = two_nets(0.0, 6)[0]
+    s = agreement(objective, 0.1)
+    assert str(s) == s.sentence
+    kinks = _sentence(1.0, False, 0.1, 0.1, math.nan)
+    assert kinks.index("kinks (ReLU)") < kinks.index("the Hessian is wrong")
+    step = one_step(objective, 0.5)
+    shown, *parts = re.findall(r"-?[0-9.]+(?:e-?[0-9]+)?", str(step).replace("− ", "-"))
+    assert float(shown) == pytest.approx(step.value, rel=1e-2)
+    assert math.fsum(map(float, parts[:3])) == pytest.approx(float(shown), rel=2e-2)
+    assert str(step).endswith(f", data ± {step.data_stderr:.2g}")
+    for name in ("(first order)", "(second order)", "(rest)"):
+        assert name in str(step)

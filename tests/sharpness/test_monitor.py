@@ -1,5 +1,7 @@
 """The monitor: right numbers at the right steps through each kind of logger, on a run that is the same run."""
 
+import math
+
 import pytest
 import torch
 
@@ -99,3 +101,15 @@ def test_what_cannot_be_done_is_said():
         SharpnessMonitor(o, ["edge_of_stability"])
     with pytest.raises(ValueError, match="add_scalar"):
         SharpnessMonitor(o, logger=object())
+
+
+def test_a_number_that_is_not_finite_stays_in_the_history():
+    logger = Dict()
+    measures = {"infinite": lambda o: math.inf, "nan": lambda o: math.nan, "one": lambda o: 1.0}
+    monitor = SharpnessMonitor(Objective(build(NoisyNet), loss_fn, batch(0)), measures, logger=logger)
+    values = monitor.step()
+    (_, sent), = logger.rows
+    assert set(sent) == {"sharpness/one", "sharpness/overhead"} and values["sharpness/infinite"] == math.inf
+    row, = monitor.history
+    assert row["sharpness/infinite"] == math.inf and "sharpness/infinite, sharpness/nan" in row["note"]
+    assert SharpnessMonitor.state_dict(monitor)["history"] == [row]

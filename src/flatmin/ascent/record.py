@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..results import plain
 from ..vectors import local
 
 Key = TypeVar("Key", bound=Hashable)
@@ -116,9 +115,9 @@ class StepRecord:
         return isinstance(self._values.get("cosine"), Tensor)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers."""
+        """All of it as plain numbers; nan where a step has none."""
         names = ("loss", "perturbed_loss", "sharpness", "gradient_norm", "perturbed_gradient_norm", "radius", "cosine")
-        return plain({n: getattr(self, n) for n in names} | {"skipped": self.skipped, "passes": self.passes})
+        return {n: getattr(self, n) for n in names} | {"skipped": self.skipped, "passes": self.passes}
 
     def __repr__(self) -> str:
         return "StepRecord(" + ", ".join(f"{k}={v}" for k, v in self.to_dict().items()) + ")"

@@ -86,6 +86,10 @@ class Estimate(Measured):
     foretold: int
     converged: bool
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{super().__str__()[:-1]}, {low:.5g} to {high:.5g} at {self.confidence:.0%})"
+
 
 def quantile(confidence: float, degrees: int) -> float:
     """The t for which a Student variable lies in [−t, t] with this probability, to about 1 %.

@@ -19,6 +19,14 @@ from .plane import BatchNorm, batch_norm_policy
 from .trajectories import Trajectory
 
 
+def extent(values: Tensor) -> str:
+    """From the smallest to the largest finite number."""
+    finite = values[values.isfinite()]
+    few = len(finite) < values.numel()
+    text = f"{float(finite.min()):.4g} to {float(finite.max()):.4g}" if len(finite) else "nowhere finite"
+    return text + f" ({values.numel() - len(finite)} not finite)" * (few and len(finite) > 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """L(w + x d) for a unit vector d: ``x`` is the true displacement ‖w' − w‖, with sign. NaN and inf are kept.
@@ -36,6 +44,10 @@ class Line:
     unit: float = 1.0
     models: Tensor | None = None        # (m,) the coordinates of the models given
     trajectory: Trajectory | None = None
+
+    def __repr__(self) -> str:
+        draws = "" if self.samples is None else f", {len(self.samples)} draws"
+        return f"Line({len(self.x)} points, x {extent(self.x)}, loss {extent(self.values)}{draws})"
 
     def plot(self, ax: Any = None, *, relative: bool = False, **style: Any) -> Any:
         """The curve, with a band of two standard errors where there are several draws, on a matplotlib axes."""

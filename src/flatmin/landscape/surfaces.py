@@ -15,7 +15,7 @@ from ..objective import Objective
 from .directions import Kind
 from .grid import evaluate
 from .layout import Planner, check_arguments, span
-from .lines import sample, several
+from .lines import extent, sample, several
 from .models import Model, read
 from .plane import BatchNorm, Plane, batch_norm_policy
 from .trajectories import Trajectory, project
@@ -40,6 +40,11 @@ class Surface:
     models: Tensor | None = None            # (m, 2) coordinates of the models given
     model_values: Tensor | None = None      # (m,) the loss there
     trajectory: Trajectory | None = None
+
+    def __repr__(self) -> str:
+        shape = " × ".join(map(str, self.values.shape))
+        draws = "" if self.samples is None else f", {len(self.samples)} draws"
+        return f"Surface({shape} points, x {extent(self.x)}, y {extent(self.y)}, loss {extent(self.values)}{draws})"
 
     @property
     def directions(self) -> list[list[Tensor]]:

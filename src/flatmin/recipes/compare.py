@@ -23,7 +23,7 @@ from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..objective import Objective
 from ..sharpness import Finding, diagnose, next_radius, one_step
-from ..sharpness.diagnosis import consistent
+from ..sharpness.diagnosis import LARGER, SMALLER, WITHOUT_RHO, beyond, consistent
 from . import landscape, timing
 from .folder import RunFolder
 from .loop import Diverged, Plan, accuracy, train
@@ -35,6 +35,7 @@ from .settings import CompareSettings, fixed_radii
 
 MEASURED_RHO = 0.05
 """The radius at which one-step sharpness is measured, the same for every method."""
+HELD_OUT = "the run with held-out data"
 
 
 class Comparison:
@@ -212,24 +213,32 @@ class Comparison:
         self.folder.keep_state(key)
 
     def _diagnosis(self, method: Method) -> dict[str, Any]:
-        """What all runs of a method show together, each fault with the number of runs and its first evidence."""
+        """What all runs of a method show together, each fault with the runs that show it and its first evidence."""
         held_out, rho = self.record["held_out"], self._rho(method)
         length = rho if method.steps_by_rho else None
+        labels: dict[str, Any] = {"noise": self.noise, "classes": self.data.classes}
         base = held_out.get(method.base, []) if method.name != method.base else []
         base = steps_of(base[0]["history"]) if base else None
-        runs = [diagnose(steps_of(r["history"]), rho=length) for r in self.record["runs"]
-                if r["method"] == method.name and r.get("history")]
+        runs = [(f"seed {r['seed']}", diagnose(steps_of(r["history"]), rho=length, **labels))
+                for r in self.record["runs"] if r["method"] == method.name and r.get("history")]
         for r in held_out.get(method.name, []):
             spread = math.hypot(*(_standard_error(s, len(self._folds()[0][1])) for s in (steps_of(r["history"]), base)))
-            runs.append(diagnose(steps_of(r["history"]), base=base, rho=length, spread=max(0.005, spread)))
-        found = consistent([f for run in runs for f in run])
+            runs.append((HELD_OUT, diagnose(steps_of(r["history"]), base=base, rho=length, spread=max(0.005, spread),
+                                            **labels)))
+        found = consistent([f for _, run in runs for f in run])
         first: dict[str, Finding] = {}
         for f in found:
             first.setdefault(f.name, f)
-        low, high = min(method.rhos, default=0.02) / 2, 2 * max(method.rhos, default=0.5)
-        tried, why = (None, "") if rho is None else next_radius(found, rho, low=low, high=high)
-        return {"runs": len(runs), "rho": rho, "next_rho": tried, "next_rho_because": why,
-                "findings": [f.to_dict() | {"runs": sum(g.name == f.name for g in found)} for f in first.values()]}
+        grid = method.grid(self.recipe)
+        chosen = self.record["selection"].get(method.name, {})
+        tried = chosen.get("grid", [])[:len(chosen.get("scores", []))]
+        low, high = min(grid, default=0.02) / 2, 2 * max(grid, default=0.5)
+        after, why = (None, "") if rho is None else next_radius(found, rho, low=low, high=high, tried=tried)
+        after, why = (rho, f"{why}: set by {method.knobs}") if method.knobs and after != rho else (after, why)
+        said = [(f, [run for run, its in runs if any(g.name == f.name for g in its)]) for f in first.values()]
+        return {"runs": len(runs), "rho": rho, "next_rho": after, "next_rho_because": why,
+                "findings": [_advised(f, method, rho, chosen).to_dict() | {"runs": len(where), "in": where}
+                             for f, where in said]}
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
@@ -271,6 +280,29 @@ class Comparison:
             if not grid and not self.record["held_out"].get(method.name):
                 out[method.name] += part
         return out
+
+
+def _advised(finding: Finding, method: Method, rho: float | None, chosen: dict[str, Any]) -> Finding:
+    """With the method's own settings where it has others than ρ, and without a radius that was tried and did worse."""
+    name = finding.name
+    if rho is None or name not in {*SMALLER, *LARGER, "no improvement at this radius"}:
+        return finding
+    scores = dict(zip(chosen.get("grid", []), chosen.get("scores", []), strict=False))
+    sides = (True, False) if name == "no improvement at this radius" else (name in LARGER,)
+    beside = [t for larger in sides for t in beyond(list(scores), rho, larger)[:1]]
+    if not (beside or method.knobs):        # the radii tried end here, or none was
+        return finding
+    others = {"underfitting": WITHOUT_RHO["underfitting"][1], "unstable": WITHOUT_RHO["unstable"][1],
+              "diverging": WITHOUT_RHO["diverging"][1]}
+    cause = f"the correction is rescaled, so that {method.knobs} set how strong it is, and not rho" if method.knobs \
+        else others.get(name, "it is not the radius, since those tried beside it did no better")
+    also = {"underfitting": "train longer, or add capacity", "unstable": "warm up or lower the learning rate",
+            "diverging": "lower the learning rate"}.get(name)
+    solution = ", or ".join(filter(None, (f"change {method.knobs}" if method.knobs else "keep rho", also)))
+    if beside:
+        solution += (f"; tried on held-out data, {' and '.join(f'rho {t:g} reached {scores[t]:.3g}' for t in beside)}, "
+                     f"no better than {scores.get(rho, math.nan):.3g} at {rho:g}")
+    return dataclasses.replace(finding, cause=cause, solution=solution)
 
 
 def steps_of(history: dict[str, Any]) -> list[dict[str, Any]]:

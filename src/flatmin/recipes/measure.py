@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import math
 import platform
@@ -183,9 +184,10 @@ class Measurement:
                       "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
                       "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in objective.parameters})),
                       "device": str(objective.device), "norm": _norm(objective),
+                      "weights": self.settings.checkpoint or f"as {self.settings.objective} returns them",
                       **({} if self.other is None else {"against_norm": _norm(self.other)})},
             "data": {"name": self.settings.objective, "batches": len(samples), "samples": sum(samples), "loss": loss,
-                     "mode": objective.mode},
+                     "mode": objective.mode, "loss_function": _loss_name(objective.loss_fn)},
             "results": {}, "timing": {}, "warnings": {}, "failed": {},
         }
 
@@ -234,9 +236,14 @@ def _surface(job: Measurement) -> Any:
 def _comparison(job: Measurement) -> Any:
     """Both models side by side, and the loss on the straight line from one to the other."""
     assert job.other is not None and job.settings.against is not None
-    names = Path(job.settings.checkpoint or job.settings.objective).name, Path(job.settings.against).name
+    own = job.settings.checkpoint
+    names = (Path(own).name if own else f"{job.settings.objective} as returned"), Path(job.settings.against).name
     names = names if names[0] != names[1] else (str(job.settings.checkpoint), job.settings.against)
-    found = plain(compare(job.objective, job.other, job.settings.rho, names=names, seed=job.settings.seed))
+    compared = compare(job.objective, job.other, job.settings.rho, names=names, seed=job.settings.seed)
+    found: dict[str, Any] = plain(compared)
+    if own is None:
+        found["sentence"] += (f" The first weights are those that {job.settings.objective} returns, since no "
+                              "--checkpoint was given.")
     if all(map(torch.equal, job.objective.parameters, job.other.parameters)):
         return found
     path = line(job.objective, models=[job.objective.model, job.other.model], steps=31, margin=0.25)
@@ -372,6 +379,16 @@ def _fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
             digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _loss_name(function: Any) -> str:
+    """What the loss is called, as far as it has a name."""
+    if function is None:
+        return "the model's own"
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", None)
+    return "a function without a name" if name == "<lambda>" else name or type(function).__name__
 
 
 def _norm(objective: Objective) -> float:

@@ -21,12 +21,14 @@ class Method:
     """A name, the optimizer it descends with, and the grid its radius is chosen from (empty: it has none).
 
     ``steps_by_rho``: whether every step has the length ρ in the direction's own norm, which the diagnosis checks.
+    ``knobs``: the settings that say how strong the correction is, where that is not ρ.
     """
 
     name: str
     base: str = "sgd"
     rhos: tuple[float, ...] = ()
     steps_by_rho: bool = True
+    knobs: str = ""
 
     def sharpener(self, model: nn.Module, optimizer: torch.optim.Optimizer, rho: float | None) -> Sharpener | None:
         """The preset over a model, or None for a plain optimizer."""
@@ -45,7 +47,8 @@ METHODS: Mapping[str, Method] = {m.name: m for m in (
     Method("sam", rhos=_ONE),
     Method("asam", rhos=(0.5, 1.0, 2.0, 4.0)),
     Method("esam", rhos=_ONE, steps_by_rho=False),          # ρ over the share of the tensors that move
-    Method("looksam", rhos=_ONE, steps_by_rho=False),       # 0 in the steps between
+    Method("looksam", rhos=_ONE, steps_by_rho=False,        # 0 in the steps between
+           knobs="alpha and k"),     # its correction has the length alpha ‖g‖, whatever ρ
     Method("layer_sam", rhos=(0.01, 0.02, 0.05, 0.1)),
     Method("momentum_sam", rhos=(0.1, 0.3, 1.0, 3.0)),
     Method("fisher_sam", rhos=_ONE),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .reading import Gap, Reading, Stat, gap, in_range, numbers, plus_minus, section
+from .reading import Gap, Reading, Stat, gap, in_range, number, numbers, plus_minus, section
 
 LOSSES = {  # what should be small: the metric and its name
     "nll": "Negative log-likelihood",
@@ -119,9 +120,25 @@ def _flatter(r: Reading) -> list[str]:
         base = r.stat(r.baseline, metric)
         lower = [m for m in r.methods if r.competes(m, metric) and r.learnt(r.baseline)
                  and r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
-        if lower:
-            out.append(_listing(r, f"Flatter: {name} is lower", metric, lower))
-    return out
+        as_well = [m for m in lower if not _fitted_less(r, m)]
+        if as_well:
+            out.append(_listing(r, f"Flatter: {name} is lower", metric, as_well))
+        less = [m for m in lower if m not in as_well]
+        if less:
+            losses = joined([f"{r.label(m)} {plus_minus(r.training_loss(m))}" for m in less])
+            verb = "has" if len(less) == 1 else "have"
+            out.append(_listing(r, f"{_names(r, less)} {verb} fitted the data less (training loss {losses} against "
+                                   f"{r.label(r.baseline)}’s {plus_minus(r.training_loss(r.baseline))}) and {verb} a "
+                                   f"lower {r.test_name}, so that this does not show a flatter solution: {name} is "
+                                   "lower", metric, less))
+    return sorted(out, key=lambda text: not text.startswith("Flatter"))
+
+
+def _fitted_less(r: Reading, method: str) -> bool:
+    """Whether training loss is above and accuracy below the baseline's, both by more than the spread."""
+    loss = gap(r.training_loss(method), r.training_loss(r.baseline))
+    accuracy = gap(r.stat(method, "accuracy"), r.stat(r.baseline, "accuracy"))
+    return loss.decided and loss.difference > 0 and accuracy.decided and accuracy.difference < 0
 
 
 def _parts(r: Reading) -> list[str]:
@@ -154,7 +171,7 @@ def _rankings(r: Reading) -> list[str]:
     text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than "
             f"{r.label(b)} by the first, sharper by the second")
     if not clear:
-        text += ", though not by more than the spread in both"
+        text += " (undecided: not by more than the spread in both)"
     more = (len(clear) or len(clashes)) - 1
     rest = {0: "", 1: "; so for one more pair of methods"}.get(more, f"; so for {more} more pairs of methods")
     return [f"{text}{rest}."]
@@ -167,9 +184,31 @@ def _peaks(r: Reading) -> list[str]:
         curves = [numbers(section(x, "history").get("test_accuracy")) for x in r.runs(m)]
         drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
         if drops and sum(drops) / len(drops) > 0.02:
-            fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points")
+            known = len(drops) > 1 and statistics.stdev(drops) < sum(drops) / len(drops)
+            fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points" + " (undecided)" * (not known))
     return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {joined(fell)}. (No epoch was "
             f"picked; every result is that of the last one.)"] if fell else []
+
+
+def diagnosed(r: Reading) -> list[tuple[str, str]]:
+    """What the runs of each method show to be wrong: the fault, and where, on what evidence, and what to do."""
+    out = []
+    for m in r.methods:
+        part = section(r.record, "diagnosis", m)
+        found = part.get("findings")
+        for fault in map(section, found if isinstance(found, list) else []):
+            evidence = ", ".join(f"{k} {number(v):.3g}" for k, v in section(fault, "evidence").items())
+            where, shown, of = fault.get("in"), number(fault.get("runs")), number(part.get("runs"))
+            where = [str(w) for w in where] if isinstance(where, list) and where else []
+            count = f"{shown:.0f} of {of:.0f} runs"
+            runs = f" in {joined(where)} ({count})" if where else f" in {count}"
+            advice = f"{fault.get('cause')}; {fault.get('solution')}."
+            out.append((f"{r.label(m)}: {fault.get('symptom')}",
+                        f"{runs} ({evidence}). {advice[0].upper()}{advice[1:]}"))
+        now, tried = number(part.get("rho")), number(part.get("next_rho"))
+        if math.isfinite(tried) and tried != now:
+            out.append((f"{r.label(m)}: try ρ = {tried:g} next", f", after {now:g}."))
+    return out
 
 
 def percent(stat: Stat) -> str:

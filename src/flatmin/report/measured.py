@@ -38,8 +38,9 @@ CARE = (
 )
 CSS = """
 .big{font:500 clamp(28px,3.4vw,40px)/1.1 var(--serif);margin:.1em 0 .3em}.big span{color:var(--soft);font-size:.6em}
-.small{min-width:0;font-size:14.5px}.small th,.small td{padding:7px 18px 7px 0}.small tbody th{border-left:0;
-padding-left:0;max-width:none}.small td,.small td span{white-space:normal}
+.small{min-width:100%;width:max-content;font-size:14.5px}.small th,.small td{padding:7px 18px 7px 0}
+.two .scroll{margin:0;padding:0}.small tbody th{border-left:0;
+padding-left:0;max-width:none}.small td,.small td span{white-space:normal}.small th,.small td{max-width:22em}
 .ranks.measures li .name{max-width:none;font-weight:500}
 .ok{color:var(--c3)}.no{color:var(--warn);font-weight:600}dl.one{columns:1;margin-top:6px}
 .ranks.measures li{grid-template-columns:1fr auto}.ranks.measures div{text-align:right}
@@ -262,7 +263,8 @@ def summary(record: Mapping[str, Any]) -> str:
     table = [Row("", "value", "computation", "data"), *rows(m)]
     shown = [i for i in range(4) if i < 2 or any(row[i] for row in table[1:])]
     widths = {i: max(len(row[i]) for row in table) for i in shown}
-    lines = [f"{m.name} · {_size(m)}", "─" * max(40, sum(widths.values()) + 2 * len(widths))]
+    lines = [f"{m.name} · {_size(m)}", *textwrap.wrap(_about(m), 100)]
+    lines += ["─" * max(40, sum(widths.values()) + 2 * len(widths))]
     lines += [f"{'  '.join(f'{row[i]:<{widths[i]}}' for i in shown)}  {row.how}".rstrip() for row in table]
     named = [text for i, text in ((2, "computation: the residual of an eigenvalue, else the standard error over random "
                                       "draws"), (3, "data: the standard error over batches")) if i in shown]
@@ -284,6 +286,17 @@ def _size(m: Measured) -> str:
         parts += [f"{n:,.0f} {noun}{'' if n == 1 else 's'}"] if math.isfinite(n) else []
     loss = number(m.data.get("loss"))
     return ", ".join(parts + ([f"loss {significant(loss, 4)}"] if math.isfinite(loss) else []))
+
+
+def _about(m: Measured) -> str:
+    """Which weights and which loss were measured."""
+    file = m.settings.get("checkpoint")
+    weights = m.model.get("weights") or (f"from {file}" if file else "")
+    if weights:
+        weights = str(weights) if str(weights).startswith(("as ", "from ")) else f"from {weights}"
+    loss = m.data.get("loss_function")
+    parts = [f"weights {weights}"] * bool(weights) + [f"loss: {loss}"] * bool(loss)
+    return _printable("; ".join(parts))
 
 
 def page(record: Mapping[str, Any]) -> str:
@@ -308,8 +321,7 @@ def _hero(m: Measured) -> str:
         f"<code>flatmin measure --resume</code> and the run folder.</p>")
     about = _size(m)
     kind = _printable(str(m.model.get("name", "")))
-    file = m.settings.get("checkpoint")
-    about += (f"; {kind}" if kind else "") + (f", weights from {_printable(str(file))}" if file else "")
+    about += (f"; {kind}" if kind else "") + (f"; {_about(m)}" if _about(m) else "")
     about += f"; evaluated in mode “{_printable(str(m.data['mode']))}”" if m.data.get("mode") else ""
     items = "".join(f'<li><span class="name">{_text(what)}</span><div><b>{escape(value)}</b>'
                     f"{_beside(error, data)}</div></li>"
@@ -376,9 +388,10 @@ def _spectrum(m: Measured) -> str:
         of_data = " The standard error is over batches of the data." if has_data else ""
         note = f"{certified}; the Hessian has an eigenvalue within each. {complete}{of_data} " \
                f"{number(r.get('matvecs')):.0f} products."
-        blocks.append(f'<div><h3>Largest eigenvalues</h3><table class="small"><thead><tr><th></th><th>λ</th>'
+        blocks.append(f'<div><h3>Largest eigenvalues</h3><div class="scroll" tabindex="0"><table class="small">'
+                      f"<thead><tr><th></th><th>λ</th>"
                       f"<th>residual</th>{'<th>standard error</th>' * has_data}<th></th></tr></thead>"
-                      f"<tbody>{body}</tbody></table>"
+                      f"<tbody>{body}</tbody></table></div>"
                       f'<p class="quiet">{_text(note)}</p></div>')
         if len(pairs) > 1:
             blocks.insert(0, f"<figure><h3>λ, with residuals</h3><figcaption>a bar as long as the residual on each "
@@ -480,8 +493,9 @@ def _others(m: Measured) -> str:
     body = "".join(f"<tr><th>{_text(row.what)}</th><td><b>{escape(row.value)}</b></td>"
                    f"{''.join(f'<td>{escape(row[i])}</td>' for i in kept)}<td>{_text(row.how)}</td></tr>"
                    for row in shown)
-    return _section("Other measures", "The average case moves every weight by a normal draw, so that the length of a "
-                    "move is ρ in the mean square.", f'<div class="scroll"><table class="small"><thead><tr>{head}</tr>'
+    average = "The average case moves every weight by a normal draw, so that the length of a move is ρ in the mean " \
+              "square." if m.result("average_case") else ""
+    return _section("Other measures", average, f'<div class="scroll"><table class="small"><thead><tr>{head}</tr>'
                     f'</thead><tbody>{body}</tbody></table></div><p>{_text(_printable(told))}</p>')
 
 
@@ -534,7 +548,8 @@ def _details(m: Measured) -> str:
 
 
 def _section(title: str, text: str, inside: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{inside}</section>"
+    words = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(title)}</h2>{words}{inside}</section>"
 
 
 def _dl(facts: list[tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import RunFolderError
 from . import figures
-from .findings import headline, joined, seen, verdict, worse
+from .findings import diagnosed, headline, joined, seen, verdict, worse
 from .reading import METRICS, Reading, number, numbers, plus_minus, section
 from .style import sheet
 from .table import COLUMNS, html_table, scale, strip
@@ -208,19 +208,8 @@ def _chosen(part: Mapping[str, Any]) -> str:
 
 def _diagnosis(r: Reading) -> str:
     """What the runs of each method show to be wrong, with the numbers it rests on, and the radius to try next."""
-    items, looked = [], [m for m in r.methods if section(r.record, "diagnosis", m)]
-    for m in looked:
-        part = section(r.record, "diagnosis", m)
-        found = part.get("findings")
-        for fault in found if isinstance(found, list) else []:
-            evidence = ", ".join(f"{k} {number(v):.3g}" for k, v in section(fault, "evidence").items())
-            advice = f"{section(fault).get('cause')}; {section(fault).get('solution')}."
-            items.append(f"<li><b>{escape(r.label(m))}: {escape(str(section(fault).get('symptom')))}</b> in "
-                         f"{number(section(fault).get('runs')):.0f} of {number(part.get('runs')):.0f} runs "
-                         f"({escape(evidence)}). {escape(advice[0].upper() + advice[1:])}</li>")
-        now, tried = number(part.get("rho")), number(part.get("next_rho"))
-        if math.isfinite(tried) and tried != now:
-            items.append(f"<li><b>{escape(r.label(m))}: try ρ = {tried:g} next</b>, after {now:g}.</li>")
+    looked = [m for m in r.methods if section(r.record, "diagnosis", m)]
+    items = [f"<li><b>{escape(head)}</b>{escape(rest)}</li>" for head, rest in diagnosed(r)]
     if not looked:
         return ""
     body = f"<ul>{''.join(items)}</ul>" if items else "<p>No run shows any of the faults that are looked for.</p>"

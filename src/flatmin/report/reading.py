@@ -156,6 +156,13 @@ class Reading:
         spread = statistics.stdev(values) if finite and len(values) > 1 else math.nan
         return Stat(sum(values) / len(values), spread, len(values))
 
+    def training_loss(self, method: str) -> Stat:
+        """Of the last epoch."""
+        curves = [numbers(section(r, "history").get("train_loss")) for r in self.runs(method)]
+        values = [c[-1] for c in curves if c and math.isfinite(c[-1])]
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return Stat(statistics.fmean(values), spread, len(values)) if values else Stat()
+
     def learnt(self, method: str) -> bool:
         """Whether the mean test accuracy is above chance by two standard errors; True where this cannot be told.
 

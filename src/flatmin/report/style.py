@@ -31,7 +31,7 @@ section>p{color:var(--soft);margin-bottom:1.3em}
 .hero{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:12px 56px;align-items:start}
 .lede{font-size:clamp(18px,1.75vw,21px);line-height:1.45;text-wrap:pretty;margin-top:0}
 .ranks{list-style:none;margin:4px 0 0;padding:0}
-.ranks li{display:grid;grid-template-columns:5.5em 1fr 7.4em;gap:2px 16px;align-items:center;
+.ranks li{display:grid;grid-template-columns:7.2em 1fr 7.4em;gap:2px 16px;align-items:center;
 padding:11px 0;border-top:1px solid var(--rule)}
 .ranks li:first-child{border-top:0}
 .ranks b{font:500 26px/1 var(--serif)}
@@ -66,7 +66,7 @@ th,td{text-align:left;vertical-align:top;padding:12px 18px 12px 0;border-bottom:
 thead th{font-size:13.5px;font-weight:600;line-height:1.3;border-bottom:1.5px solid var(--ink)}
 thead small{display:block;font-weight:400;font-size:12px}
 tbody th{font-weight:600;border-left:4px solid currentColor;padding-left:12px}
-tbody th,.name{overflow-wrap:break-word;max-width:12em;min-width:4.6em}
+tbody th,.name{max-width:12em;min-width:min-content;overflow-wrap:normal}
 th:last-child,td:last-child{white-space:nowrap;padding-right:0}
 td b{font-weight:400;font-size:17px;color:var(--ink)}td.strong b{font-weight:700}
 td span{color:var(--soft);font-size:13px;white-space:nowrap}td small{display:block;font-size:12px;white-space:nowrap}

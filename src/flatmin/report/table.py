@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from .findings import diagnosed
 from .reading import Reading, gap, in_range, number, numbers, plus_minus, section, significant
 
 
@@ -31,6 +33,7 @@ COLUMNS = (
     Column("eigenvalue", "Largest Hessian eigenvalue"),
 )
 PARTS = ("first_order", "second_order")
+CONTROL = {i: "�" for i in (*range(32), *range(127, 160))}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -40,17 +43,25 @@ def table(record: Mapping[str, Any]) -> str:
     sharpness, followed by the rest where that is more than a quarter; "× SGD" is the time of a step in units of SGD's.
     """
     r = Reading(record)
-    head = ["", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step", f"× {r.label(r.baseline)}"]
-    rows = [[r.label(m), *(_cell(r, m, c) for c in COLUMNS), *_time(r, m)] for m in r.methods]
+    head = ["", "ρ", "accuracy %", "NLL", "ECE", "sharpness", "= 1st + 2nd", "λ_max", "ms/step",
+            f"× {r.label(r.baseline)}"]
+    rows = [[r.label(m), _radius(r, m), *(_cell(r, m, c) for c in COLUMNS), *_time(r, m)] for m in r.methods]
     for row, m in zip(rows, r.methods, strict=True):
-        row.insert(5, _parts(r, m))
+        row.insert(6, _parts(r, m))
     keep = [0, *(i for i in range(1, len(head)) if any(row[i] != "–" for row in rows))]
     lines = [[row[i] for i in keep] for row in [head, *rows]]
     widths = [max(_width(line[i]) for line in lines) for i in range(len(keep))]
     text = ["  ".join([_pad(line[0], widths[0], left=True), *(_pad(c, w) for c, w in zip(line[1:], widths[1:],
                                                                                        strict=True))]).rstrip()
             for line in lines]
-    return "\n".join([text[0], "─" * max(map(_width, text)), *text[1:], *_note(r)])
+    told = [f"{head}{rest}".translate(CONTROL) for head, rest in diagnosed(r)]
+    return "\n".join([text[0], "─" * max(map(_width, text)), *text[1:], *_note(r),
+                      *(line for item in told for line in textwrap.wrap(item, 100, subsequent_indent="  "))])
+
+
+def _radius(r: Reading, method: str) -> str:
+    rho = next((number(x.get("rho")) for x in r.runs(method)), math.nan)
+    return f"{rho:g}" if math.isfinite(rho) else "–"
 
 
 def html_table(record: Mapping[str, Any]) -> str:

@@ -25,15 +25,24 @@ def names(part: Mapping[str, Any]) -> tuple[str, str]:
     return printable(str(a)), printable(str(b))
 
 
-def rows(part: Mapping[str, Any]) -> list[tuple[str, str, str, str, bool]]:
-    """(measure, of A, of B, which is sharper, whether rescaling leaves it alone)."""
+def rows(part: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, bool]]:
+    """(measure, of A, of B, their difference with its error, which is sharper, whether rescaling leaves it alone)."""
     out, (a, b) = [], names(part)
     for name in section(part, "rows"):
         row = section(part, "rows", name)
-        sharper = {1.0: a, -1.0: b}.get(number(row.get("sign")), "cannot be told")
+        sharper = {1.0: a, -1.0: b}.get(number(row.get("sign")), "undecided")
+        error = number(row.get("stderr"))
+        difference = signed(number(row.get("value"))) + (f" ± {significant(error, 2)}" if error >= 0 else "")
+        if "data_stderr" in row and not math.isfinite(number(row["data_stderr"])):
+            sharper += ", on these data alone" if sharper != "undecided" else ""
         out.append((NAMES.get(str(name), printable(str(name))), significant(number(row.get("a"))),
-                    significant(number(row.get("b"))), sharper, row.get("invariant") is True))
+                    significant(number(row.get("b"))), difference, sharper, row.get("invariant") is True))
     return out
+
+
+def signed(value: float) -> str:
+    return significant(value).replace("-", "−", 1) if value < 0 else f"+{significant(value)}" if value > 0 else \
+        significant(value)
 
 
 def summary(part: Mapping[str, Any]) -> list[str]:
@@ -41,8 +50,9 @@ def summary(part: Mapping[str, Any]) -> list[str]:
     if not part:
         return []
     a, b = names(part)
-    table = [("", a, b, "sharper"), *(row[:3] + (row[3] + " (invariant)" * row[4],) for row in rows(part))]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    table = [("", a, b, "difference", "sharper"),
+             *(row[:4] + (row[4] + " (invariant)" * row[5],) for row in rows(part))]
+    widths = [max(len(row[i]) for row in table) for i in range(5)]
     return ["", *("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table),
             *textwrap.wrap(printable(str(part.get("sentence", ""))), 100)]
 
@@ -54,13 +64,15 @@ def html(part: Mapping[str, Any]) -> str:
         return ""
     a, b = map(escape, names(part))
     body = "".join(f"<tr><th>{escape(name)}</th><td><b>{escape(x)}</b></td><td><b>{escape(y)}</b></td>"
-                   f"<td>{escape(sharper)}</td><td>{'yes' if invariant else 'no'}</td></tr>"
-                   for name, x, y, sharper, invariant in found)
+                   f"<td>{escape(difference)}</td><td>{escape(sharper)}</td>"
+                   f"<td>{'yes' if invariant else 'no'}</td></tr>"
+                   for name, x, y, difference, sharper, invariant in found)
     scale = number(part.get("scale"))
     apart = f"Norms of corresponding weights are up to {scale:.3g} times apart." if math.isfinite(scale) else ""
     return (f"<section><h2>{a} and {b}</h2><p>{escape(printable(str(part.get('sentence', ''))))} {apart}</p>"
             f'<div class="scroll" tabindex="0"><table class="small"><thead><tr><th></th><th>{a}</th><th>{b}</th>'
-            f"<th>sharper</th><th>invariant to rescaling</th></tr></thead><tbody>{body}</tbody></table></div>"
+            f"<th>difference ± standard error</th><th>sharper</th><th>invariant to rescaling</th></tr></thead>"
+            f"<tbody>{body}</tbody></table></div>"
             f"{_path(section(part, 'path'), names(part))}</section>")
 
 

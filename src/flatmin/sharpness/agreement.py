@@ -37,6 +37,9 @@ class Agreement(Scalar):
     ratio: float                        # worst case / bound where it applies, else nan
     sentence: str
 
+    def __str__(self) -> str:
+        return self.sentence
+
 
 def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, restarts: int = 1, tol: float = 1e-2,
               seed: int | torch.Generator = 0) -> Agreement:
@@ -128,7 +131,8 @@ def _sentence(order: float, third: bool | None, slope: float, bound: float, rati
         first = f"One-step sharpness and the Hessian agree: halving rho divides the remainder by {2**order:.1f}."
     else:
         first = (f"One-step sharpness and the Hessian do not agree to third order: halving rho divides the remainder "
-                 f"by {2**order:.1f}, not 8. The loss has kinks within rho, rho is too large, or the Hessian is wrong.")
+                 f"by {2**order:.1f}, not 8. The loss has kinks (ReLU) within rho, or rho is too large, or the Hessian "
+                 "is wrong.")
     if math.isnan(ratio):
         second = (f"Worst case and ½ρ²λ₁ = {bound:.3g} are different quantities here, since the first-order part "
                   f"ρ‖g‖ = {slope:.3g} is not small beside it." if bound > 0 else

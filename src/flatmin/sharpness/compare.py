@@ -6,10 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import torch
 
 from .. import vectors
 from ..curvature import Hessian, eigenpairs
+from ..curvature.sampling import data_stderr
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import DifferentScaleWarning
@@ -24,13 +26,20 @@ SAME_SCALE = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Side(Scalar):
-    """One measure of two models: ``value`` = a − b, ``sign`` of it (0 within two standard errors)."""
+    """One measure of two models: ``value`` = a − b, ``sign`` of it, 0 (undecided) within two standard errors of it.
+
+    ``stderr`` is that of the difference, of the computation and over batches together. Where there are five batches or
+    more, ``data_stderr`` is its part over batches: of the differences batch by batch where the batches are the same
+    (``paired``), else of both models' errors in quadrature. Where it is nan, the sign is of these data alone.
+    """
 
     name: str
     a: float
     b: float
     sign: int
     invariant: bool     # whether it stays the same when a ReLU network is rescaled
+    data_stderr: float = math.nan
+    paired: bool = False
 
     @property
     def ratio(self) -> float:
@@ -49,7 +58,7 @@ class Comparison(Scalar):
 
     @property
     def signs(self) -> dict[str, int]:
-        """1 where a is sharper, −1 where b is, 0 where they cannot be told apart."""
+        """1 where a is sharper, −1 where b is, 0 where it is undecided."""
         return {name: row.sign for name, row in self.rows.items()}
 
     @property
@@ -88,13 +97,7 @@ def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence
     unknown = [name for name in measures if name not in MEASURES]
     if unknown or not measures:
         raise ValueError(f"unknown measures {unknown}: choose from {', '.join(MEASURES)}")
-    rows = {}
-    for name in measures:
-        (x, ex), (y, ey) = (_measure(name, o, rho, adaptive_rho or rho, seed) for o in (a, b))
-        error = math.hypot(ex, ey)
-        sign = 0 if not abs(x - y) > 2 * error else (1 if x > y else -1)
-        rows[name] = Side(name=name, value=x - y, stderr=error if error else math.nan, a=x, b=y, sign=sign,
-                          invariant=name in INVARIANT, settings={"rho": rho})
+    rows = {name: _side(name, a, b, rho, adaptive_rho or rho, seed) for name in measures}
     scale = scale_between(a, b)
     plain = [name for name in rows if name not in INVARIANT]
     if scale > SAME_SCALE and plain:
@@ -108,18 +111,52 @@ def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence
                       settings={"rho": rho, "headline": head, "names": names})
 
 
-def _measure(name: str, objective: Objective, rho: float, adaptive_rho: float, seed: int) -> tuple[float, float]:
-    """A measure and its error."""
-    if name == "one_step":
-        return one_step(objective, rho, second_order=False).value, 0.0
+@dataclass(frozen=True)
+class _Found:
+    """A measure, the error of its computation, its error over batches, and its values by batch with their weights."""
+
+    value: float
+    error: float
+    data: float
+    batches: tuple[list[float], list[float]] = ([], [])
+
+
+def _side(name: str, a: Objective, b: Objective, rho: float, adaptive_rho: float, seed: int) -> Side:
+    x, y = (_measure(name, objective, rho, adaptive_rho, seed) for objective in (a, b))
+    (xs, n), (ys, m) = x.batches, y.batches
+    paired = bool(n) and n == m and not (math.isnan(x.data) or math.isnan(y.data))
+    data = math.hypot(x.data, y.data)
+    if paired:
+        changes = [p - q for p, q in zip(xs, ys, strict=True)]
+        of_all = name == "normalized_flatness"      # the batches of all ranks, and of a sum in units of the mean
+        found = data_stderr((torch.tensor(n).double(), torch.tensor(changes).double())) if of_all else \
+            a.data_stderr(changes, n)
+        data = math.nan if found is None else found
+    known = [e for e in (x.error, y.error, data) if not math.isnan(e)]
+    error, difference = math.hypot(*known), x.value - y.value
+    sign = 0 if not abs(difference) > 2 * error else 1 if difference > 0 else -1
+    return Side(name=name, value=difference, stderr=error if error or not math.isnan(data) else math.nan, a=x.value,
+                b=y.value, sign=sign, invariant=name in INVARIANT, data_stderr=data, paired=paired,
+                settings={"rho": rho})
+
+
+def _measure(name: str, objective: Objective, rho: float, adaptive_rho: float, seed: int) -> _Found:
     if name == "largest_eigenvalue":
         found = eigenpairs(Hessian(objective), 1, seed=seed)
-        return found.largest, float(found.residuals[-1])
+        return _Found(found.largest, float(found.residuals[-1]),
+                      math.nan if found.data_stderr is None else float(found.data_stderr[-1]))
     if name == "normalized_flatness":
         record = normalized_flatness(objective, seed=seed)
-        return record.value, 0.0 if record.exact else record.stderr
-    options: dict[str, Any] = {"adaptive": "element"} if name == "adaptive_worst_case" else {}
-    return worst_case(objective, adaptive_rho if options else rho, seed=seed, **options).value, 0.0
+        n, values = record.batches or (torch.empty(0), torch.empty(0))
+        return _Found(record.value, 0.0 if record.exact else record.stderr, record.data_stderr,
+                      (values.tolist(), n.tolist()))
+    if name == "one_step":
+        rise = one_step(objective, rho, second_order=False)
+    else:
+        adaptive = name == "adaptive_worst_case"
+        rise = worst_case(objective, adaptive_rho if adaptive else rho, seed=seed,
+                          adaptive="element" if adaptive else "none")
+    return _Found(rise.value, 0.0, rise.data_stderr, (list(rise.rises), list(rise.weights)))
 
 
 def scale_between(a: Objective, b: Objective) -> float:
@@ -137,8 +174,14 @@ def _sentence(rows: dict[str, Side], names: tuple[str, str], scale: float) -> st
     said = {sign: [name for name, row in rows.items() if row.sign == sign] for sign in (1, -1, 0)}
     parts = [f"{names[0 if sign > 0 else 1]} is sharper by {', '.join(said[sign])}" for sign in (1, -1) if said[sign]]
     if said[0]:
-        parts.append(f"{', '.join(said[0])} cannot tell them apart")
+        parts.append(f"by {', '.join(said[0])} it is undecided: the difference is within two standard errors of it")
     text = "; ".join(parts) + "."
+    text = text[0].upper() + text[1:] if not (said[1] or said[-1]) else text
+    here = [name for name, row in rows.items() if math.isnan(row.data_stderr)]
+    if here:
+        which = "" if len(here) == len(rows) else f" of {', '.join(here)}"
+        text += (f" No error over the data{which} is known, which takes five batches or more: this is said of these "
+                 "data alone.")
     if said[1] and said[-1]:
         text += " The measures disagree, which they may: they are different quantities."
     if scale > SAME_SCALE and any(not row.invariant for row in rows.values()):

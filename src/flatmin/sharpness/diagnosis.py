@@ -1,7 +1,7 @@
 """What is wrong with a sharpness-aware run: symptom, cause, solution and the evidence, read from its record.
 
-The table is that of the guide in seed 003, put right in one place: good training and poor validation accuracy is
-overfitting, not underfitting, and underfitting asks for a smaller radius, not a larger one. Thresholds are this
+Good training and poor validation accuracy is overfitting, not underfitting, and underfitting asks for a smaller
+radius, not a larger one. Thresholds are this
 library's conventions, made for records of some hundreds of steps; each finding shows the numbers it rests on. Findings
 that would ask for a larger and for a smaller radius at once do not occur together: see ``consistent``.
 """
@@ -19,16 +19,23 @@ Step = Mapping[str, Any]
 USEFUL = (0.01, 1.0)
 """The useful range of the realised sharpness over the loss, (L(w + ε) − L(w)) / L(w)."""
 
+FEWEST = 20
+"""Fewer recorded steps say nothing of how a loss went."""
+KNOWN = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm", "radius", "cosine", "train_accuracy",
+         "accuracy", "confidence", "ece", "tau_func")
+
 TABLE = {  # name: symptom, cause, solution
     "diverging": ("training loss diverges", "rho is too large, or the learning rate",
                   "halve rho (0.01 to 0.02 is the floor), or lower the learning rate"),
     "unstable": ("training loss has spikes", "rho is too large, or the learning rate",
                  "halve rho (0.01 to 0.02 is the floor), warm it up, or lower the learning rate"),
-    "no improvement": ("no better than the base optimizer", "rho is too small to matter",
+    "no improvement": ("not measurably better than the base optimizer", "rho is too small to matter",
                        "double rho (0.1 to 0.2), as long as training stays stable"),
-    "no improvement at this radius": ("no better than the base optimizer", "another radius is needed, or flatness is "
-                                      "not what limits this run", "choose rho on held-out data, or try another "
-                                      "direction or rule"),
+    "no improvement at this radius": ("not measurably better than the base optimizer", "another radius is needed, or "
+                                      "flatness is not what limits this run", "choose rho on held-out data, or try "
+                                      "another direction or rule"),
+    "undecided": ("not measurably better than the base optimizer", "it is ahead, by no more than the spread",
+                  "more held-out data or more seeds would tell"),
     "underfitting": ("training accuracy is low", "rho is too large, the model too small or the run too short",
                      "lower rho, train longer, or add capacity"),
     "overfitting": ("training is perfect and validation is poor", "the model memorises in spite of the flat minimum",
@@ -42,6 +49,8 @@ TABLE = {  # name: symptom, cause, solution
     "hallucinated minimizer": ("the perturbed gradient vanishes where the gradient does not",
                                "w + ε is a critical point and w is not, so that the steps stop early",
                                "lower rho, let it decay, or take plain steps at the end"),
+    "too few records": ("there are too few records to judge the loss", f"the diagnosis needs {FEWEST} recorded steps",
+                        "record more steps, or train longer"),
     "bf16 rounding": ("the step taken is not the one asked for", "half-precision weights round ε away",
                       "keep float32 weights, and compute in half precision under autocast"),
 }
@@ -52,7 +61,9 @@ WITHOUT_RHO = {  # the same of a run that has no radius: a plain optimizer's
                      "train longer, or add capacity"),
     "overfitting": ("training is perfect and validation is poor", "the model memorises",
                     "check the augmentation, or add weight decay"),
+    "too few records": TABLE["too few records"],
 }
+MEMORISING = "training accuracy is beyond what can be had without memorising re-drawn labels, and validation is poor"
 SMALLER = ("diverging", "unstable", "rho too large", "hallucinated minimizer", "underfitting")
 LARGER = ("rho too small", "no improvement")
 """Findings that ask for another radius."""
@@ -79,7 +90,7 @@ class Finding:
 
 
 def diagnose(steps: Sequence[Step], *, base: Sequence[Step] | None = None, rho: float | None = None,
-             spread: float = 0.005) -> list[Finding]:
+             spread: float = 0.005, noise: float = 0.0, classes: int | None = None) -> list[Finding]:
     """Every fault that a run record shows, each with its evidence; an empty list where none does.
 
     Args:
@@ -94,12 +105,26 @@ def diagnose(steps: Sequence[Step], *, base: Sequence[Step] | None = None, rho: 
         rho: the length that every step should have, for rounding; None where it is not rho by definition (ESAM,
             LookSAM, unnormalized SAM).
         spread: a difference of accuracy that means nothing.
+        noise: the share of labels, in training and held-out data, that were re-drawn at random from all classes.
+            Without memorising them, an accuracy of 1 − noise · (1 − 1/classes) can be had, which underfitting and
+            overfitting are judged against.
+        classes: how many; needed with ``noise``.
+
+    Raises:
+        ValueError: no steps, steps without any of these quantities, or noise that is no share or without classes.
 
     >>> steps = [{"loss": 2.0 / (1 + t), "perturbed_loss": 2.0004 / (1 + t)} for t in range(100)]
     >>> [finding.name for finding in diagnose(steps)]
     ['rho too small']
     """
-    run = _Run(list(steps), list(base or []), rho, spread)
+    steps = list(steps)
+    if not any(step.get(name) is not None for step in steps for name in KNOWN):
+        what = f"{len(steps)} steps without any of them" if steps else "no steps"
+        raise ValueError(f"a diagnosis needs steps with some of {', '.join(KNOWN)}; got {what}")
+    if not 0 <= noise <= 1 or noise and (classes is None or classes < 1):
+        raise ValueError(f"noise is a share from 0 to 1 and needs classes=, got noise={noise}, classes={classes}")
+    attainable = 1 - noise * (1 - 1 / classes) if noise and classes else 1.0
+    run = _Run(steps, list(base or []), rho, spread, attainable)
     found = [finding for check in CHECKS if (finding := check(run)) is not None]
     return consistent([_without_rho(f) for f in found if f.name in WITHOUT_RHO] if run.plain else found)
 
@@ -126,10 +151,13 @@ def consistent(findings: Sequence[Finding]) -> list[Finding]:
     return kept
 
 
-def next_radius(findings: Sequence[Finding], rho: float, *, low: float = 0.01, high: float = 1.0
-                ) -> tuple[float, str]:
-    """The radius to try next, by the guide's recipe, and why: half where a finding says too large, twice where one says
-    too small, not beyond ``low`` and ``high``; the same radius otherwise. Instability goes before the rest.
+def next_radius(findings: Sequence[Finding], rho: float, *, low: float = 0.01, high: float = 1.0,
+                tried: Sequence[float] = ()) -> tuple[float, str]:
+    """The radius to try next, and why: half where a finding says too large, twice where one says too small, not beyond
+    ``low`` and ``high``; the same radius otherwise. Instability goes before the rest.
+
+    Where ``rho`` was chosen among the radii ``tried``, and one of them lies on the side that a finding asks for, no
+    other radius is recommended.
 
     >>> next_radius([], 0.05)
     (0.05, 'no finding asks for another radius')
@@ -139,16 +167,25 @@ def next_radius(findings: Sequence[Finding], rho: float, *, low: float = 0.01, h
     smaller = [name for name in SMALLER if name in names]
     if not smaller and not larger:
         return rho, "no finding asks for another radius"
-    tried = min(max(rho, high), 2 * rho) if larger else max(min(rho, low), rho / 2)
+    after = min(max(rho, high), 2 * rho) if larger else max(min(rho, low), rho / 2)
     name, size = (larger[0], "largest") if larger else (smaller[0], "smallest")
-    return tried, f"{name}, and {rho:g} is already the {size} to try" if tried == rho else name
+    beside = beyond(tried, rho, bool(larger))
+    if beside:
+        return rho, f"{name}, but {', '.join(f'{t:g}' for t in beside)} did no better on held-out data"
+    return after, f"{name}, and {rho:g} is already the {size} to try" if after == rho else name
+
+
+def beyond(tried: Sequence[float], rho: float, larger: bool) -> list[float]:
+    """The radii tried that are larger, or smaller, than rho; the nearest first."""
+    return sorted((t for t in tried if (t > rho if larger else t < rho)), key=lambda t: abs(t - rho))
 
 
 class _Run:
     """Columns of a record, without what is missing or not finite."""
 
-    def __init__(self, steps: list[Step], base: list[Step], rho: float | None, spread: float):
-        self.steps, self.base, self.rho, self.spread = steps, base, rho, spread
+    def __init__(self, steps: list[Step], base: list[Step], rho: float | None, spread: float,
+                 attainable: float = 1.0):
+        self.steps, self.base, self.rho, self.spread, self.attainable = steps, base, rho, spread, attainable
 
     def column(self, *names: str, of: list[Step] | None = None) -> list[tuple[int, list[float]]]:
         """(position, values) of the steps that have all the names, finite."""
@@ -224,6 +261,7 @@ def _finding(name: str, evidence: dict[str, float], step: int | None = None) -> 
 
 def _without_rho(finding: Finding) -> Finding:
     symptom, cause, solution = WITHOUT_RHO[finding.name]
+    symptom = MEMORISING if finding.symptom == MEMORISING else symptom
     return replace(finding, symptom=symptom, cause=cause, solution=solution)
 
 
@@ -260,35 +298,50 @@ def _log_ratio(a: float, b: float) -> float:
 
 
 def no_improvement(run: _Run) -> Finding | None:
-    """Held-out accuracy not above the base run's by more than the spread."""
+    """Held-out accuracy not above the base run's by more than the spread; no other radius is asked for where it is
+    above."""
     ours, theirs = run.final("accuracy"), run.final("accuracy", run.base)
     if not ours - theirs <= run.spread:
         return None
     relative = median(run.relative_sharpness())
-    name = "no improvement" if relative < 5 * USEFUL[0] else "no improvement at this radius"
-    evidence = {"accuracy": ours, "base": theirs}
+    name = "undecided" if ours > theirs else "no improvement" if relative < 5 * USEFUL[0] else \
+        "no improvement at this radius"
+    evidence = {"accuracy": ours, "base": theirs, "spread": run.spread}
     return _finding(name, evidence if math.isnan(relative) else evidence | {"sharpness over loss": relative})
 
 
 def underfitting(run: _Run) -> Finding | None:
-    """Training accuracy below the base run's by 2 points; without one, below 0.8 and at most 0.1 above validation."""
+    """Training accuracy below the base run's, or what is attainable, by 2 points; without a base run, below 0.8 of what
+    is attainable and at most 0.1 above validation."""
     train, validation = run.final("train_accuracy"), run.final("accuracy")
     theirs = run.final("train_accuracy", run.base)
     if math.isfinite(theirs):
         worse = run.final("accuracy", run.base) - validation > run.spread
         return _finding("underfitting", {"train": train, "base train": theirs, "validation": validation}) \
-            if theirs - train > 0.02 and worse else None
-    if train < 0.8 and train - validation < 0.1:
-        return _finding("underfitting", {"train": train, "validation": validation})
+            if min(theirs, run.attainable) - train > 0.02 and worse else None
+    if train < 0.8 * run.attainable and train - validation < 0.1:
+        return _finding("underfitting", {"train": train, "validation": validation} | _attainable(run))
     return None
 
 
 def overfitting(run: _Run) -> Finding | None:
-    """Training accuracy of 0.98 or more, and validation 0.1 below it."""
+    """Training accuracy of at most 0.02 below what is attainable, and validation 0.1 below it."""
     train, validation = run.final("train_accuracy"), run.final("accuracy")
-    if train >= 0.98 and train - validation >= 0.1:
-        return _finding("overfitting", {"train": train, "validation": validation})
+    if train >= run.attainable - 0.02 and train - validation >= 0.1:
+        found = _finding("overfitting", {"train": train, "validation": validation} | _attainable(run))
+        return replace(found, symptom=MEMORISING) if run.attainable < 1 else found
     return None
+
+
+def _attainable(run: _Run) -> dict[str, float]:
+    return {"attainable without memorising": run.attainable} if run.attainable < 1 else {}
+
+
+def too_few(run: _Run) -> Finding | None:
+    """Fewer than 20 recorded steps, unless the loss is not finite."""
+    count = len(run.steps)
+    ended = any(not math.isfinite(loss) for loss in run.losses())
+    return None if count >= FEWEST or ended else _finding("too few records", {"steps": count})
 
 
 def spurious_flattening(run: _Run) -> Finding | None:
@@ -349,4 +402,4 @@ def rounding(run: _Run) -> Finding | None:
 
 CHECKS: tuple[Callable[[_Run], Finding | None], ...] = (
     unstable, hallucinated_minimizer, rounding, radius_out_of_range, spurious_flattening, no_improvement, underfitting,
-    overfitting)
+    overfitting, too_few)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature import Hessian
+from ..curvature.operator import Forms
+from ..curvature.sampling import add, data_stderr
 from ..objective import Objective
 from ..results import Scalar
 from .average_case import mean_and_error
@@ -24,10 +26,12 @@ Kind = Literal["element", "row", "column", "row_column"]
 class NormalizedFlatness(Scalar):
     """``value`` = Σᵢ wᵢ² Hᵢᵢ or a relative of it; ``layers`` its parts by parameter name."""
 
+    data_stderr: float = math.nan   # over batches, of "element" alone; nan where there are fewer than five
     layers: dict[str, float]
     exact: bool         # the diagonal of H by one product a parameter, rather than from random vectors
     products: int
     clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
+    batches: Forms | None = field(default=None, repr=False)     # weights and values of the batches, of "element"
 
 
 def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples: int = 100,
@@ -77,12 +81,12 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
         at = objective.evaluate()
         H = Hessian(objective)
         exact = H.size <= samples and not space.sharded
-        stderr, clipped, products = math.nan, 0.0, H.size if exact else samples
+        stderr, clipped, products, forms = math.nan, 0.0, H.size if exact else samples, None
         if exact:
-            h = H.split(H.dense().diagonal())
+            h, forms = _diagonal(H, w if kind == "element" else None)
         else:
             c = w if kind == "element" else [_size(t, kind) for t in w]
-            h, stderr = _estimate(H, space, c, samples, vectors.seeded(seed))
+            h, stderr, forms = _estimate(H, space, c, samples, vectors.seeded(seed))
             if kind != "element":
                 h = [torch.where(b > 0, d.double() / b.double().square(), 0) for d, b in zip(h, c, strict=True)]
         if kind == "element":
@@ -93,24 +97,43 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
             clipped = math.fsum(float(d.clamp(max=0).abs().sum()) for d in h) / size if size else 0.0
             parts = [_least(d.double().clamp(min=0), t.double(), kind) for d, t in zip(h, w, strict=True)]
     warn_of(objective, at)
-    return NormalizedFlatness(value=math.fsum(parts), stderr=stderr if kind == "element" else math.nan,
+    element = kind == "element"
+    error = data_stderr(forms) if element else None
+    return NormalizedFlatness(value=math.fsum(parts), stderr=stderr if element else math.nan,
+                              data_stderr=math.nan if error is None else error, batches=forms if element else None,
                               layers=dict(zip(names, parts, strict=True)), exact=exact, products=products,
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
 def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: int,
-              generator: torch.Generator) -> tuple[list[Tensor], float]:
-    """The diagonal of CHC from random signs, and the standard error of its sum."""
+              generator: torch.Generator) -> tuple[list[Tensor], float, Forms | None]:
+    """The diagonal of CHC from random signs, the standard error of its sum, and its sum by batches."""
     total = [torch.zeros_like(t) for t in c]
-    sums = []
+    sums, forms = [], None
     with H.session():
         for _ in range(samples):
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, c, strict=True)]
-            row = [a * vectors.local(b) for a, b in zip(v, H.matvec(v), strict=True)]
+            product, here = H._product_with_forms(H.join(v))
+            forms = add(forms, here, 1 / samples)
+            row = [a * vectors.local(b) for a, b in zip(v, H.split(product), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
-    return total, mean_and_error(sums)[1]
+    return total, mean_and_error(sums)[1], forms
+
+
+def _diagonal(H: Hessian, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
+    """The diagonal of H by one product a parameter, and with w also Σ wᵢ² Hᵢᵢ by batches."""
+    if w is None:
+        return H.split(H.dense().diagonal()), None
+    squares, forms = H.join(list(w)).square(), None
+    diagonal = torch.zeros_like(squares)
+    with H.session():
+        for i, e in enumerate(torch.eye(H.size, dtype=H.dtype, device=H.device)):
+            product, here = H._product_with_forms(e)
+            diagonal[i] = product[i]
+            forms = add(forms, here and (here[0], here[1] * float(squares[i])))
+    return H.split(diagonal), forms
 
 
 def _size(w: Tensor, kind: str) -> Tensor:

@@ -38,7 +38,8 @@ class SharpnessMonitor:
     The objective should be over a fixed batch or two, apart from the training data's order. A measurement leaves
     weights, gradients, buffers, modes and random state bit for bit, so a monitored run is the same run. ``overhead``,
     the share of wall time that measuring has taken since the first step, is logged with the numbers; ``COSTS`` says
-    beforehand what a measure takes.
+    beforehand what a measure takes. A number that is not finite (an infinite "critical_sharpness", say) is kept in
+    ``history`` with a ``note``, and is not sent to the logger.
 
     Args:
         objective: what is measured, over the model that is being trained.
@@ -69,7 +70,7 @@ class SharpnessMonitor:
             raise ValueError(f"every must be at least 1, got {every}")
         self.objective, self.every, self.optimizer, self.rho, self.prefix = objective, every, optimizer, rho, prefix
         self.measures = dict(measures) if isinstance(measures, Mapping) else {m: self._named(m) for m in measures}
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         self._send = _sender(logger)
         self._count, self._spent, self._begun = 0, 0.0, math.nan
 
@@ -94,8 +95,10 @@ class SharpnessMonitor:
         values = {self.prefix + name: float(measure(self.objective)) for name, measure in self.measures.items()}
         self._spent += time.perf_counter() - start
         values[self.prefix + "overhead"] = self.overhead
-        self.history.append({"step": step, **values})
-        self._send(values, step)
+        left_out = [name for name, value in values.items() if not math.isfinite(value)]
+        note = {"note": f"not finite, so not sent to the logger: {', '.join(left_out)}"} if left_out else {}
+        self.history.append({"step": step, **values, **note})
+        self._send({name: value for name, value in values.items() if math.isfinite(value)}, step)
         return values
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class OneStep(Scalar):
     data_stderr: float = math.nan           # over batches, for this step; nan where there are fewer than five
     expansion_holds: bool | None = None     # |remainder| ≤ ½(|first order| + |second order|); None without the latter
     warnings: tuple[str, ...] = ()
+    rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches
+    weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
 
     @property
     def remainder(self) -> float:
@@ -48,6 +50,18 @@ class OneStep(Scalar):
         total = math.fsum(sizes.values())
         return {name: size / total if total else math.nan for name, size in sizes.items()}
 
+    def __str__(self) -> str:
+        """The value as the sum of its parts, each to the decimals that the smallest of three digits has."""
+        error = f", data ± {self.data_stderr:.2g}" if math.isfinite(self.data_stderr) else ""
+        if self.second_order is None:
+            return f"{self.value:.3g} (first order {self.first_order:.3g}){error}"
+        terms = ((self.first_order, "first order"), (self.second_order, "second order"), (self.remainder, "rest"))
+        size = max(abs(self.value), *(abs(term) for term, _ in terms))
+        digits = max(0, 2 - math.floor(math.log10(size))) if math.isfinite(size) and 1e-5 <= size < 1e5 else None
+        shown = [f"{x:.3g}" if digits is None else f"{x:.{digits}f}" for x in (self.value, *(x for x, _ in terms))]
+        parts = " + ".join(f"{x} ({name})" for x, (_, name) in zip(shown[1:], terms, strict=True))
+        return f"{shown[0]} = {parts.replace('+ -', '− ')}{error}"
+
     @property
     def dominant(self) -> str:
         """Which part says most of the value: "first_order", "second_order" or "remainder"; "none" where all are 0.
@@ -64,7 +78,7 @@ def scaled_radius(epsilon: float, size: int) -> float:
     """ρ = ε √(d / 10⁶): the radius for d parameters that moves each by as much, in the mean square, as ε does for 10⁶.
 
     A step of length ρ moves a coordinate by ρ/√d in the root mean square; this holds ε/1000 fixed. It is a convention
-    of this library: seed 000 asks for "scales with model size" and gives no formula.
+    of this library.
 
     >>> scaled_radius(0.01, 1_000_000), round(scaled_radius(0.01, 1_500_000_000), 3)
     (0.01, 0.387)
@@ -131,6 +145,7 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     return OneStep(value=rise, first_order=first, second_order=second, loss=loss, data_stderr=error,
                    expansion_holds=holds, radius=0.0 if realised is None else rho * ratio,
                    perturbed_loss=float(moved.loss), gradient_norm=float(length), warnings=tuple(found),
+                   rises=tuple(rises), weights=at.weights,
                    settings=settings | ({"epsilon": epsilon} if adaptive_epsilon else {}))
 
 

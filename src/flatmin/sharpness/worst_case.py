@@ -37,6 +37,8 @@ class WorstCase(Scalar):
     evaluations: int                    # passes over the data
     direction: list[Tensor] = field(repr=False)     # δ of the best point
     warnings: tuple[str, ...] = ()
+    rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches, at the best point
+    weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
 
 
 def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptive: Adaptive | bool = "none",
@@ -108,6 +110,7 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
                      displacement=length, start=best.start, iteration=best.iteration,
                      runs=tuple(r for r in runs if r is not None),
                      quadratic=model, evaluations=1 + ball.evaluations, direction=direction, warnings=tuple(found),
+                     rises=tuple(rises), weights=at.weights,
                      settings={"rho": rho, "p": p, "adaptive": kind, "iterations": iterations, "restarts": restarts,
                                "mode": objective.mode, "samples": at.samples})
 
