@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composite_norms import CompositeNorms
 from ..objective import Objective
 from ..results import Scalar
 from .hessian import Hessian
@@ -30,7 +31,7 @@ def dense_hessian(objective: Objective) -> Tensor:
 
     w = objective.parameters
     total, weights = None, []
-    with objective.session(), second_derivatives(objective):
+    with objective.session(), second_derivatives(objective), CompositeNorms():
         for term in objective.terms():
             loss, at = on_module(term, w, lambda t: t.loss(t.outputs()))
             rows = torch.func.hessian(loss)(at)
