@@ -33,6 +33,9 @@ def refuse_parameters(model: nn.Module) -> None:
             raise ValueError(f"module {name!r} ({type(module).__name__}) has max_norm={module.max_norm}, with which "
                              "every forward pass changes the weights, and no gradient knows of it. Set its max_norm "
                              "to None to measure the weights as they are")
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, with which its "
+                             "gradient is not that of the loss. Set its scale_grad_by_freq to False to measure")
 
 
 def check(objective: Objective) -> None:

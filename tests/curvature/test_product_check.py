@@ -146,6 +146,32 @@ def test_where_the_gradient_is_wrong_too_differences_of_it_are_no_way_out(name, 
     assert not found.certified and found.settings["product"] == "cached"
 
 
+class Doubled(torch.autograd.Function):
+    """x, with twice its derivative in every order."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_a_wrong_gradient_whose_derivative_is_right():
+    """Products agree with differences of the gradient, which is that of another function."""
+    with pytest.warns(UserWarning, match="the gradient of .*not certified"):
+        found = eigenpairs(Hessian(over(deep(Applied(Doubled.apply)))), tol=1e-2)
+    assert not found.certified and found.settings["product"] == "cached"
+    assert found.settings["product_check"]["disagrees"]
+
+
+def test_gradients_scaled_by_frequency_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"'0' \(Embedding\) has scale_grad_by_freq"):
+        Objective(model, nn.CrossEntropyLoss(), (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2)))
+
+
 @pytest.mark.parametrize("measure", (trace, diagonal, frobenius, spectral_density, power_iteration,
                                      lambda H: eigenvalues(H, 1)))
 def test_every_measurement_is_checked(measure):

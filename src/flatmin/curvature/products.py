@@ -76,7 +76,7 @@ class ObjectiveOperator(OverParameters):
 
     @property
     def trusted(self) -> bool:
-        return self.checked is None or self.checked.agrees or not self.exact
+        return self.checked is None or self.checked.agrees or self.checked.gradient and not self.exact
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
