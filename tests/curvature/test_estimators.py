@@ -100,6 +100,18 @@ def test_density_moments_mass_at_zero_and_band():
 
 
 @pytest.mark.usefixtures("only_samples")
+@pytest.mark.parametrize("decades", (3, 6, 12))
+def test_the_share_next_to_zero_of_eigenvalues_of_many_scales(decades):
+    """60 steps cannot tell 10⁻⁴ λ_max from its neighbours; the error says so."""
+    e = 10 ** -torch.linspace(0, decades, 400, dtype=torch.float64)
+    e[::7] *= -1
+    found = spectral_density(Matrix(torch.diag(e)), zero=1e-4 / float(e.abs().max())).mass_at_zero
+    truth = float((e.abs() <= 1e-4).double().mean())
+    low, high = found.settings["bounds"]
+    assert abs(found.value - truth) <= 2 * found.stderr and 0 <= low <= high <= 1
+
+
+@pytest.mark.usefixtures("only_samples")
 def test_a_density_of_low_rank_stops_where_the_space_is_exhausted():
     """A popular tool gives a rank-10 matrix Ritz values far outside its spectrum."""
     e = torch.cat([torch.linspace(1, 2, 10), torch.zeros(300)])
