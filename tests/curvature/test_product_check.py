@@ -166,6 +166,29 @@ def test_a_wrong_gradient_whose_derivative_is_right():
     assert found.settings["product_check"]["disagrees"]
 
 
+class Pole(torch.autograd.Function):
+    """x, with a second derivative that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        return g * (1 + 0 * (x - x.detach()).abs().sqrt())
+
+
+def test_a_product_that_is_not_finite_is_a_reason_and_no_disagreement():
+    H = Hessian(over(deep(Applied(Pole.apply))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with H.session():
+            pass
+    assert "not finite" in H.describe()["product_check"]["not_checked"]
+
+
 def test_gradients_scaled_by_frequency_are_refused():
     model = nn.Sequential(nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"'0' \(Embedding\) has scale_grad_by_freq"):
@@ -371,6 +394,8 @@ HEALTHY = {
     "loss near zero": saturated,
     "tiny loss": lambda: Objective(mlp(), lambda z, y: 1e-30 * F.cross_entropy(z, y), samples()),
     "squared error": lambda: Objective(mlp(), nn.MSELoss(), (samples()[0], torch.randn(13, 3).double())),
+    "batch norm without statistics": lambda: Objective(
+        deep(nn.BatchNorm1d(8, track_running_stats=False), dtype=torch.float64), nn.CrossEntropyLoss(), samples(6)),
     "class weights": lambda: weighted(),
     "summed": lambda: Objective(mlp(), nn.CrossEntropyLoss(reduction="sum"), ragged(*samples())),
     "steep": steep,

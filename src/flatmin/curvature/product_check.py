@@ -108,7 +108,10 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         if batch is None:
             return ProductCheck(reason="this rank has no batch")
         n = batches.samples_in(batch)
-        found = _on(operator, batch, max(1 if objective.mode == "eval" else 2, min(SAMPLES, n // 16)))
+        over_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+                         for m in objective.model.modules())
+        least = SAMPLES if over_batch else 1 if objective.mode == "eval" else 2
+        found = _on(operator, batch, max(least, min(SAMPLES, n // 16)))
         # of one sample a loss that compares samples says nothing
         return _on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
     except Exception as error:      # whatever stops it is a reason, not a failure
@@ -153,6 +156,8 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: 
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
         return ProductCheck(impossible=str(error).splitlines()[0])
+    if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
+        return ProductCheck(reason="a product or a gradient is not finite")
     with differences.at(v) as difference:
         verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
                                   units)
