@@ -190,3 +190,16 @@ def test_the_dense_hessian_of_normalization(norm, mode):
                 p.view(-1)[i] += 1e-5
             truth.append((ends[0] - ends[1]) / 2e-5)
     assert torch.allclose(dense_hessian(objective), torch.stack(truth), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", (Hessian, GaussNewton))
+def test_embeddings_with_sparse_gradients(kind):
+    """Products are exact there too, and those of the same net without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randint(0, 5, (7, 3)), torch.randint(0, 3, (7,))))
+    ours = kind(objective)
+    found, settings = ours.dense(), ours.describe()
+    model[0].sparse = False
+    assert torch.allclose(found, kind(objective).dense(), atol=1e-14)
+    assert settings["product"] == "cached" and settings["product_check"]["error"] < 1e-3

@@ -204,7 +204,7 @@ def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None
 def _gradient(twin: ObjectiveOperator) -> Tensor:
     rows = [torch.autograd.grad(term.loss(term.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
             for term in twin.objective.terms()]
-    return torch.cat([t.reshape(-1) for t in rows[0]])
+    return torch.cat([t.to_dense().reshape(-1) for t in rows[0]])
 
 
 def _verdict(exact: Sequence[Tensor], difference: Callable[[float], Sequence[Tensor]],
