@@ -6,6 +6,7 @@ from collections import UserDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -180,3 +181,14 @@ def test_a_loss_that_is_not_finite_is_named_with_its_batch(measure, where):
         said = "batch 1, whose data are not finite" if where == "data" else "batch 0, .* the weights are not"
         with pytest.raises(ValueError, match=f"the loss is nan at these weights, first in {said}"):
             measure(Objective(model, nn.MSELoss(), batches))
+
+
+@pytest.mark.parametrize("arguments, said", (
+    (lambda m, loss, data: (loss, m, data), "the loss Linear has some: write Objective"),
+    (lambda m, loss, data: (F.mse_loss, m, data), "must be a torch.nn.Module, got function: write Objective"),
+    (lambda m, loss, data: (m, data, loss), "must be a function of outputs and targets, got tuple: write Objective"),
+    (lambda m, loss, data: (m.state_dict(), loss, data), "must be a torch.nn.Module, got OrderedDict: write")))
+def test_arguments_in_another_order_are_refused(arguments, said):
+    data = torch.randn(3, 2), torch.randn(3, 1)
+    with pytest.raises(TypeError, match=said):
+        Objective(*arguments(nn.Linear(2, 1), nn.MSELoss(), data))

@@ -14,7 +14,7 @@ from ..objective import Objective
 from ..results import Scalar
 from .hessian import Hessian
 from .lanczos import eigenpairs
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, require_operator
 from .products import on_module
 
 SMALL = 2000
@@ -83,6 +83,7 @@ def condition_number(operator: CurvatureOperator | Objective, *, tol: float = 1e
     """
     if isinstance(operator, Objective):
         operator = Hessian(operator)
+    require_operator(operator)
     if operator.size <= SMALL:
         spectrum = torch.linalg.eigvalsh(operator.dense().double())
         low, high = float(spectrum[0]), float(spectrum[-1])

@@ -15,7 +15,7 @@ from ..results import Scalar
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, State
 from .krylov import Krylov
-from .operator import CurvatureOperator, Forms
+from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, reporter
 from .sampling import Measured, add, data_stderr, moments, over_coordinates, worthwhile
 
@@ -131,6 +131,7 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
     G. Golub, G. Meurant, Matrices, Moments and Quadrature with Applications, Princeton 2010, sections 2 and 6
     (Chebyshev-Markov-Stieltjes).
     """
+    require_operator(operator)
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
     generator = vectors.seeded(seed)
