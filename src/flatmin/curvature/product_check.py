@@ -160,7 +160,7 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: 
         return ProductCheck(reason="a product or a gradient is not finite")
     with differences.at(v) as difference:
         verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
-                                  units)
+                                  units, _gradient(twin).split(twin.numels))
     if verdict is None:
         return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
     return ProductCheck(error=error, samples=samples, agrees=verdict)
@@ -208,16 +208,18 @@ def _gradient(twin: ObjectiveOperator) -> Tensor:
 
 
 def _verdict(exact: Sequence[Tensor], difference: Callable[[float], Sequence[Tensor]],
-             units: Sequence[float]) -> tuple[bool | None, float]:
+             units: Sequence[float], gradient: Sequence[Tensor]) -> tuple[bool | None, float]:
     """Whether differences agree with the product, None where it cannot be said; by what part they are off."""
-    wrong = []
+    wrong, eps = [], torch.finfo(torch.float64).eps
     for h in (*STEPS, COARSE):
         fine = difference(h)
         error, worst = _distances(exact, fine, units)
         if worst <= ALLOWED:
             return True, error
         if h != COARSE:
-            wrong.append((error, _distances(difference(2 * h), fine, units)[1] <= worst / 10))
+            rounded = [t + eps / h * g.reshape(t.shape).abs() for t, g in zip(fine, gradient, strict=True)]
+            sure = max(_distances(t, fine, units)[1] for t in (difference(2 * h), rounded)) <= worst / 10
+            wrong.append((error, sure))
     return (False if all(sure for _, sure in wrong) else None), wrong[0][0]
 
 
@@ -389,7 +391,7 @@ def _is_wrong(module: nn.Module, args: Any, kwargs: Any, objective: Objective) -
         used = [(t, s) for t, s in zip(g, v, strict=True) if t.requires_grad]
         exact = torch.autograd.grad([t for t, _ in used], leaves, [s for _, s in used], allow_unused=True,
                                     materialize_grads=True) if used else [torch.zeros_like(t) for t in w]
-        return _verdict(exact, difference, units)[0] is False
+        return _verdict(exact, difference, units, [t.detach() for t in g])[0] is False
     finally:
         with torch.no_grad():
             for t, start in zip(leaves, w, strict=True):
