@@ -1,15 +1,18 @@
 """Objective: every form of data and batch, exact averages, determinism, and that nothing is changed."""
 
 import copy
+import warnings
 from collections import UserDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin import Objective
-from flatmin.curvature import Hessian
+from flatmin.curvature import Hessian, eigenpairs
+from flatmin.sharpness import one_step
 
 
 @pytest.fixture
@@ -165,3 +168,27 @@ def test_compiled_models_are_run_uncompiled(case):
     plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y))).dense()
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(Hessian(Objective(compiled, nn.CrossEntropyLoss(), (x, y))).dense(), plain, atol=1e-14)
+
+
+@pytest.mark.parametrize("where", ("data", "weights"))
+@pytest.mark.parametrize("measure", (lambda o: eigenpairs(Hessian(o)), one_step))
+def test_a_loss_that_is_not_finite_is_named_with_its_batch(measure, where):
+    model, batches = nn.Linear(2, 1), [(torch.randn(3, 2), torch.randn(3, 1)) for _ in range(2)]
+    with torch.no_grad():
+        (batches[1][0] if where == "data" else model.weight)[0, 0] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        said = "batch 1, whose data are not finite" if where == "data" else "batch 0, .* the weights are not"
+        with pytest.raises(ValueError, match=f"the loss is nan at these weights, first in {said}"):
+            measure(Objective(model, nn.MSELoss(), batches))
+
+
+@pytest.mark.parametrize("arguments, said", (
+    (lambda m, loss, data: (loss, m, data), "the loss Linear has some: write Objective"),
+    (lambda m, loss, data: (F.mse_loss, m, data), "must be a torch.nn.Module, got function: write Objective"),
+    (lambda m, loss, data: (m, data, loss), "must be a function of outputs and targets, got tuple: write Objective"),
+    (lambda m, loss, data: (m.state_dict(), loss, data), "must be a torch.nn.Module, got OrderedDict: write")))
+def test_arguments_in_another_order_are_refused(arguments, said):
+    data = torch.randn(3, 2), torch.randn(3, 1)
+    with pytest.raises(TypeError, match=said):
+        Objective(*arguments(nn.Linear(2, 1), nn.MSELoss(), data))

@@ -13,6 +13,7 @@ import pytest
 
 from flatmin import report
 from flatmin.errors import RunFolderError
+from flatmin.report import measured
 from flatmin.report.figures import _style, color
 from flatmin.report.findings import headline, worse
 from flatmin.report.reading import Gap, Stat, plus_minus
@@ -206,6 +207,12 @@ def test_any_section_may_be_missing(cut):
 def test_an_empty_record_says_so():
     assert "No result yet" in report.page({"kind": "compare", "status": "interrupted", "runs": []})
     assert report.findings({}) == ["No run has finished with a test accuracy, so there is nothing to compare yet."]
+
+
+@pytest.mark.parametrize("bounds, said", (([0.66, 0.72], "69 ± 2.6 % of all"), ([0.1, 0.8], "Between 10 and 80 %")))
+def test_a_share_next_to_zero_that_is_not_resolved(bounds, said):
+    zero = {"value": 0.69, "stderr": 0.026, "settings": {"bounds": bounds}}
+    assert said in measured.sentence(measured.Measured({"results": {"density": {"x": [0.0], "mass_at_zero": zero}}}))
 
 
 def test_numbers_that_are_not_finite():

@@ -33,15 +33,24 @@ def refuse_parameters(model: nn.Module) -> None:
             raise ValueError(f"module {name!r} ({type(module).__name__}) has max_norm={module.max_norm}, with which "
                              "every forward pass changes the weights, and no gradient knows of it. Set its max_norm "
                              "to None to measure the weights as they are")
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, with which its "
+                             "gradient is not that of the loss. Set its scale_grad_by_freq to False to measure")
 
 
 def check(objective: Objective) -> None:
     """Raise a ValueError that names the cause where an objective is not one function, or not the mean it states."""
     w = [(name, vectors.local(p.detach())) for name, p in objective.model.named_parameters()]
     before = [t.clone() for _, t in w]
-    pair, moved = _Pair(objective), []
+    pair, moved, seen = _Pair(objective), [], []
+
+    def watch(term: Term) -> None:
+        pair.look(term)
+        seen.append(term.index)
+
     try:
-        first = objective.evaluate(watch=pair.look).loss
+        found = objective.evaluate(watch=watch)
+        first = found.loss
     finally:
         for (name, t), old in zip(w, before, strict=True):
             if not bool(((t == old) | (t.isnan() & old.isnan())).all()):
@@ -53,6 +62,9 @@ def check(objective: Objective) -> None:
         raise ValueError(f"evaluating the model changed its parameter {where}. A measurement needs weights that "
                          "stay: move what changes them (max_norm of an embedding, a clamp, a projection) from the "
                          "forward pass into the training step")
+    if not math.isfinite(first):
+        index = next((i for i, loss in zip(seen, found.losses, strict=True) if not math.isfinite(loss)), None)
+        raise ValueError(f"the loss is {float(first):g} at these weights, {_not_finite(objective, index)}")
     try:
         objective._model_seed += 1 if objective.mode in ("eval", "batch_statistics") else 0
         second = objective.value()
@@ -62,6 +74,18 @@ def check(objective: Objective) -> None:
     finally:
         objective._model_seed = objective.seed
     pair.check()
+
+
+def _not_finite(objective: Objective, index: int | None) -> str:
+    """Where a loss is not finite first, as the end of a sentence."""
+    batch = None
+    for term in objective.terms():      # all of them: ranks may have to go along
+        batch = term.batch if batch is None and term.index == index else batch
+    if batch is None:
+        return "first on another rank"
+    whole = all(bool(t.isfinite().all()) for t in batches.tensors(batch))
+    return f"first in batch {index}, " + ("whose data are finite: the weights are not, or the model overflows"
+                                          if whole else "whose data are not finite either")
 
 
 def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:

@@ -12,6 +12,7 @@ The third derivative is needed by losses that differentiate inside: gradient pen
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from types import CodeType
@@ -67,6 +68,12 @@ def _called_by(code: CodeType) -> bool:
     return frame is not None
 
 
+def _wide(x: Tensor, *others: Tensor | None) -> Tensor:
+    """x in float32, or the widest of the input and the parameters, as the kernels compute."""
+    kind = functools.reduce(torch.promote_types, [t.dtype for t in (x, *others) if t is not None], torch.float32)
+    return x.to(kind)
+
+
 def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
     centered = x - x.mean(dims, keepdim=True)
     return centered * torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
@@ -79,21 +86,23 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
                 eps: float = 1e-5, cudnn_enable: bool = True) -> Tensor:
-    return _affine(_normalized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias)
+    x = _wide(input, weight, bias)
+    return _affine(_normalized(x, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
 
 
 def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                 bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    x = _wide(input, weight, bias, running_mean, running_var)
     if training or running_mean is None or running_var is None:
         dims = [d for d in range(input.dim()) if d != 1]
-        x = _normalized(input, dims, eps)
+        out = _normalized(x, dims, eps)
         if running_mean is not None and running_var is not None:
-            _follow(running_mean, input.mean(dims), momentum)
-            _follow(running_var, input.var(dims), momentum)
+            _follow(running_mean, x.mean(dims), momentum)
+            _follow(running_var, x.var(dims), momentum)
     else:
-        mean, var = _rows(input, running_mean, running_var)
-        x = (input - mean) * torch.rsqrt(var + eps)
-    return _affine(x, *_rows(input, weight, bias))
+        mean, var = _rows(x, running_mean, running_var)
+        out = (x - mean) * torch.rsqrt(var.to(x.dtype) + eps)
+    return _affine(out, *_rows(x, weight, bias)).to(input.dtype)
 
 
 def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
@@ -101,11 +110,11 @@ def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_va
                    momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
-    dims = list(range(2, input.dim()))
+    x, dims = _wide(input, weight, bias), list(range(2, input.dim()))
     if running_mean is not None and running_var is not None:
-        _follow(running_mean, input.mean(dims).mean(0), momentum)
-        _follow(running_var, input.var(dims).mean(0), momentum)
-    return _affine(_normalized(input, dims, eps), *_rows(input, weight, bias))
+        _follow(running_mean, x.mean(dims).mean(0), momentum)
+        _follow(running_var, x.var(dims).mean(0), momentum)
+    return _affine(_normalized(x, dims, eps), *_rows(x, weight, bias)).to(input.dtype)
 
 
 @torch.no_grad()
@@ -116,8 +125,8 @@ def _follow(running: Tensor, statistic: Tensor, momentum: float) -> None:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """w = g v / ‖v‖, a norm for each slice along ``dim``, or one of all (-1)."""
-    dims = [d for d in range(v.dim()) if d != dim]
-    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True) if dims else g / v.abs())
+    dims, x = [d for d in range(v.dim()) if d != dim], _wide(v, g)
+    return (x * (g / torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else g / x.abs())).to(v.dtype)
 
 
 def _rows(x: Tensor, *vectors: Tensor | None) -> Any:

@@ -17,6 +17,8 @@ from .ranks import Ranks
 FEWEST_BATCHES = 5
 """Below this many batches no standard error over them is given."""
 
+ORDER = "write Objective(model, loss_fn, data)"
+
 Mode = Literal["eval", "train", "batch_statistics", "as_is"]
 
 
@@ -46,6 +48,7 @@ class Objective(Batchwise):
         check: whether measurements first make sure that two evaluations agree.
 
     Raises:
+        TypeError: for a model that is no module, or swapped arguments.
         ValueError: for one-shot iterators, data sets without a loader, or batches of an unknown form.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -57,6 +60,14 @@ class Objective(Batchwise):
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor] | None, data: Any, *,
                  forward: Callable[[nn.Module, Any], Any] | None = None,
                  weight: Callable[[Any], Any] | None = None, mode: Mode = "eval", seed: int = 0, check: bool = True):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {ORDER}")
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of outputs and targets, got {type(loss_fn).__name__}: {ORDER}")
+        if isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters()) and \
+                not any(True for _ in model.parameters()):
+            raise TypeError(f"the model {type(model).__name__} has no parameters and the loss "
+                            f"{type(loss_fn).__name__} has some: {ORDER}")
         if mode not in ("eval", "train", "batch_statistics", "as_is"):
             raise ValueError(f'mode must be "eval", "train", "batch_statistics" or "as_is", got {mode!r}')
         if forward is not None and loss_fn is None:

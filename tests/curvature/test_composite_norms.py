@@ -1,5 +1,6 @@
 """Derivatives that torch's fused normalization has wrong are taken of elementary operations, for every evaluation."""
 
+import copy
 import warnings
 
 import pytest
@@ -25,6 +26,25 @@ def test_the_values_are_those_of_torch(name):
     with CompositeNorms():
         ours = layer(x)
     assert torch.allclose(ours, layer(x), atol=1e-14)
+
+
+@pytest.mark.parametrize("parameters", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("name", NORMS)
+def test_half_precision_is_computed_in_float32(name, parameters):
+    x = torch.randn(5, 4, 3).bfloat16()
+    x = (x + 30).mT.contiguous() if name == "layer norm" else x     # torch itself rounds the means of the others
+    layer = copy.deepcopy(NORMS[name]).to(parameters)
+    with CompositeNorms():
+        ours = layer(x)
+    assert ours.dtype == layer(x).dtype == torch.bfloat16
+    assert torch.allclose(ours, layer(x), atol=1e-5 if "layer" in name else 0.01, rtol=0.008)
+
+
+def test_half_precision_of_weight_norm():
+    v, g = torch.randn(400, 30).bfloat16(), torch.rand(400, 1).bfloat16()
+    with CompositeNorms():
+        ours = torch._weight_norm(v, g)
+    assert ours.dtype == torch.bfloat16 and torch.allclose(ours, torch._weight_norm(v, g), rtol=0.008)
 
 
 @pytest.mark.parametrize("shape, dim", (((4, 5), 0), ((4, 5), 1), ((4, 5), -1), ((4,), 0), ((4, 2, 3, 3), 0)))

@@ -8,7 +8,7 @@ import torch
 from nets import classification, mlp, ragged, samples
 from torch import nn
 
-from flatmin import Objective
+from flatmin import Objective, curvature
 from flatmin.curvature import (
     Fisher,
     FunctionalPart,
@@ -323,3 +323,18 @@ def test_outputs_that_no_parameter_reaches(make):
     assert make(Objective(model, loss, not_reached)).dense().abs().max() == 0
     both = make(Objective(model, loss, [reached, not_reached])).dense()
     torch.testing.assert_close(both, make(Objective(model, loss, reached)).dense() / 2)
+
+
+@pytest.mark.parametrize("measure", (curvature.trace, curvature.frobenius, curvature.diagonal, curvature.eigenpairs,
+                                     curvature.eigenvalues, curvature.power_iteration, curvature.spectral_density))
+def test_an_objective_where_an_operator_is_expected(measure):
+    with pytest.raises(TypeError, match=r"got Objective: write Hessian\(objective\)"):
+        measure(classification())
+    with pytest.raises(TypeError, match="expected a CurvatureOperator, got Linear"):
+        measure(nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("kind", (curvature.Hessian, curvature.GaussNewton, curvature.Fisher, curvature.FunctionalPart))
+def test_a_model_where_an_objective_is_expected(kind):
+    with pytest.raises(TypeError, match=r"expected an Objective, got Linear: write Objective\(model, loss_fn, data\)"):
+        kind(nn.Linear(2, 1))

@@ -169,3 +169,37 @@ def test_averages_are_those_of_the_merged_batch(loss):
     v = torch.randn(Hessian(whole).size)
     for kind in (Hessian, GaussNewton, FunctionalPart):
         assert torch.allclose(kind(whole) @ v, kind(parts) @ v, atol=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "mode"), ((nn.LayerNorm(4), "eval"), (nn.BatchNorm1d(4), "train"),
+                                            (nn.BatchNorm1d(4, track_running_stats=False), "eval")))
+def test_the_dense_hessian_of_normalization(norm, mode):
+    """Beside differences of gradients: torch's own derivatives of these kernels inside torch.func are wrong."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 2)).double()
+    objective = Objective(model, nn.MSELoss(), (torch.randn(6, 3).double(), torch.randn(6, 2).double()), mode=mode)
+    truth = []
+    for p in model.parameters():
+        for i in range(p.numel()):
+            ends = []
+            for h in (1e-5, -2e-5):
+                with torch.no_grad():
+                    p.view(-1)[i] += h
+                ends.append(torch.cat([g.reshape(-1) for g in objective.gradient()]))
+            with torch.no_grad():
+                p.view(-1)[i] += 1e-5
+            truth.append((ends[0] - ends[1]) / 2e-5)
+    assert torch.allclose(dense_hessian(objective), torch.stack(truth), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", (Hessian, GaussNewton))
+def test_embeddings_with_sparse_gradients(kind):
+    """Products are exact there too, and those of the same net without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randint(0, 5, (7, 3)), torch.randint(0, 3, (7,))))
+    ours = kind(objective)
+    found, settings = ours.dense(), ours.describe()
+    model[0].sparse = False
+    assert torch.allclose(found, kind(objective).dense(), atol=1e-14)
+    assert settings["product"] == "cached" and settings["product_check"]["error"] < 1e-3

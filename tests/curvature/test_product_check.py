@@ -146,6 +146,55 @@ def test_where_the_gradient_is_wrong_too_differences_of_it_are_no_way_out(name, 
     assert not found.certified and found.settings["product"] == "cached"
 
 
+class Doubled(torch.autograd.Function):
+    """x, with twice its derivative in every order."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def test_a_wrong_gradient_whose_derivative_is_right():
+    """Products agree with differences of the gradient, which is that of another function."""
+    with pytest.warns(UserWarning, match="the gradient of .*not certified"):
+        found = eigenpairs(Hessian(over(deep(Applied(Doubled.apply)))), tol=1e-2)
+    assert not found.certified and found.settings["product"] == "cached"
+    assert found.settings["product_check"]["disagrees"]
+
+
+class Pole(torch.autograd.Function):
+    """x, with a second derivative that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        return g * (1 + 0 * (x - x.detach()).abs().sqrt())
+
+
+def test_a_product_that_is_not_finite_is_a_reason_and_no_disagreement():
+    H = Hessian(over(deep(Applied(Pole.apply))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with H.session():
+            pass
+    assert "not finite" in H.describe()["product_check"]["not_checked"]
+
+
+def test_gradients_scaled_by_frequency_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 2, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"'0' \(Embedding\) has scale_grad_by_freq"):
+        Objective(model, nn.CrossEntropyLoss(), (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2)))
+
+
 @pytest.mark.parametrize("measure", (trace, diagonal, frobenius, spectral_density, power_iteration,
                                      lambda H: eigenvalues(H, 1)))
 def test_every_measurement_is_checked(measure):
@@ -345,13 +394,23 @@ HEALTHY = {
     "loss near zero": saturated,
     "tiny loss": lambda: Objective(mlp(), lambda z, y: 1e-30 * F.cross_entropy(z, y), samples()),
     "squared error": lambda: Objective(mlp(), nn.MSELoss(), (samples()[0], torch.randn(13, 3).double())),
+    "batch norm without statistics": lambda: Objective(
+        deep(nn.BatchNorm1d(8, track_running_stats=False), dtype=torch.float64), nn.CrossEntropyLoss(), samples(6)),
     "class weights": lambda: weighted(),
     "summed": lambda: Objective(mlp(), nn.CrossEntropyLoss(reduction="sum"), ragged(*samples())),
     "steep": steep,
+    "tiny weights": lambda: scaled(over(deep(), torch.float64), 1e-20),
     "checkpointed": lambda: over(Checkpointed()),
     "frozen": lambda: over(frozen(deep())),
     "one sample": lambda: Objective(mlp(), nn.CrossEntropyLoss(), tuple(t[:1] for t in samples())),
 }
+
+
+@torch.no_grad()
+def scaled(objective, factor):
+    for p in objective.parameters:
+        p.mul_(factor)
+    return objective
 
 
 class Attention4(Attention):
@@ -369,7 +428,7 @@ def frozen(model):
     return model
 
 
-NOT_COMPARED = {"loss near zero"}
+NOT_COMPARED = {"loss near zero", "tiny weights"}
 
 
 @pytest.mark.parametrize("name", HEALTHY)

@@ -61,6 +61,8 @@ def test_collinear_and_empty_directions_are_refused():
         surface(objective, 3, directions=[d, [-2 * t for t in d]])
     with pytest.raises(ValueError, match="length 0"):
         surface(objective, 3, directions=[d, [0 * t for t in d]])
+    with pytest.raises(ValueError, match='"gradient" is one direction: pass another kind with it'):
+        surface(objective, 3, directions="gradient")
     with pytest.raises(ValueError, match="no direction is left"):
         random_direction([torch.randn(3)], 0)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composite_norms import CompositeNorms
 from ..objective import Objective
 from ..results import Scalar
 from .hessian import Hessian
 from .lanczos import eigenpairs
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, require_operator
 from .products import on_module
 
 SMALL = 2000
@@ -30,7 +31,7 @@ def dense_hessian(objective: Objective) -> Tensor:
 
     w = objective.parameters
     total, weights = None, []
-    with objective.session(), second_derivatives(objective):
+    with objective.session(), second_derivatives(objective), CompositeNorms():
         for term in objective.terms():
             loss, at = on_module(term, w, lambda t: t.loss(t.outputs()))
             rows = torch.func.hessian(loss)(at)
@@ -82,6 +83,7 @@ def condition_number(operator: CurvatureOperator | Objective, *, tol: float = 1e
     """
     if isinstance(operator, Objective):
         operator = Hessian(operator)
+    require_operator(operator)
     if operator.size <= SMALL:
         spectrum = torch.linalg.eigvalsh(operator.dense().double())
         low, high = float(spectrum[0]), float(spectrum[-1])

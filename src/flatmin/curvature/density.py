@@ -15,7 +15,7 @@ from ..results import Scalar
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, State
 from .krylov import Krylov
-from .operator import CurvatureOperator, Forms
+from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, reporter
 from .sampling import Measured, add, data_stderr, moments, over_coordinates, worthwhile
 
@@ -27,9 +27,10 @@ SMALL = 2000
 class SpectralDensity:
     """A spectrum as weighted nodes, one row a probe; ``density``, ``log_density`` and ``plot`` smooth them.
 
-    ``mass_at_zero`` is the share of eigenvalues with |λ| at most ``zero`` (a Scalar with its standard error), and
-    ``trace`` n times the mean of the spectrum, with its error by the data as of an ``Estimate``. Where
-    ``settings["method"]`` is "exact" there is one row with all eigenvalues, and no error by the probes.
+    ``mass_at_zero`` is the share of eigenvalues with |λ| at most ``zero``: the middle between the best bounds that the
+    products allow (``settings["bounds"]``, the mean over probes); its error is that over probes and half of their half
+    width, so that two of it reach both. ``trace`` is n times the mean of the spectrum, with its error by the data as of
+    an ``Estimate``. Where ``settings["method"]`` is "exact" there is one row with all eigenvalues, and no error.
     """
 
     nodes: list[Tensor] = field(repr=False)     # a (m,) float64 tensor a probe, ascending
@@ -126,8 +127,11 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
     >>> d.mass_at_zero.value, d.settings["method"]
     (0.75, 'exact')
 
-    S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099; B. Ghorbani et al., ICML 2019.
+    S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075-1099; B. Ghorbani et al., ICML 2019. Bounds:
+    G. Golub, G. Meurant, Matrices, Moments and Quadrature with Applications, Princeton 2010, sections 2 and 6
+    (Chebyshev-Markov-Stieltjes).
     """
+    require_operator(operator)
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
     generator = vectors.seeded(seed)
@@ -139,10 +143,10 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
             rows, forms = over_coordinates(operator, lambda w, i: w.to("cpu", torch.float64), keep, report, spent=0)
             A = torch.stack(rows)
             nodes, used = [torch.linalg.eigvalsh((A + A.T) / 2)], len(rows)
-            weights = [torch.full_like(nodes[0], 1 / len(rows))]
+            weights, ends = [torch.full_like(nodes[0], 1 / len(rows))], []
         else:
-            nodes, weights, forms, used = _quadrature(operator, probes, min(steps, operator.size), generator, place,
-                                                      folder, keep, report)
+            nodes, weights, ends, forms, used = _quadrature(operator, probes, min(steps, operator.size), generator,
+                                                            place, folder, keep, report)
     top = max(float(t.abs().max()) for t in nodes)
     n = operator.size
     settings = operator.describe() | {"probes": probes, "steps": steps, "method": "exact" if exact else "lanczos"}
@@ -152,25 +156,32 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
         return {"value": value, "stderr": 0.0 if exact else stderr if len(samples) > 1 else math.nan,
                 "settings": settings}
 
-    at_zero = [float(w[t.abs() <= zero * top].sum()) for t, w in zip(nodes, weights, strict=True)]
+    if exact:
+        share = float((nodes[0].abs() <= zero * top).double().mean())
+        at_zero = Scalar(value=share, stderr=0.0, settings=settings)
+    else:
+        at_zero = _share([_bounds(t, first, last, zero * top) for t, (first, last) in zip(nodes, ends, strict=True)],
+                         settings)
     traces = [n * float((w * t).sum()) for t, w in zip(nodes, weights, strict=True)]
     return SpectralDensity(nodes=nodes, weights=weights, size=n, zero=zero * top, matvecs=used, settings=settings,
-                           mass_at_zero=Scalar(**over_probes(at_zero)),
+                           mass_at_zero=at_zero,
                            trace=Measured(**over_probes(traces), data_stderr=data_stderr(forms),
                                           batches=None if forms is None else len(forms[0])))
 
 
 def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator: torch.Generator, place: Place,
                 folder: str | None, keep: Checkpoint, report: Report
-                ) -> tuple[list[Tensor], list[Tensor], Forms | None, int]:
-    """Nodes and weights by Lanczos from random vectors, the trace batch by batch, and the products taken."""
+                ) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]], Forms | None, int]:
+    """By Lanczos from random vectors: nodes, weights, the first and last row of T's eigenvectors, the trace batch by
+    batch, and the products taken. The last row is zero where nothing of the measure is left to be seen."""
     V, saved = Basis(operator, steps + 1, place, folder, keep.basis), keep.take() or {}
     nodes, weights, used = saved.get("nodes", []), saved.get("weights", []), saved.get("used", 0)
+    ends: list[tuple[Tensor, Tensor]] = saved.get("ends", [])
     forms: Forms | None = saved.get("forms")
 
     def state(run: Krylov | None = None) -> State:
         part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
-        return part | {"nodes": list(nodes), "weights": list(weights), "used": used, "forms": forms,
+        return part | {"nodes": list(nodes), "weights": list(weights), "ends": list(ends), "used": used, "forms": forms,
                        "matvecs": used + (run.matvecs if run else 0)}
 
     part: State | None = saved.get("run")
@@ -189,8 +200,37 @@ def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator:
         used += run.matvecs
         nodes.append(theta / run.unit)
         weights.append(s[0] ** 2)
+        ends.append((s[0], torch.zeros_like(s[-1]) if run.breakdowns or run.complete else s[-1]))
         forms = add(forms, run.forms, operator.size / probes)
-    return nodes, weights, forms, used
+    return nodes, weights, ends, forms, used
+
+
+def _bounds(nodes: Tensor, first: Tensor, last: Tensor, z: float) -> tuple[float, float]:
+    """The least and the largest share that a measure with this quadrature can have in [−z, z]."""
+    if not bool(last.any()):
+        inside = float((first**2)[nodes.abs() <= z].sum())
+        return inside, inside
+    (low, high), (left_low, left_high) = _below(nodes, first, last, z), _below(nodes, first, last, -z)
+    return max(0.0, low - left_high), min(1.0, high - left_low)
+
+
+def _below(nodes: Tensor, first: Tensor, last: Tensor, t: float) -> tuple[float, float]:
+    """Σ_{λ < t} w ≤ μ((−∞, t)) ≤ μ((−∞, t]) ≤ Σ_{λ ≤ t} w for the quadrature one of whose nodes λ is t.
+
+    Its T has another last diagonal entry than that of Lanczos: T + τ e eᵀ, here in the eigenvectors of T.
+    """
+    tau = -1 / float((last**2 / (nodes - t)).sum())
+    found, x = torch.linalg.eigh(torch.diag(nodes) + tau * torch.outer(last, last))
+    w, i = (first @ x) ** 2, int((found - t).abs().argmin())
+    return float(w[:i].sum()), float(w[:i + 1].sum())
+
+
+def _share(bounds: list[tuple[float, float]], settings: dict[str, Any]) -> Scalar:
+    """The middle of bounds that each probe gives."""
+    value, stderr = moments([(low + high) / 2 for low, high in bounds])
+    low, high = (math.fsum(ends) / len(bounds) for ends in zip(*bounds, strict=True))
+    error = math.hypot(stderr, (high - low) / 4) if len(bounds) > 1 else math.nan
+    return Scalar(value=value, stderr=error, settings=settings | {"bounds": [low, high]})
 
 
 def _smooth(x: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:

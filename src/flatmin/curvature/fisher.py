@@ -14,6 +14,7 @@ from ..objective import Objective, Term
 from .gauss_newton import loss_curvature, sandwich
 from .inexact import Inexact
 from .outputs import Middle, TangentDifferences, outputs_and_loss
+from .parameters import require_objective
 from .products import Apply, Product
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
@@ -52,6 +53,7 @@ class Fisher(Inexact):
                  product: Product = "auto"):
         if kind not in ("exact", "monte_carlo", "empirical"):
             raise ValueError(f'kind must be "exact", "monte_carlo" or "empirical", got {kind!r}')
+        require_objective(objective)
         self.kind: Kind = kind
         self.likelihood: Likelihood = likelihood or _likelihood(objective)
         self.seed = seed

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import vectors
 from ..objective import Objective
 from .differences import Differences
+from .parameters import require_objective
 from .product_check import ProductCheck
 from .products import Linearize, NoSecondDerivative, ObjectiveOperator, Product
 
@@ -25,6 +26,7 @@ class Inexact(ObjectiveOperator):
                  differences: Callable[[ObjectiveOperator], Differences], *,
                  parameters: str | nn.Module | Sequence[str | nn.Module] | None, product: Product,
                  products: tuple[str, ...]):
+        require_objective(objective)
         if objective.ranks.in_step and product == "auto":
             product = "finite_difference"
         self._asked = product

@@ -15,7 +15,7 @@ from . import certificate, memory
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, Journal, State
 from .krylov import Krylov
-from .operator import CurvatureOperator, Forms
+from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, left, reporter
 from .sampling import about_data, data_stderr
 
@@ -113,6 +113,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
 
     K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616.
     """
+    require_operator(operator)
     if which not in ("largest", "smallest", "both", "magnitude"):
         raise ValueError(f'which must be "largest", "smallest", "both" or "magnitude", got {which!r}')
     if k < 1 or tol <= 0 or block < 1:

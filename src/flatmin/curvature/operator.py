@@ -401,3 +401,10 @@ class Restricted(_Over):
     def _block(self, whole: Tensor) -> Tensor:
         rows = whole.split(self.operators[0].numels)
         return torch.cat([rows[i] for i in self.where])
+
+
+def require_operator(operator: Any) -> None:
+    """Raise a TypeError that says what to write where something else is given to an algorithm."""
+    if not isinstance(operator, CurvatureOperator):
+        raise TypeError(f"expected a CurvatureOperator, got {type(operator).__name__}: write Hessian(objective), with "
+                        "objective = Objective(model, loss_fn, data)")

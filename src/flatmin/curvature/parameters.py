@@ -20,6 +20,7 @@ class OverParameters(CurvatureOperator):
     """
 
     def __init__(self, objective: Objective, parameters: str | nn.Module | Sequence[str | nn.Module] | None):
+        require_objective(objective)
         objective.ranks.reshard()
         chosen = [(n, p) for n, p in objective.model.named_parameters() if p.requires_grad]
         self._over(objective, chosen)
@@ -82,6 +83,12 @@ class OverParameters(CurvatureOperator):
         if len(names) < len(wanted) and not inside:
             raise ValueError("none of the modules holds a parameter of this operator")
         return sorted(inside.union(super().select(names) if names else []))
+
+
+def require_objective(objective: Any) -> None:
+    """Raise a TypeError that says what to write where something else is given to an operator."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"expected an Objective, got {type(objective).__name__}: write Objective(model, loss_fn, data)")
 
 
 def _widest(dtypes: list[torch.dtype]) -> torch.dtype:

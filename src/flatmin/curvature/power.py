@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from .checkpoint import Checkpoint
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, require_operator
 from .progress import Progress, left, reporter
 from .sampling import Measured, about_data, data_stderr
 
@@ -61,6 +61,7 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     >>> round(p.value, 4), p.converged
     (1.0, True)
     """
+    require_operator(operator)
     if which not in ("largest", "magnitude"):
         raise ValueError(f'which must be "largest" or "magnitude", got {which!r}')
     v = operator.random(vectors.seeded(seed))

@@ -61,15 +61,16 @@ class ProductCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """For the settings of a record."""
-        if self.reason or self.impossible:
+        if self.agrees and (self.reason or self.impossible):
             return {"not_checked": self.reason or self.impossible}
         out = {"error": self.error, "samples": self.samples}
         return out if self.agrees else out | {"disagrees": True, "layer": self.layer}
 
     def __str__(self) -> str:
-        wrong = "second derivative" if self.gradient else "gradient"
-        return (f"products by automatic differentiation differ by {self.error:.2g} of their size from differences of "
-                f"gradients, in float64 on {self.samples} samples: the {wrong} of {self.layer} is wrong, or something "
+        wrong, one, other = ("second derivative", "products", "gradients") if self.gradient else \
+            ("gradient", "gradients", "the loss")
+        return (f"{one} by automatic differentiation differ by {self.error:.2g} of their size from differences of "
+                f"{other}, in float64 on {self.samples} samples: the {wrong} of {self.layer} is wrong, or something "
                 "there is detached")
 
 
@@ -107,7 +108,10 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         if batch is None:
             return ProductCheck(reason="this rank has no batch")
         n = batches.samples_in(batch)
-        found = _on(operator, batch, max(1 if objective.mode == "eval" else 2, min(SAMPLES, n // 16)))
+        over_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+                         for m in objective.model.modules())
+        least = SAMPLES if over_batch else 1 if objective.mode == "eval" else 2
+        found = _on(operator, batch, max(least, min(SAMPLES, n // 16)))
         # of one sample a loss that compares samples says nothing
         return _on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
     except Exception as error:      # whatever stops it is a reason, not a failure
@@ -131,14 +135,14 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
             p.add_(_random(p, generator), alpha=COARSE * unit)
     v = torch.cat([unit * _random(p, generator).reshape(-1) for p, unit in zip(w, units, strict=True)])
     found = _along(twin, v, units, samples)
-    if found.agrees:
-        return found
     reached = _reached(twin)            # an embedding holds the row at padding_idx fixed
-    if not bool(reached.all()):
+    if not found.agrees and not bool(reached.all()):
         found = _along(twin, v * reached, units, samples)
-    if found.agrees:
-        return found
-    return replace(found, layer=_layer(twin), gradient=_has_right_gradient(twin, v))
+    right, error = _has_right_gradient(twin, v * reached)
+    if right is False:
+        return replace(found, agrees=False, gradient=False, error=error, samples=samples, reason="",
+                       layer="a layer, or of the loss," if found.agrees else _layer(twin))
+    return found if found.agrees else replace(found, layer=_layer(twin), gradient=right is True)
 
 
 def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: int) -> ProductCheck:
@@ -152,9 +156,11 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: 
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
         return ProductCheck(impossible=str(error).splitlines()[0])
+    if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
+        return ProductCheck(reason="a product or a gradient is not finite")
     with differences.at(v) as difference:
         verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
-                                  units)
+                                  units, _gradient(twin).split(twin.numels))
     if verdict is None:
         return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
     return ProductCheck(error=error, samples=samples, agrees=verdict)
@@ -165,39 +171,55 @@ def _reached(twin: ObjectiveOperator) -> Tensor:
     return (_gradient(twin) != 0).double()
 
 
-def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> bool:
-    """Whether the gradient's component along v is a difference of the loss."""
-    v, h = v * _reached(twin), 1e-5
+def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None, float]:
+    """Whether the gradient's component along v is a difference of the loss, and their relative difference.
+
+    None where the differences do not agree with each other either (kinks), or have too few digits.
+    """
     w = [p.detach().clone() for p in twin.parameters]
-    values = []
-    for sign in (1, -1):
-        for p, start, step in zip(twin.parameters, w, v.split(twin.numels), strict=True):
-            p.detach().copy_(start).add_(step.view_as(start), alpha=sign * h)
-        values.append(float(twin.objective.value()))
+    slope, found, size = float(_gradient(twin) @ v), [], 0.0
+    for h in (1e-6, 1e-5, COARSE):
+        values = []
+        for sign in (1, -1):
+            for p, start, step in zip(twin.parameters, w, v.split(twin.numels), strict=True):
+                p.detach().copy_(start).add_(step.view_as(start), alpha=sign * h)
+            values.append(float(twin.objective.value()))
+        size = max(size, *map(abs, values))
+        found.append((values[0] - values[1]) / (2 * h))
+        if abs(slope - found[-1]) <= 0.01 * max(abs(slope), abs(found[-1])):
+            break
     for p, start in zip(twin.parameters, w, strict=True):
         p.detach().copy_(start)
-    slope, difference = float(_gradient(twin) @ v), (values[0] - values[1]) / (2 * h)
-    return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
+    if not (math.isfinite(slope) and math.isfinite(size) and all(map(math.isfinite, found))):
+        return None, math.nan
+    apart = abs(slope - found[-1])
+    error = apart / (max(abs(slope), abs(found[-1])) or 1.0)
+    if error <= 0.01:
+        return True, error
+    digits = apart * COARSE > 10 * torch.finfo(torch.float32).eps * size    # what computes in float32 has these
+    return (False if digits and max(found) - min(found) <= apart / 10 else None), error
 
 
 @torch.enable_grad()
 def _gradient(twin: ObjectiveOperator) -> Tensor:
     rows = [torch.autograd.grad(term.loss(term.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
             for term in twin.objective.terms()]
-    return torch.cat([t.reshape(-1) for t in rows[0]])
+    return torch.cat([t.to_dense().reshape(-1) for t in rows[0]])
 
 
 def _verdict(exact: Sequence[Tensor], difference: Callable[[float], Sequence[Tensor]],
-             units: Sequence[float]) -> tuple[bool | None, float]:
+             units: Sequence[float], gradient: Sequence[Tensor]) -> tuple[bool | None, float]:
     """Whether differences agree with the product, None where it cannot be said; by what part they are off."""
-    wrong = []
+    wrong, eps = [], torch.finfo(torch.float64).eps
     for h in (*STEPS, COARSE):
         fine = difference(h)
         error, worst = _distances(exact, fine, units)
         if worst <= ALLOWED:
             return True, error
         if h != COARSE:
-            wrong.append((error, _distances(difference(2 * h), fine, units)[1] <= worst / 10))
+            rounded = [t + eps / h * g.reshape(t.shape).abs() for t, g in zip(fine, gradient, strict=True)]
+            sure = max(_distances(t, fine, units)[1] for t in (difference(2 * h), rounded)) <= worst / 10
+            wrong.append((error, sure))
     return (False if all(sure for _, sure in wrong) else None), wrong[0][0]
 
 
@@ -369,7 +391,7 @@ def _is_wrong(module: nn.Module, args: Any, kwargs: Any, objective: Objective) -
         used = [(t, s) for t, s in zip(g, v, strict=True) if t.requires_grad]
         exact = torch.autograd.grad([t for t, _ in used], leaves, [s for _, s in used], allow_unused=True,
                                     materialize_grads=True) if used else [torch.zeros_like(t) for t in w]
-        return _verdict(exact, difference, units)[0] is False
+        return _verdict(exact, difference, units, [t.detach() for t in g])[0] is False
     finally:
         with torch.no_grad():
             for t, start in zip(leaves, w, strict=True):

@@ -76,7 +76,7 @@ class ObjectiveOperator(OverParameters):
 
     @property
     def trusted(self) -> bool:
-        return self.checked is None or self.checked.agrees or not self.exact
+        return self.checked is None or self.checked.agrees or self.checked.gradient and not self.exact
 
     @contextmanager
     def session(self, *, check: bool = True) -> Iterator[None]:
@@ -188,7 +188,7 @@ class ObjectiveOperator(OverParameters):
         if self._forms is not None:
             self._forms.clear()
         for weight, apply, keep in self._maps():
-            rows = apply(vs, keep, batched)
+            rows = [_dense(row) for row in apply(vs, keep, batched)]
             if self._forms is not None:
                 self._forms.append((weight, _form(vs, rows)))
             if out is None:
@@ -250,6 +250,11 @@ class ObjectiveOperator(OverParameters):
                 apply = self._linearize(term, self.parameters)
         self._room -= meter.bytes
         return apply
+
+
+def _dense(row: Tensor | None) -> Tensor | None:
+    """The same where it is not the sparse row of an embedding."""
+    return row if row is None or row.layout is torch.strided else row.to_dense()
 
 
 def _form(v: Sequence[Tensor], rows: Sequence[Tensor | None]) -> Tensor:

@@ -148,8 +148,9 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
              confidence: float, spent: int, most: int, report: Report, offset: float = 0.0, pilot: int = 10) -> Drawn:
     """Samples until the interval of ``offset`` + their mean is narrow enough.
 
-    A pilot gives the variance, which gives the number of samples; these are drawn in at most a few rounds rather than
-    by looking after every sample, since stopping at the first lucky look would make the stated error too small.
+    A pilot gives the variance, which gives the number of samples; these are drawn in at least one round more and at
+    most a few, rather than by looking after every sample, since stopping at the first lucky look would make the stated
+    error too small.
     """
     samples: list[float] = keep.saved.get("samples", [])
     foretold, goal = keep.saved.get("foretold", 0), keep.saved.get("goal", pilot)
@@ -167,12 +168,15 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
         good, done = enough(offset + mean, stderr, rtol, confidence, len(samples)), spent + len(samples)
         target = rtol * abs(offset + mean) / max(quantile(confidence, len(samples) - 1), 1e-300)
         needed = len(samples) if good else len(samples) * (stderr / target) ** 2 if target > 0 else math.inf
+        needed *= 1 if good else 1.1
+        if stderr > 0 and len(samples) <= pilot:        # whatever the variance of so few says
+            good, needed = False, max(needed, 2 * len(samples), 30)
         foretold = foretold or int(min(spent + needed, 2**62))
         costly = not good and worthwhile(operator, needed - len(samples), most - done)
         if good or costly or done + 1 > most:
             return Drawn(value=offset + mean, stderr=stderr, samples=len(samples), matvecs=done, foretold=foretold,
                          magnitude=math.fsum(map(abs, samples)) / len(samples), costly=costly)
-        goal = int(min(max(1.1 * needed, len(samples) + 2), 4 * len(samples)))
+        goal = int(min(max(needed, len(samples) + 2), 4 * len(samples)))
 
 
 def worthwhile(operator: CurvatureOperator, needed: float, left: int) -> bool:

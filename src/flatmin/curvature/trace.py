@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import vectors
 from .basis import Basis
 from .checkpoint import Checkpoint, State
-from .operator import CurvatureOperator, Forms
+from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, reporter
 from .sampling import Drawn, Estimate, adaptive, add, estimate, over_coordinates, unless_exact, worthwhile
 from .xtrace import LEAST_PROBES, append, xtrace
@@ -61,6 +61,7 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     M. Hutchinson 1990; R. Meyer et al., arXiv 2010.09649 (Hutch++); E. Epperly et al., SIAM J. Matrix Anal. Appl. 45
     (2024) 1-23 (XTrace).
     """
+    require_operator(operator)
     if method not in ("hutchinson", "hutch++", "xtrace"):
         raise ValueError(f'method must be "hutchinson", "hutch++" or "xtrace", got {method!r}')
     if sketch is not None and method != "hutch++":
@@ -142,6 +143,7 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
     >>> frobenius(Matrix(torch.diag(torch.tensor([3.0, 4.0])))).value
     5.0
     """
+    require_operator(operator)
     generator = vectors.seeded(seed)
     with operator.session(), reporter(progress, "Frobenius norm") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method="frobenius", rtol=rtol, confidence=confidence,
@@ -197,6 +199,7 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
 
     C. Bekas et al., Appl. Numer. Math. 57 (2007) 1214-1229.
     """
+    require_operator(operator)
     generator = vectors.seeded(seed)
     mean = torch.zeros(operator.length, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(mean)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import vectors
 from .checkpoint import Checkpoint
 from .lanczos import Which, wanted
-from .operator import CurvatureOperator
+from .operator import CurvatureOperator, require_operator
 from .progress import Progress, left, reporter
 
 
@@ -58,6 +58,7 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
 
     J. Cullum, R. Willoughby, Lanczos Algorithms for Large Symmetric Eigenvalue Computations, SIAM 2002, ch. 4.
     """
+    require_operator(operator)
     if k < 1 or tol <= 0:
         raise ValueError(f"k and tol must be positive, got k={k}, tol={tol}")
     limit = max_matvecs or 30 * k + 200

@@ -91,6 +91,8 @@ class Planner:
                                  f"got {want!r}")
             if isinstance(want, str) and want in ("pca", "update") and (self.path is None or len(self.path) < 2):
                 raise ValueError(f"{want!r} is read from trajectory=, a sequence of at least two models")
+        if sum(isinstance(want, str) and want == "gradient" for want in named) > 1:
+            raise ValueError('"gradient" is one direction: pass another kind with it, such as ("gradient", "filter")')
         if any(isinstance(w, str) and w in ("filter", "layer") for w in named) and \
                 not any(p.dim() > 1 and bool(p.detach().any()) for p in self._like()):
             warnings.warn("there is no tensor of two dimensions whose filters could be normalised: the directions are "

@@ -88,9 +88,10 @@ def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator =
             trajectory.
         seed: of random directions.
         directions: a kind for both, or two of them, each a kind or a list of tensors. Kinds: "filter", the default
-            (random with the norms of the weights' filters), "layer", "random", "gradient", "eigenvectors" (of the
-            largest Hessian eigenvalues), "update" and "pca" (the last steps and the principal components of
-            ``trajectory``). With two models, the second direction; with three, none.
+            (random with the norms of the weights' filters), "layer", "random", "eigenvectors" (of the largest Hessian
+            eigenvalues), "update" and "pca" (the last steps and the principal components of ``trajectory``), and
+            "gradient", one direction, which goes with another kind: ("gradient", "filter"). With two models, the second
+            direction; with three, none.
         radius: both axes run over [−radius, radius], a Euclidean length in weight space. By default as far as models
             and trajectory reach; else the length of the normalised direction; else 1.
         models: one model instead of the objective's own weights, or two or three that the plane goes through, as

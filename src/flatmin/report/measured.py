@@ -167,7 +167,11 @@ def sentence(m: Measured) -> str:
             if done and top > 0 else "."))
     low = number(next(iter(numbers(m.result("density").get("x"))), math.nan))
     zero = number(section(m.result("density"), "mass_at_zero").get("value"))
-    if math.isfinite(zero) and math.isfinite(low):
+    bounds = numbers(section(m.result("density"), "mass_at_zero", "settings").get("bounds"))
+    if len(bounds) == 2 and bounds[1] - bounds[0] > 0.5:
+        out.append(f"Between {100 * bounds[0]:.0f} and {100 * bounds[1]:.0f} % of all eigenvalues are next to zero; "
+                   "more steps of Lanczos would resolve it.")
+    elif math.isfinite(zero) and math.isfinite(low):
         error = 100 * number(section(m.result("density"), "mass_at_zero").get("stderr"))
         out.append(f"{100 * zero:.0f}{f' ± {error:.2g}' if math.isfinite(error) else ''} % of all eigenvalues are next "
                    "to zero.")
