@@ -203,3 +203,12 @@ def test_embeddings_with_sparse_gradients(kind):
     model[0].sparse = False
     assert torch.allclose(found, kind(objective).dense(), atol=1e-14)
     assert settings["product"] == "cached" and settings["product_check"]["error"] < 1e-3
+
+
+@pytest.mark.parametrize("kind", (Hessian, GaussNewton))
+def test_differences_of_embeddings_with_sparse_gradients(kind):
+    model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = Objective(model, nn.CrossEntropyLoss(), (torch.randint(0, 5, (7, 3)), torch.randint(0, 3, (7,))))
+    exact = kind(objective).dense()
+    torch.testing.assert_close(kind(objective, product="finite_difference").dense(), exact, rtol=0,
+                               atol=1e-5 * float(exact.abs().max()))     # differences err by h², about 1e-8 here

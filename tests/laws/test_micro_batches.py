@@ -266,3 +266,13 @@ def test_a_scaler_beside_a_framework_that_does_not_scale():
                                                                              batches=DATA, weights=WEIGHTS)
     assert relative(flat_grad(model), 2.0**12 * sam_gradient()) < 1e-13
     assert flat(model).isfinite().all()
+
+
+def test_the_record_of_micro_batches_is_their_mean():
+    model = build()
+    norms = [float(torch.cat([g.flatten() for g in torch.autograd.grad(evaluated(model, b), list(model.parameters()))])
+                   .norm()) for b in DATA]
+    sharpener = presets.sam(model, rho=0.1, scope="micro_batch")
+    sharpener.backward(lambda b: evaluated(model, b), batches=DATA)
+    assert sharpener.last.gradient_norm == pytest.approx(sum(norms) / len(norms), rel=1e-12)
+    assert sharpener.last.radius == pytest.approx(0.1) and sharpener.last.cosine == pytest.approx(1.0)
