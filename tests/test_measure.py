@@ -165,7 +165,7 @@ def test_bad_checkpoints_are_named_and_nothing_is_written(tmp_path, capsys):
     assert "0.bias (7,) instead of (6,)" in refused({**state, "0.bias": torch.zeros(7)})
     assert "NaN in 2.bias" in refused({**state, "2.bias": torch.full((3,), math.nan)})
     assert "missing 0.weight, 0.bias, 2.weight and 1 more" in refused({"x": torch.zeros(1)})
-    assert "save model.state_dict() instead of the model" in refused(trained())
+    assert "torch.save(model.state_dict(), ...), not a whole model" in refused(trained())
     assert "holds no state_dict" in refused([1, 2])
     (tmp_path / "w.safetensors").write_bytes(b"nothing of the kind")
     assert "cannot read the checkpoint w.safetensors" in refused(None, "w.safetensors")

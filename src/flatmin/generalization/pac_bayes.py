@@ -253,6 +253,11 @@ def check_delta(delta: float, name: str = "delta") -> None:
         raise ValueError(f"{name} is the probability that the bound fails and must lie in (0, 1), got {delta}")
 
 
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of a shape can be broadcast to another shape."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
 def _together(*arguments: Values) -> list[list[Tensor]]:
     """For each tensor of the lists, one row of float64 tensors of equal shape."""
     columns = [[torch.as_tensor(t) for t in ([a] if isinstance(a, (int, float, Tensor)) else a)] for a in arguments]
@@ -264,9 +269,8 @@ def _together(*arguments: Values) -> list[list[Tensor]]:
     for row in zip(*(column * length if len(column) < length else column for column in columns), strict=True):
         shapes = [t.shape for t in row]
         largest = max(shapes, key=lambda shape: (shape.numel(), len(shape)))
-        try:
-            rows.append([t.detach().double().expand(largest) for t in row])
-        except RuntimeError as error:
+        if not all(_expands(shape, largest) for shape in shapes):
             raise ValueError("mean, variance, prior_mean and prior_variance have the shapes "
-                             f"{', '.join(str(tuple(shape)) for shape in shapes)}, which do not fit") from error
+                             f"{', '.join(str(tuple(shape)) for shape in shapes)}, which do not fit")
+        rows.append([t.detach().double().expand(largest) for t in row])
     return rows

@@ -339,9 +339,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of pickle, zip files, safetensors
-        hint = "; save model.state_dict() instead of the model" if "weights_only" in str(error).lower() else ""
         raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
-                         f"tensors, as .safetensors or by torch.save{hint}") from error
+                         "tensors, as .safetensors or by torch.save(model.state_dict(), ...), not a whole model"
+                         ) from error
     state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
