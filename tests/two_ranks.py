@@ -9,8 +9,23 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 WORLD = 2
+
+
+def wrap(kind, model):
+    """A sequential model under "ddp", or sharded layer by layer under "fsdp"."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for child in model:
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def run(rank, folder, kinds, jobs, seconds):

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from . import batches, checks, perturbed, vectors
 from .evaluation import NO_TERMS, Batchwise, Pass, Term
 from .ranks import Ranks
-
-FEWEST_BATCHES = 5
-"""Below this many batches no standard error over them is given."""
+from .results import FEWEST_BATCHES
 
 ORDER = "write Objective(model, loss_fn, data)"
 

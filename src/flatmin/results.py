@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+FEWEST_BATCHES = 5
+"""Below this many batches no standard error over them is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scalar:

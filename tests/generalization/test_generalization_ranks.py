@@ -14,7 +14,7 @@ from torch import nn
 import two_ranks
 from flatmin import Objective
 from flatmin.generalization import posteriors, robustness
-from two_ranks import WORLD
+from two_ranks import WORLD, wrap
 
 CUTS = [[(0, 7), (7, 10)], [(10, 14), (14, 17), (17, 20)]]
 KINDS = ("ddp", "fsdp")
@@ -23,19 +23,6 @@ KINDS = ("ddp", "fsdp")
 def net():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
-
-
-def wrap(kind, model):
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for child in model:
-        if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def objectives(kind, rank):

@@ -15,7 +15,7 @@ from flatmin import Objective
 from flatmin.curvature import Hessian
 from flatmin.paths import preconditioned_spectrum, sharpness_paths
 from flatmin.paths.spread import NAMES
-from two_ranks import WORLD
+from two_ranks import wrap
 
 DIFFERENCES = 1e-4      # what products under FSDP2 are
 CUTS = [[(0, 3), (3, 5), (5, 9), (9, 10)], [(10, 14), (14, 17), (17, 18), (18, 20)]]
@@ -29,19 +29,6 @@ def net():
 def samples():
     g = torch.Generator().manual_seed(0)
     return torch.randn(20, 4, generator=g, dtype=torch.float64), torch.randint(3, (20,), generator=g)
-
-
-def wrap(kind, model):
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for child in model:
-        if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def loss(kind, model):

@@ -34,7 +34,7 @@ from flatmin.sharpness import (
     update_of,
     worst_case,
 )
-from two_ranks import WORLD
+from two_ranks import WORLD, wrap
 
 CLOSE = 1e-9        # float64; differences of gradients under FSDP2 are as good as their step
 DIFFERENCES = 1e-4
@@ -56,19 +56,6 @@ CUTS = [[(0, 7), (7, 10)], [(10, 14), (14, 17), (17, 20)]]      # ten samples a 
 def parts(cuts=CUTS):
     x, y = samples()
     return [[(x[a:b], y[a:b]) for a, b in rows] for rows in cuts]
-
-
-def wrap(kind, model):
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for child in model:
-        if any(True for _ in child.parameters()):
-            fully_shard(child, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def objectives(kind, rank):

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..results import Scalar, uncertain
+from ..results import FEWEST_BATCHES, Scalar, uncertain
 from .checkpoint import Checkpoint, State
 from .operator import CurvatureOperator, Forms
 from .progress import Report
-
-FEW_BATCHES = 5
-"""Fewer batches than this say too little about their spread."""
 
 ROUNDING = 4
 """Sums of products are known to this many units of rounding, as a standard error."""
@@ -32,7 +29,7 @@ def data_stderr(forms: Forms | None) -> float | None:
 
     W. Cochran, Sampling Techniques, 3rd ed., Wiley 1977, sections 6.3 to 6.5.
     """
-    if forms is None or len(forms[0]) < FEW_BATCHES:
+    if forms is None or len(forms[0]) < FEWEST_BATCHES:
         return None
     n, q = forms
     top = float(q.abs().max()) or 1.0

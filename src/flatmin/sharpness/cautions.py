@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..batches import samples_in
 from ..evaluation import Pass
-from ..objective import FEWEST_BATCHES, Objective
-from ..results import uncertain
+from ..objective import Objective
+from ..results import FEWEST_BATCHES, uncertain
 
 __all__ = ["DifferentScaleWarning", "LossNearZeroWarning", "MissingGradientWarning", "RoundingWarning",
            "SharpnessWarning", "SmallBatchWarning", "TrainingModeWarning", "data_size", "samples_in", "warn_of",

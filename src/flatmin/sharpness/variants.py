@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..batches import samples_in
-from ..objective import FEWEST_BATCHES, Objective
-from ..results import Scalar
+from ..objective import Objective
+from ..results import FEWEST_BATCHES, Scalar
 from .average_case import average_case
 from .cautions import SmallBatchWarning
 from .one_step import one_step
