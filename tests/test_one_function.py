@@ -253,7 +253,7 @@ def test_every_pass_reads_the_same_order_and_the_generator_is_given_back(name):
                         getattr(getattr(loader.batch_sampler, "sampler", None), "generator", None)) if g is not None]
     before, state = [g.get_state() for g in held], torch.get_rng_state()
     with objective.session():
-        first, second = ([t.batch[0] for t in objective.terms()] for _ in range(2))
+        first, second = ([t.data[0] for t in objective.weighted_batches()] for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert float(objective.value()) == float(objective.value())
     m_sharpness(objective, 6, measure="one_step")

@@ -256,7 +256,7 @@ def test_the_time_of_a_comparison_is_foretold(monkeypatch, tmp_path, capsys):
     clock = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
     methods = module.find_methods("sgd,sam")
-    assert timing.foretold(recipe, recipe.data(None), methods, {"sgd": 7, "sam": 5}) == 12
+    assert timing.predicted(recipe, recipe.data(None), methods, {"sgd": 7, "sam": 5}) == 12
     monkeypatch.undo()
     monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
     folder = RunFolder.create(tmp_path / "run")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import batches, vectors
 
 if TYPE_CHECKING:
-    from .evaluation import Term
+    from .evaluation import WeightedBatch
     from .objective import Objective
 
 
@@ -44,9 +44,9 @@ def check(objective: Objective) -> None:
     before = [t.clone() for _, t in w]
     pair, moved, seen = _Pair(objective), [], []
 
-    def watch(term: Term) -> None:
-        pair.look(term)
-        seen.append(term.index)
+    def watch(batch: WeightedBatch) -> None:
+        pair.look(batch)
+        seen.append(batch.index)
 
     try:
         found = objective.evaluate(watch=watch)
@@ -70,7 +70,7 @@ def check(objective: Objective) -> None:
         second = objective.value()
         if not same(first, second, objective.parameters):
             raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
-                             f"{_culprit(objective)}")
+                             f"{_find_nondeterminism(objective)}")
     finally:
         objective._model_seed = objective.seed
     pair.check()
@@ -78,12 +78,12 @@ def check(objective: Objective) -> None:
 
 def _not_finite(objective: Objective, index: int | None) -> str:
     """Where a loss is not finite first, as the end of a sentence."""
-    batch = None
-    for term in objective.terms():      # all of them: ranks may have to go along
-        batch = term.batch if batch is None and term.index == index else batch
-    if batch is None:
+    data = None
+    for batch in objective.weighted_batches():      # all of them: ranks may have to go along
+        data = batch.data if data is None and batch.index == index else data
+    if data is None:
         return "first on another rank"
-    whole = all(bool(t.isfinite().all()) for t in batches.tensors(batch))
+    whole = all(bool(t.isfinite().all()) for t in batches.tensors(data))
     return f"first in batch {index}, " + ("whose data are finite: the weights are not, or the model overflows"
                                           if whole else "whose data are not finite either")
 
@@ -103,23 +103,23 @@ class _Pair:
 
     def __init__(self, objective: Objective):
         self.objective = objective
-        self.first: Term | None = None
-        self.second: Term | None = None
+        self.first: WeightedBatch | None = None
+        self.second: WeightedBatch | None = None
         self.several = self.unequal = False
         self.applies = (objective._weight is None and not objective.ranks.in_step and not any(
             m.training or isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
             for m in objective.model.modules()))
 
-    def look(self, term: Term) -> None:
+    def look(self, batch: WeightedBatch) -> None:
         if not self.applies:
             return
         if self.first is None:
-            self.first = term
+            self.first = batch
             return
-        self.several, self.unequal = True, self.unequal or term.weight != self.first.weight
-        if (self.second is None or self.first.weight == self.second.weight != term.weight) and \
-                batches.merged(self.first.batch, term.batch) is not None:
-            self.second = term
+        self.several, self.unequal = True, self.unequal or batch.weight != self.first.weight
+        if (self.second is None or self.first.weight == self.second.weight != batch.weight) and \
+                batches.merged(self.first.data, batch.data) is not None:
+            self.second = batch
 
     def check(self) -> None:
         """Raise or warn where the loss of both together is not their mean by weight."""
@@ -147,12 +147,12 @@ class _Pair:
                 return found
         return None
 
-    def _apart_and_together(self, a: Term | None, b: Term | None) -> tuple[str, bool] | None:
+    def _apart_and_together(self, a: WeightedBatch | None, b: WeightedBatch | None) -> tuple[str, bool] | None:
         objective = self.objective
         if a is None or b is None or not (a.weight > 0 and b.weight > 0):
             return None
         (za, la), (zb, lb) = map(_evaluated, (a, b))
-        z, loss = _evaluated(_with(a, batches.merged(a.batch, b.batch)))
+        z, loss = _evaluated(_with(a, batches.merged(a.data, b.data)))
         kinds = {t.dtype for t in (*objective.parameters, *batches.tensors(z)) if t.is_floating_point()}
         tolerance = max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
         if not _rows_agree(za, zb, z, tolerance):
@@ -160,37 +160,37 @@ class _Pair:
         mean = (a.weight * la + b.weight * lb) / (1.0 if objective.sums else a.weight + b.weight)
         if _near(loss, mean, tolerance, abs(la) + abs(lb)):
             return None
-        twice = _evaluated(_with(a, batches.merged(a.batch, a.batch)))[1]
+        twice = _evaluated(_with(a, batches.merged(a.data, a.data)))[1]
         text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
                 f"{loss:.6g} together")
         return text, self.unequal or _near(twice, la, tolerance, abs(la))
 
 
-def _part(term: Term, share: float) -> Term | None:
+def _part(batch: WeightedBatch, share: float) -> WeightedBatch | None:
     """The first, or for a negative share the last, samples of a batch; None where it cannot be cut."""
-    n = batches.samples_in(term.batch)
+    n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    batch = batches.rows(term.batch, slice(k) if share > 0 else slice(n - k, n))
-    return None if batch is None else _with(term, batch)
+    data = batches.rows(batch.data, slice(k) if share > 0 else slice(n - k, n))
+    return None if data is None else _with(batch, data)
 
 
-def _cut(term: Term, share: float) -> tuple[Term | None, Term | None]:
+def _cut(batch: WeightedBatch, share: float) -> tuple[WeightedBatch | None, WeightedBatch | None]:
     """The first samples of a batch and the others."""
-    n = batches.samples_in(term.batch)
+    n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    parts = [batches.rows(term.batch, s) if k < n else None for s in (slice(k), slice(k, n))]
-    first, rest = (None if part is None else _with(term, part) for part in parts)
+    parts = [batches.rows(batch.data, s) if k < n else None for s in (slice(k), slice(k, n))]
+    first, rest = (None if part is None else _with(batch, part) for part in parts)
     return first, rest
 
 
-def _with(term: Term, batch: Any) -> Term:
-    return type(term)(term.objective, batch, term.objective.weight(batch), term.index)
+def _with(batch: WeightedBatch, data: Any) -> WeightedBatch:
+    return type(batch)(batch.objective, data, batch.objective.weight(data), batch.index)
 
 
-def _evaluated(term: Term) -> tuple[Any, float]:
+def _evaluated(batch: WeightedBatch) -> tuple[Any, float]:
     with torch.enable_grad():
-        outputs = term.outputs()
-        return outputs, float(term.loss(outputs).detach())
+        outputs = batch.outputs()
+        return outputs, float(batch.loss(outputs).detach())
 
 
 def _near(a: float, b: float, tolerance: float, size: float) -> bool:
@@ -214,31 +214,31 @@ def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return bool((x - y).norm() <= tolerance * x.norm())
 
 
-def _culprit(objective: Objective) -> str:
+def _find_nondeterminism(objective: Objective) -> str:
     """Why two evaluations of an objective differ, as the end of a sentence."""
-    term = next(iter(objective.terms()), None)
+    batch = next(iter(objective.weighted_batches()), None)
     runs: list[Any] = []
-    for shift in () if term is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
+    for shift in () if batch is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
         objective._model_seed = objective.seed + shift
-        runs.append(_trace(objective, term))
+        runs.append(_trace(objective, batch))
     for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
         if not batches.equal(a, b):
             where = f"module {name!r}" if name else "the model"
             return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "
                     'respect .eval(), or pass mode="train" to hold its draws fixed')
-    first, second = ([t.batch for t in objective.terms()] for _ in range(2))
+    first, second = ([t.data for t in objective.weighted_batches()] for _ in range(2))
     if len(first) != len(second) or not all(map(batches.equal, first, second)):
         return "the data differ from pass to pass. Switch random augmentation off, or pass a list of batches"
     return "the loss function itself, or code between the modules, is random"
 
 
-def _trace(objective: Objective, term: Any) -> Sequence[tuple[str, str, Any]]:
+def _trace(objective: Objective, batch: Any) -> Sequence[tuple[str, str, Any]]:
     seen: list[tuple[str, str, Any]] = []
     hooks = [m.register_forward_hook(lambda m, _, out, name=name: seen.append((name, type(m).__name__, out)))
              for name, m in objective.model.named_modules()]
     try:
         with torch.enable_grad():
-            term.loss(term.outputs())
+            batch.loss(batch.outputs())
     finally:
         for hook in hooks:
             hook.remove()

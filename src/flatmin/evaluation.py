@@ -20,7 +20,7 @@ NO_TERMS = "no batch of the data has anything to average: weight= is 0 for all, 
 
 
 @dataclass(eq=False)
-class Term:
+class WeightedBatch:
     """One batch of an objective: ``outputs()`` runs the model, ``loss(outputs)`` is the mean of ``weight`` terms.
 
     ``total`` is the weight of the batches that other ranks evaluate in the same pass, this one included. The model and
@@ -28,20 +28,20 @@ class Term:
     """
 
     objective: Batchwise
-    batch: Any
+    data: Any
     weight: float
     index: int
     total: float = 0.0
     _copy: Any = None
 
     def outputs(self) -> Any:
-        self._copy = batches.copied(self.batch)
+        self._copy = batches.copied(self.data)
         outputs = self.objective._outputs(self._copy, self.index)
         return self.outputs() if self.objective.needs_composites() else outputs
 
     def loss(self, outputs: Any, *, differentiate: bool = True) -> Tensor:
         """The mean loss; ``differentiate``: its derivatives will be taken."""
-        loss = self.objective._loss(outputs, self.batch if self._copy is None else self._copy)
+        loss = self.objective._loss(outputs, self.data if self._copy is None else self._copy)
         if self.objective.needs_composites():
             loss = self.objective._loss(self.outputs(), self._copy)
         if differentiate:
@@ -118,9 +118,9 @@ class Batchwise:
         """Where batches are moved: the device of the first parameter."""
         return next(iter(self.devices), torch.device("cpu"))
 
-    def terms(self) -> Iterator[Term]:
+    def weighted_batches(self) -> Iterator[WeightedBatch]:
         """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
-        assert self._depth, "terms() outside session()"
+        assert self._depth, "weighted_batches() outside session()"
         ranks = self.ranks
         if ranks.in_step:
             yield from self._in_step(ranks)
@@ -128,7 +128,7 @@ class Batchwise:
         empty = True
         for index, batch, n in self._weighted():
             empty = False
-            yield Term(self, batches.move(batch, self.device), n, index * ranks.world + ranks.rank, n)
+            yield WeightedBatch(self, batches.move(batch, self.device), n, index * ranks.world + ranks.rank, n)
         if empty and not ranks:
             raise ValueError(NO_TERMS)
 
@@ -149,7 +149,7 @@ class Batchwise:
             generator.manual_seed(self.seed)
         return iter(self.data)
 
-    def _in_step(self, ranks: Ranks) -> Iterator[Term]:
+    def _in_step(self, ranks: Ranks) -> Iterator[WeightedBatch]:
         """As many batches on every rank: one that has no more repeats its last one, with weight 0."""
         found = self._weighted()
         item = None
@@ -164,7 +164,8 @@ class Batchwise:
                 if item is None or without:
                     raise ValueError(NO_TERMS if total == 0 else "under FSDP2 all ranks run the model together, and a "
                                      "rank has no batch with anything to average: give each at least one")
-                yield Term(self, batches.move(item[1], self.device), n, item[0] * ranks.world + ranks.rank, total)
+                index = item[0] * ranks.world + ranks.rank
+                yield WeightedBatch(self, batches.move(item[1], self.device), n, index, total)
         finally:
             ranks.reshard()
 

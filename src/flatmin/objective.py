@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, checks, perturbed, vectors
-from .evaluation import NO_TERMS, Batchwise, Pass, Term
+from .evaluation import NO_TERMS, Batchwise, Pass, WeightedBatch
 from .ranks import Ranks
 from .results import FEWEST_BATCHES
 
@@ -103,7 +103,7 @@ class Objective(Batchwise):
         return [vectors.like(found[id(p)], p) if id(p) in found else torch.zeros_like(p)
                 for p in self.model.parameters()]
 
-    def evaluate(self, *, gradient: bool = False, watch: Callable[[Term], None] | None = None) -> Pass:
+    def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Pass:
         """L(w), each batch's own loss, and with ``gradient`` ∇L(w), in one pass over the data.
 
         With and without a gradient, autograd records every batch, so that the model computes the same; the graph of a
@@ -117,19 +117,19 @@ class Objective(Batchwise):
         weights: list[float] = []
         samples, first, kinds = 0, 1.0, {p.dtype for p in w}
         with self.session(), torch.enable_grad():
-            for term in self.terms():
+            for batch in self.weighted_batches():
                 if watch is not None:
-                    watch(term)
-                first = first if losses else term.total
-                outputs = term.outputs()
-                loss = term.loss(outputs, differentiate=gradient)
+                    watch(batch)
+                first = first if losses else batch.total
+                outputs = batch.outputs()
+                loss = batch.loss(outputs, differentiate=gradient)
                 kinds.update(t.dtype for t in batches.tensors(outputs) if t.is_floating_point())
                 del outputs
                 if gradient:
-                    self._add_gradient(sums, loss, term, w, term.total / first)
+                    self._add_gradient(sums, loss, batch, w, batch.total / first)
                 losses.append(loss.detach())
-                weights.append(term.weight)
-                samples += batches.samples_in(term.batch) if term.weight > 0 else 0
+                weights.append(batch.weight)
+                samples += batches.samples_in(batch.data) if batch.weight > 0 else 0
                 del loss
             each = tuple(float(t.to("cpu", torch.float64)) for t in losses)
             samples = int(self.ranks.total(samples)[0])
@@ -143,11 +143,11 @@ class Objective(Batchwise):
         missing = {id(p) for p, t in zip(w, sums, strict=True) if t is None}
         return tuple(name for name, p in self.model.named_parameters() if id(p) in missing) if missing else ()
 
-    def _add_gradient(self, sums: list[Tensor | None], loss: Tensor, term: Term, w: list[nn.Parameter],
+    def _add_gradient(self, sums: list[Tensor | None], loss: Tensor, batch: WeightedBatch, w: list[nn.Parameter],
                       share: float) -> None:
         """sums ← sums + share · ∇loss; under FSDP2 the mean over the batches of this pass, local shards."""
         if self.ranks.in_step:
-            for i, row in enumerate(self.ranks.backward(loss * (term.weight / term.total), w)):
+            for i, row in enumerate(self.ranks.backward(loss * (batch.weight / batch.total), w)):
                 summing(sums, i, w[i], share)(row)
         elif loss.requires_grad:
             handles = [p.register_hook(summing(sums, i, p, share)) for i, p in enumerate(w)]

@@ -1,8 +1,8 @@
 """Change weights, buffers, random state or mode, and always give them back.
 
 Weights are given back by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
-``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Widened`, whose originals are
-never written at all.
+``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Weights`, whose
+originals are never written at all.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
 
 
-class Widened:
+class Float32Weights:
     """Half-precision weights replaced by float32 tensors w + ε while a pass runs; the originals are never written.
 
     Between w and w + ε there is often no bfloat16 number at all, so the step cannot be taken in the weights' own
@@ -92,7 +92,7 @@ class Widened:
     def __init__(self, parameters: Sequence[nn.Parameter]):
         self._parameters = list(parameters)
         self._originals = [p.data for p in self._parameters]
-        self.mode = _Promote(self._originals[0].dtype)
+        self.mode = _MixedDtypePromotion(self._originals[0].dtype)
 
     def move(self, d: Sequence[Tensor], scale: Tensor, *, finite: bool = False) -> None:
         for p, w, step in zip(self._parameters, self._originals, d, strict=True):
@@ -118,7 +118,7 @@ _LIKE_SELF = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_ad
 """In-place operations that take no other dtype than that of the tensor they write to."""
 
 
-class _Promote(TorchFunctionMode):
+class _MixedDtypePromotion(TorchFunctionMode):
     """Run operations on mixed half and single precision tensors in single precision; results go back to half."""
 
     def __init__(self, half: torch.dtype):
@@ -138,13 +138,13 @@ class _Promote(TorchFunctionMode):
             return func(*args, **kwargs)
         wide: list[tuple[Tensor, Tensor]] = []
 
-        def widened(t: Any) -> Any:
+        def float32_weights(t: Any) -> Any:
             out = _cast(t, self.half, torch.float32)
             if out is not t and not t.requires_grad:
                 wide.append((t, out))
             return out
 
-        args, kwargs = tree_map(widened, (args, kwargs))
+        args, kwargs = tree_map(float32_weights, (args, kwargs))
         result = func(*args, **kwargs)
         if name in ("batch_norm", "instance_norm"):     # running statistics are written in place
             for own, copy in wide:

@@ -53,7 +53,7 @@ def test_more_probes_less_error():
         found = trace(a, rtol=rtol)
         assert found.converged and found.stderr <= rtol * abs(found.value)
         assert abs(found.value - truth) < 4 * found.stderr
-        assert 0.2 < found.foretold / found.matvecs < 5
+        assert 0.2 < found.predicted / found.matvecs < 5
 
 
 def test_the_budget_is_kept_and_a_shortfall_said():
@@ -61,7 +61,7 @@ def test_the_budget_is_kept_and_a_shortfall_said():
     for method in ("hutchinson", "hutch++", "xtrace"):
         with pytest.warns(UserWarning, match="would take about"):
             found = trace(a, rtol=1e-4, max_matvecs=40, method=method)
-        assert found.matvecs <= 40 < found.foretold and not found.converged
+        assert found.matvecs <= 40 < found.predicted and not found.converged
 
 
 @pytest.mark.usefixtures("only_samples")

@@ -68,13 +68,13 @@ def test_an_evaluation_that_is_not_the_objectives_is_refused():
 
 def test_weights_put_wrongly_are_refused(monkeypatch):
     """Also where no point of the grid is the middle, and on a plane through other models."""
-    objective, real = Objective(build(RolesNet), loss_fn, batch(0)), plane.Standing.put
+    objective, real = Objective(build(RolesNet), loss_fn, batch(0)), plane.PlaneModel.put
 
     def put(self, coordinates):
         real(self, coordinates)
         self._w[0].mul_(1.01)
 
-    monkeypatch.setattr(plane.Standing, "put", put)
+    monkeypatch.setattr(plane.PlaneModel, "put", put)
     models = [build(RolesNet, seed).state_dict() for seed in (1, 2, 3)]
     for run in (lambda: surface(objective, 3), lambda: line(objective, models=models[:2], steps=2),
                 lambda: surface(objective, 4, models=models)):

@@ -43,13 +43,13 @@ def traced(step, at=0):
     return lines
 
 
-CASES = {"groups": dict(), "widened": dict()}
+CASES = {"groups": dict(), "float32_weights": dict()}
 
 
 def case(kind):
     model = build(problems.NoisyNet)
     options = dict(CASES[kind])
-    if kind == "widened":
+    if kind == "float32_weights":
         model = model.bfloat16()
     if kind == "groups":
         options["groups"] = [{"modules": [model.head], "rho": 0.3}]

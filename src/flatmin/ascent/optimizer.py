@@ -265,7 +265,7 @@ class SAM(Optimizer):
             return
         kept = [] if zero_grad else [(p, p.grad.clone()) for p in self._parameters() if p.grad is not None]
         try:
-            self.sharpener.climb()
+            self.sharpener.perturb()
         except BaseException:
             self.restore()
             raise
@@ -276,10 +276,11 @@ class SAM(Optimizer):
         """With the gradient at w + ε in ``p.grad``: go back to w and take the base optimizer's step."""
         if not self._between:
             raise PerturbedStateError("second_step needs a first_step before it")
-        climbed = self.sharpener.standing
+        is_perturbed = self.sharpener.standing
         self.restore()
         if self.sharpener.has_gradients:  # the caller ran the passes: their losses are not known here
-            self.sharpener.finish(self.sharpener.combined(None, None) if climbed else self.sharpener.plain_record(None))
+            outcome = self.sharpener.combined(None, None) if is_perturbed else self.sharpener.plain_record(None)
+            self.sharpener.finish(outcome)
         self._opt_called = True  # what an LR scheduler looks for
         self._step_base()
         if zero_grad:
@@ -288,7 +289,7 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Give back w after a second pass that failed; without effect otherwise."""
         self._between = False
-        self.sharpener.come_back()
+        self.sharpener.restore()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
         """Both passes and the base optimizer's step, in torch's closure convention.

@@ -331,7 +331,7 @@ def _alias(output: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
 
 
 def _instead(kept: Tensor | None, g: Tensor) -> Tensor:
-    """The kept gradient in the place of g, in its dtype: a widened pass has other outputs than the one before."""
+    """The kept gradient in the place of g, in its dtype: outputs of float32 weights have another than those before."""
     return torch.zeros_like(g) if kept is None else kept.to(g.dtype)
 
 

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..errors import PerturbedStateError
-from ..perturbed import HALF, Buffers, Displacement, RandomState, Widened, buffer_registries, buffer_versions, undone
+from ..perturbed import (
+    HALF,
+    Buffers,
+    Displacement,
+    Float32Weights,
+    RandomState,
+    buffer_registries,
+    buffer_versions,
+    undone,
+)
 from ..vectors import Space, local
 from .cadence import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient
@@ -33,7 +42,7 @@ class _Standing:
     """Weights stand at w + ε: how to come back, and what was seen at w."""
 
     displacement: Displacement = field(default_factory=Displacement)
-    widened: Widened | None = None
+    float32_weights: Float32Weights | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)  # kept g, by row
     gradient_norm: Tensor | None = None
     radius: Tensor | float = 0.0
@@ -41,12 +50,12 @@ class _Standing:
 
     def restore(self) -> None:
         self.displacement.restore()
-        if self.widened is not None:
-            self.widened.restore()
+        if self.float32_weights is not None:
+            self.float32_weights.restore()
 
     def mode(self) -> AbstractContextManager[Any]:
         """The context for passes at w + ε."""
-        return nullcontext() if self.widened is None else self.widened.mode
+        return nullcontext() if self.float32_weights is None else self.float32_weights.mode
 
     def taken(self) -> tuple[Tensor | float, Tensor | float]:
         """Cosine of the step taken with the one asked for, and its radius; half-precision weights may round it."""
@@ -216,7 +225,7 @@ class Sharpener:
             # one micro-batch a call: the caller accumulates, and the framework's division is for that
             self.finish(outcome, stash, self._propagate.division if len(steps) == 1 else None)
         except BaseException:
-            self.come_back()
+            self.restore()
             self._last_standing = None
             for parameter, gradient, saved in stash:
                 if saved is not None and gradient is not None:
@@ -308,7 +317,7 @@ class Sharpener:
 
     def _at_perturbed(self, run: Callable[[], Tensor], rhos: list[float], start: RandomState | None) -> Tensor:
         """Run a pass with the weights at w + ε, and come back whatever happens."""
-        with undone(self.come_back), self.climb(rhos):
+        with undone(self.restore), self.perturb(rhos):
             if start is not None:
                 start.set()
             return run()
@@ -325,7 +334,7 @@ class Sharpener:
                                                  for r, t in zip(rows, g, strict=True)])
         return Outcome(self._overflow(), loss=value)
 
-    def climb(self, rhos: list[float] | None = None) -> AbstractContextManager[Any]:
+    def perturb(self, rhos: list[float] | None = None) -> AbstractContextManager[Any]:
         """With g in ``p.grad`` (or nothing, for directions that need none): choose ε, keep what is needed, move.
 
         Returns the context in which the second pass is to run.
@@ -396,9 +405,9 @@ class Sharpener:
         """Move by scale · d, tensors of one dtype and device; half precision in float32 where that can be done."""
         dtype = w[0].dtype
         steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        if dtype in HALF and self._can_widen and standing.widened is None:
-            standing.widened = Widened([r.parameter for r in rows])
-            standing.widened.move(d, steps, finite=True)
+        if dtype in HALF and self._may_use_float32 and standing.float32_weights is None:
+            standing.float32_weights = Float32Weights([r.parameter for r in rows])
+            standing.float32_weights.move(d, steps, finite=True)
         else:
             standing.displacement.move(w, d, steps, finite=True)
 
@@ -413,10 +422,10 @@ class Sharpener:
         return list(out.values())
 
     @property
-    def _can_widen(self) -> bool:
+    def _may_use_float32(self) -> bool:
         return self._plain_model and self._inspection.looked and not self._inspection.inflexible
 
-    def come_back(self) -> None:
+    def restore(self) -> None:
         """Give the weights back, if they were moved."""
         standing = self._standing
         if standing is not None:

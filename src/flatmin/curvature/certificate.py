@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .krylov import Krylov
+from .krylov import BandLanczos
 from .operator import CurvatureOperator, Forms
 
 DOUBT = 0.01
@@ -55,7 +55,7 @@ def search(operator: CurvatureOperator, x: Tensor, sides: list[tuple[int, float]
     none = torch.zeros(0, dtype=torch.float64), x[:0]
     if rows == 0:
         return Search(True, *none, 0)
-    run = Krylov(operator, Basis(operator, rows + 1), generator,
+    run = BandLanczos(operator, Basis(operator, rows + 1), generator,
                  locked=Basis.of(operator, x))
     run.unit = unit
     run.matvecs = 1         # the unit is known

@@ -32,13 +32,13 @@ def dense_hessian(objective: Objective) -> Tensor:
     w = objective.parameters
     total, weights = None, []
     with objective.session(), second_derivatives(objective), CompositeNorms():
-        for term in objective.terms():
-            loss, at = on_module(term, w, lambda t: t.loss(t.outputs()))
+        for batch in objective.weighted_batches():
+            loss, at = on_module(batch, w, lambda t: t.loss(t.outputs()))
             rows = torch.func.hessian(loss)(at)
             h = torch.cat([torch.cat([block.reshape(p.numel(), q.numel()) for block, q in zip(row, w, strict=True)], 1)
-                           for row, p in zip(rows, w, strict=True)]) * term.weight
+                           for row, p in zip(rows, w, strict=True)]) * batch.weight
             total = h if total is None else total + h
-            weights.append(term.weight)
+            weights.append(batch.weight)
     assert total is not None
     return total.detach() / objective.normalizer(weights)
 

@@ -14,7 +14,7 @@ from .. import vectors
 from ..results import Scalar
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, State
-from .krylov import Krylov
+from .krylov import BandLanczos
 from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, reporter
 from .sampling import Measured, add, data_stderr, moments, over_coordinates, worthwhile
@@ -179,7 +179,7 @@ def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator:
     ends: list[tuple[Tensor, Tensor]] = saved.get("ends", [])
     forms: Forms | None = saved.get("forms")
 
-    def state(run: Krylov | None = None) -> State:
+    def state(run: BandLanczos | None = None) -> State:
         part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
         return part | {"nodes": list(nodes), "weights": list(weights), "ends": list(ends), "used": used, "forms": forms,
                        "matvecs": used + (run.matvecs if run else 0)}
@@ -188,7 +188,7 @@ def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator:
     while len(nodes) < probes:
         if part is None:
             keep.rewritten(state)
-        run = Krylov(operator, V, generator, start=part is None)
+        run = BandLanczos(operator, V, generator, start=part is None)
         if part is not None:
             run.resume(part)
             part = None

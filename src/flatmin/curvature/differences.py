@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import vectors
-from ..objective import Term
+from ..objective import WeightedBatch
 from . import memory
 from .products import ObjectiveOperator
 
@@ -111,9 +111,9 @@ class Differences:
         for sign in (1, -1):
             move(self.parameters, w, v.split(operator.numels), sign * h)
             losses: list[tuple[Tensor, float]] = []
-            for term in objective.terms():
-                first = first if losses or sign < 0 else term.total
-                losses.append((self._collect(term, add, sign * term.total / first), term.weight))
+            for batch in objective.weighted_batches():
+                first = first if losses or sign < 0 else batch.total
+                losses.append((self._collect(batch, add, sign * batch.total / first), batch.weight))
             values.append(float(objective._total(losses)))
             normalizer = objective.normalizer(n for _, n in losses)
         for piece in empty():
@@ -128,13 +128,13 @@ class Differences:
         noise = 4 * eps * max(map(abs, (*values, self._value))) / h**2
         return out, off / (top * length), noise / (top * length)
 
-    def _collect(self, term: Term, add: Add, factor: float) -> Tensor:
+    def _collect(self, batch: WeightedBatch, add: Add, factor: float) -> Tensor:
         """Add factor · ∇loss of one batch; the loss."""
         objective = self.operator.objective
         with torch.enable_grad():
-            loss = term.loss(term.outputs())
+            loss = batch.loss(batch.outputs())
             if objective.ranks.in_step:
-                for i, g in enumerate(objective.ranks.backward(loss * (term.weight / term.total), self.parameters)):
+                for i, g in enumerate(objective.ranks.backward(loss * (batch.weight / batch.total), self.parameters)):
                     add(i, g, factor)
             elif loss.requires_grad:
                 handles = [p.register_hook(_catcher(add, i, p, factor)) for i, p in enumerate(self.parameters)]

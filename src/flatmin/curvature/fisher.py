@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import batches
-from ..objective import Objective, Term
+from ..objective import Objective, WeightedBatch
 from .gauss_newton import loss_curvature, sandwich
 from .inexact import Inexact
-from .outputs import Middle, TangentDifferences, outputs_and_loss
+from .outputs import OutputHessian, TangentDifferences, outputs_and_loss
 from .parameters import require_objective
-from .products import Apply, Product
+from .products import LinearMap, Product
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 Likelihood = Literal["softmax", "gaussian", "bernoulli"]
@@ -73,22 +73,22 @@ class Fisher(Inexact):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"kind": self.kind, "likelihood": self.likelihood}
 
-    def _linearize_batch(self, term: Term, w: list[nn.Parameter]) -> Apply:
-        z, loss = outputs_and_loss(term)
-        return sandwich(z, w, lambda: self._expectation(term, z, loss))
+    def _linearize_batch(self, batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+        z, loss = outputs_and_loss(batch)
+        return sandwich(z, w, lambda: self._expectation(batch, z, loss))
 
-    def _expectation(self, term: Term, z: Tensor, loss: Tensor) -> Middle:
+    def _expectation(self, batch: WeightedBatch, z: Tensor, loss: Tensor) -> OutputHessian:
         """u ↦ E[r rᵀ] u, times the number of terms."""
         exact = loss_curvature(z, loss)
         if self.kind == "exact":
             return exact
         c, = torch.autograd.grad(loss, z, retain_graph=True)
         rows = _Rows(z, self._classes_second(z))
-        n = term.weight / (1 if self.likelihood == "softmax" or self.objective.sums else rows.of(z).shape[-1])
+        n = batch.weight / (1 if self.likelihood == "softmax" or self.objective.sums else rows.of(z).shape[-1])
         if self.kind == "empirical":
             r = rows.of(c) * n
         else:       # ignored terms are those without a gradient
-            r = self._drawn(rows.of(z.detach()), rows.of(exact(torch.ones_like(z))), n, term.index)
+            r = self._drawn(rows.of(z.detach()), rows.of(exact(torch.ones_like(z))), n, batch.index)
             r = r * (rows.of(c) != 0).any(-1, keepdim=True)
         return lambda u: rows.back(r * (r * rows.of(u)).sum(-1, keepdim=True) / n)
 

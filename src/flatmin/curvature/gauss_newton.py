@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..objective import Objective, Term
+from ..objective import Objective, WeightedBatch
 from .hessian import derivative_of_gradient, differentiable_gradient
 from .inexact import Inexact
-from .outputs import FrozenDifferences, Middle, TangentDifferences, outputs_and_loss
-from .products import Apply, Product, on_module
+from .outputs import FrozenDifferences, OutputHessian, TangentDifferences, outputs_and_loss
+from .products import LinearMap, Product, on_module
 
 
 class GaussNewton(Inexact):
@@ -59,56 +59,56 @@ class FunctionalPart(Inexact):
                          products=("auto", "cached", "recomputed"))
 
 
-def loss_curvature(z: Tensor, loss: Tensor) -> Middle:
+def loss_curvature(z: Tensor, loss: Tensor) -> OutputHessian:
     """u ↦ (∂²loss/∂z²) u."""
     c, = torch.autograd.grad(loss, z, create_graph=True)
 
-    def middle(u: Tensor) -> Tensor:
+    def output_hessian(u: Tensor) -> Tensor:
         if not c.requires_grad:
             return torch.zeros_like(u)
         out, = torch.autograd.grad(c, z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(u) if out is None else out
 
-    return middle
+    return output_hessian
 
 
-def sandwich(z: Tensor, w: list[nn.Parameter], make: Callable[[], Middle]) -> Apply:
+def sandwich(z: Tensor, w: list[nn.Parameter], make: Callable[[], OutputHessian]) -> LinearMap:
     """v ↦ Jᵀ M J v. Jv is the derivative along v of u ↦ Jᵀu, which is linear: two reverse passes on a kept graph."""
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
-    middle = make()
+    output_hessian = make()
     u = torch.zeros_like(z, requires_grad=True)
     roots, used = differentiable_gradient(z, w, u)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         assert not batched
         jv, = torch.autograd.grad(roots, u, [v[i] for i in used], retain_graph=True)
-        return torch.autograd.grad(z, w, middle(jv), retain_graph=keep, allow_unused=True)
+        return torch.autograd.grad(z, w, output_hessian(jv), retain_graph=keep, allow_unused=True)
 
     return apply
 
 
-def _linearize(term: Term, w: list[nn.Parameter]) -> Apply:
-    z, loss = outputs_and_loss(term)
+def _linearize(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+    z, loss = outputs_and_loss(batch)
     return sandwich(z, w, lambda: loss_curvature(z, loss))
 
 
-def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
-    logits, at = on_module(term, w, lambda t: t.logits(t.outputs()))
-    z, loss = outputs_and_loss(term)
+def _forward(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+    logits, at = on_module(batch, w, lambda t: t.logits(t.outputs()))
+    z, loss = outputs_and_loss(batch)
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
-    middle = loss_curvature(z, loss)
+    output_hessian = loss_curvature(z, loss)
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         jv = torch.func.jvp(logits, (at,), (tuple(v),))[1]
-        return torch.autograd.grad(z, w, middle(jv), retain_graph=keep, allow_unused=True)
+        return torch.autograd.grad(z, w, output_hessian(jv), retain_graph=keep, allow_unused=True)
 
     return apply
 
 
-def _functional(term: Term, w: list[nn.Parameter]) -> Apply:
-    z, loss = outputs_and_loss(term)
+def _functional(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+    z, loss = outputs_and_loss(batch)
     if not z.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
     c, = torch.autograd.grad(loss, z, retain_graph=True)

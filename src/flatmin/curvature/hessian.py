@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..objective import Objective, Term
+from ..objective import Objective, WeightedBatch
 from .differences import Differences
 from .inexact import Inexact
-from .products import Apply, NoSecondDerivative, Product, on_module
+from .products import LinearMap, NoSecondDerivative, Product, on_module
 
 
 class Hessian(Inexact):
@@ -54,15 +54,15 @@ class Hessian(Inexact):
                        folder=self.folder)
 
 
-def _reverse(term: Term, w: list[nn.Parameter]) -> Apply:
-    loss = term.loss(term.outputs())
+def _reverse(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+    loss = batch.loss(batch.outputs())
     if not loss.requires_grad:
         warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, or "
                       "run under no_grad?", stacklevel=2)
     return derivative_of_gradient(loss, w)
 
 
-def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> Apply:
+def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> LinearMap:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
     if not loss.requires_grad:
         return lambda v, keep, batched: [None] * len(w)
@@ -84,7 +84,7 @@ def differentiable_gradient(z: Tensor, w: list[nn.Parameter], u: Tensor) -> tupl
     Raises ``NoSecondDerivative`` where that graph is cut off (such a node has no way back to the parameters, so that
     autograd leaves its part out in silence), or has a derivative that torch has wrong.
     """
-    if wrong := {name for name in _nodes([z]) if name.startswith(_WRONG_THRICE)}:
+    if wrong := {name for name in _nodes([z]) if name.startswith(_WRONG_THIRD_DERIVATIVE)}:
         raise NoSecondDerivative(f"torch has wrong third derivatives of {', '.join(sorted(wrong))}, which this loss "
                                  "needs because it differentiates inside")
     g = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
@@ -96,7 +96,7 @@ def differentiable_gradient(z: Tensor, w: list[nn.Parameter], u: Tensor) -> tupl
     return roots, used
 
 
-_WRONG_THRICE = tuple(f"{kind}NormBackwardBackward" for kind in ("NativeLayer", "NativeBatch", "CudnnBatch",
+_WRONG_THIRD_DERIVATIVE = tuple(f"{kind}NormBackwardBackward" for kind in ("NativeLayer", "NativeBatch", "CudnnBatch",
                                                                  "MiopenBatch"))
 
 
@@ -112,9 +112,9 @@ def _nodes(roots: Sequence[Tensor]) -> set[str]:
     return {node.name() for node in seen}
 
 
-def _forward(term: Term, w: list[nn.Parameter]) -> Apply:
+def _forward(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
     """v ↦ the derivative of ∇loss along v, forward over reverse."""
-    loss, at = on_module(term, w, lambda t: t.loss(t.outputs()))
+    loss, at = on_module(batch, w, lambda t: t.loss(t.outputs()))
 
     def apply(v: Sequence[Tensor], keep: bool, batched: bool) -> Sequence[Tensor | None]:
         def one(tangent: tuple[Tensor, ...]) -> Any:

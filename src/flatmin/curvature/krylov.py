@@ -20,7 +20,7 @@ from .operator import CurvatureOperator, Forms
 _KEPT = ("count", "rows", "matvecs", "breakdowns", "thick", "scale", "unit", "forms")
 
 
-class Krylov:
+class BandLanczos:
     """The first ``count`` of ``rows`` orthonormal vectors V have been multiplied by A; the others, at most b, wait.
 
     ``F`` (rows, rows) holds VᵀAV as far as it is known: T its leading block of ``count``, R the rows below that.

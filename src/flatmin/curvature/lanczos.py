@@ -14,7 +14,7 @@ from .. import vectors
 from . import certificate, memory
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, Journal, State
-from .krylov import Krylov
+from .krylov import BandLanczos
 from .operator import CurvatureOperator, Forms, require_operator
 from .progress import Progress, Report, left, reporter
 from .sampling import about_data, data_stderr
@@ -125,7 +125,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         saved = keep.take()
         m = len(saved["F"]) - block if saved else _rows(operator, k, basis, block, place)
         V = Basis(operator, m + block, place, folder, keep.basis)
-        run = Krylov(operator, V, generator, block=block, start=saved is None)
+        run = BandLanczos(operator, V, generator, block=block, start=saved is None)
         _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep, saved)
         keep.write()
         theta, s, bounds = run.ritz()
@@ -185,7 +185,7 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
     return theta.abs().argsort(descending=True)[:k].sort().values
 
 
-def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: Report,
+def _iterate(run: BandLanczos, k: int, which: Which, tol: float, limit: int, report: Report,
              keep: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
     margin = min(0.1, max(0.02, 100 * run.eps / tol)) if run.operator.exact else 0.1    # a fresh product will differ
@@ -226,7 +226,7 @@ def _iterate(run: Krylov, k: int, which: Which, tol: float, limit: int, report: 
         keep.tick(state)
 
 
-def _completed(run: Krylov, values: Tensor, x: Tensor, which: Which, tolerance: float,
+def _completed(run: BandLanczos, values: Tensor, x: Tensor, which: Which, tolerance: float,
                budget: int) -> tuple[Tensor, Tensor, bool, int]:
     """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, products."""
     k, used = len(values), 0

@@ -1,4 +1,4 @@
-"""How much memory there is, how much a computation takes, and the sentence that foretells it."""
+"""How much memory there is, how much a computation takes, and the sentence that predicts it."""
 
 from __future__ import annotations
 

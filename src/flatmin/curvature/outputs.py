@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from .. import perturbed, vectors
-from ..objective import Term
+from ..objective import WeightedBatch
 from .differences import Add, Differences, adder, move
 from .products import ObjectiveOperator
 
-Middle = Callable[[Tensor], Tensor]
+OutputHessian = Callable[[Tensor], Tensor]
 """A symmetric linear map on the space of one batch's outputs."""
 
-Curvature = Callable[[Term, Tensor, Tensor], Middle]
+Curvature = Callable[[WeightedBatch, Tensor, Tensor], OutputHessian]
 """A batch, its outputs z and their loss ↦ what stands between Jᵀ and J."""
 
 At = Callable[[float], None]
 
 
-def outputs_and_loss(term: Term) -> tuple[Tensor, Tensor]:
+def outputs_and_loss(batch: WeightedBatch) -> tuple[Tensor, Tensor]:
     """z and the loss as a function of it, in one graph."""
-    outputs, loss = term.outputs_and_loss()
-    return term.logits(outputs), loss
+    outputs, loss = batch.outputs_and_loss()
+    return batch.logits(outputs), loss
 
 
 class OutputDifferences(Differences):
@@ -53,11 +53,11 @@ class OutputDifferences(Differences):
             objective.ranks.reshard()
             move(self.parameters, w, v.split(operator.numels), t)
 
-        for term in objective.terms():
-            first = first if weights else term.total
-            weights.append(term.weight)
-            found = self._batch(term, at, h, lambda i, g, c, share=term.total / first: add(i, g, c * share))
-            sums = [s + n * term.weight for s, n in zip(sums, found, strict=True)]
+        for batch in objective.weighted_batches():
+            first = first if weights else batch.total
+            weights.append(batch.weight)
+            found = self._batch(batch, at, h, lambda i, g, c, share=batch.total / first: add(i, g, c * share))
+            sums = [s + n * batch.weight for s, n in zip(sums, found, strict=True)]
         for piece in empty():
             piece.zero_()
         normalizer = objective.normalizer(weights)
@@ -69,18 +69,18 @@ class OutputDifferences(Differences):
         return out, *self._judge([s / normalizer for s in objective.ranks.total(*sums)], v, out, h, eps)
 
     @abstractmethod
-    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+    def _batch(self, batch: WeightedBatch, at: At, h: float, add: Add) -> tuple[float, float, float]:
         """Add one batch's part of the product; what ``_judge`` wants, to be averaged over batches."""
 
     @abstractmethod
     def _judge(self, means: list[float], v: Tensor, out: Tensor, h: float, eps: float) -> tuple[float, float]:
         """By what part the product is off; what rounding adds to that."""
 
-    def _pull(self, z: Tensor, u: Tensor, term: Term, add: Add, factor: float = 1.0) -> None:
+    def _pull(self, z: Tensor, u: Tensor, batch: WeightedBatch, add: Add, factor: float = 1.0) -> None:
         """Add factor · Jᵀu."""
         ranks = self.operator.objective.ranks
         if ranks.in_step:
-            rows = ranks.backward((z * u).sum() * (term.weight / term.total), self.parameters)
+            rows = ranks.backward((z * u).sum() * (batch.weight / batch.total), self.parameters)
         else:
             rows = torch.autograd.grad(z, self.parameters, u, allow_unused=True)
         for i, row in enumerate(rows):
@@ -98,21 +98,21 @@ class TangentDifferences(OutputDifferences):
         super().__init__(operator)
         self.curvature = curvature
 
-    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+    def _batch(self, batch: WeightedBatch, at: At, h: float, add: Add) -> tuple[float, float, float]:
         with torch.no_grad():
             at(h)
-            upper = term.logits(term.outputs())
+            upper = batch.logits(batch.outputs())
             at(-h)
-            lower = term.logits(term.outputs())
+            lower = batch.logits(batch.outputs())
         at(0)
         with torch.enable_grad():
-            z, loss = outputs_and_loss(term)
+            z, loss = outputs_and_loss(batch)
             if not z.requires_grad:
                 return 0.0, 0.0, 0.0
             with perturbed.without_hooks(z, loss):    # FSDP2's take any gradient there for a pass through the model
-                middle = self.curvature(term, z, loss) if term.weight else torch.zeros_like
-                u = middle((upper - lower) / (2 * h)).detach()
-            self._pull(z, u, term, add)
+                output_hessian = self.curvature(batch, z, loss) if batch.weight else torch.zeros_like
+                u = output_hessian((upper - lower) / (2 * h)).detach()
+            self._pull(z, u, batch, add)
         z = z.detach()
         return _square(upper - 2 * z + lower), _square(upper - lower), _square(z)
 
@@ -124,10 +124,10 @@ class TangentDifferences(OutputDifferences):
 class FrozenDifferences(OutputDifferences):
     """v ↦ (J(w + hv)ᵀc − J(w − hv)ᵀc) / 2h with c = ∂L/∂z at w: the Hessian of ⟨c, z(w)⟩."""
 
-    def _batch(self, term: Term, at: At, h: float, add: Add) -> tuple[float, float, float]:
+    def _batch(self, batch: WeightedBatch, at: At, h: float, add: Add) -> tuple[float, float, float]:
         at(0)
         with torch.enable_grad():
-            start, loss = outputs_and_loss(term)
+            start, loss = outputs_and_loss(batch)
             if not start.requires_grad:
                 return 0.0, 0.0, 0.0
             with perturbed.without_hooks(start, loss):
@@ -138,8 +138,8 @@ class FrozenDifferences(OutputDifferences):
         for sign in (1, -1):
             at(sign * h)
             with torch.enable_grad():
-                z = term.logits(term.outputs())
-                self._pull(z, c, term, add, sign / (2 * h))
+                z = batch.logits(batch.outputs())
+                self._pull(z, c, batch, add, sign / (2 * h))
             bend += float((c * (z.detach() - start)).sum())
         return bend, float((c * start).abs().sum()), 0.0
 

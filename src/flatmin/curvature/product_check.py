@@ -84,8 +84,8 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     with objective.session():
         if objective._watch is not None:    # nothing was evaluated yet: errors of the user's code belong here
             with torch.enable_grad():
-                for term in objective.terms():
-                    term.loss(term.outputs())
+                for batch in objective.weighted_batches():
+                    batch.loss(batch.outputs())
                     break
         found = _checked(operator)
         wrong, impossible = objective.ranks.total(float(not found.agrees), float(bool(found.impossible)))
@@ -202,8 +202,8 @@ def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None
 
 @torch.enable_grad()
 def _gradient(twin: ObjectiveOperator) -> Tensor:
-    rows = [torch.autograd.grad(term.loss(term.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
-            for term in twin.objective.terms()]
+    rows = [torch.autograd.grad(batch.loss(batch.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
+            for batch in twin.objective.weighted_batches()]
     return torch.cat([t.to_dense().reshape(-1) for t in rows[0]])
 
 
@@ -344,8 +344,8 @@ def _layer(twin: ObjectiveOperator) -> str:
     hooks = [m.register_forward_pre_hook(seen, with_kwargs=True) for m in names]
     try:
         with torch.enable_grad():
-            for term in objective.terms():
-                term.loss(term.outputs())
+            for batch in objective.weighted_batches():
+                batch.loss(batch.outputs())
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..batches import equal, unwrapped
-from ..objective import Objective, Term
+from ..objective import Objective, WeightedBatch
 from . import memory
 from .operator import CurvatureOperator, Forms
 from .parameters import OverParameters
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from .differences import Differences
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
-Apply = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
+LinearMap = Callable[[Sequence[Tensor], bool, bool], Sequence[Tensor | None]]
 """(v, keep, batched) ↦ one tensor, or None for zero, a parameter. ``keep``: the map will be used again; ``batched``:
 each tensor holds a block of vectors along a new first dimension."""
 
-Linearize = Callable[[Term, list[nn.Parameter]], Apply]
+Linearize = Callable[[WeightedBatch, list[nn.Parameter]], LinearMap]
 """A batch and parameters ↦ the linear map of that batch."""
 
 
@@ -131,7 +131,7 @@ class ObjectiveOperator(OverParameters):
             yield
 
     def _forget(self) -> None:
-        self._kept: dict[int, tuple[float, Apply, Any]] = {}
+        self._kept: dict[int, tuple[float, LinearMap, Any]] = {}
         self._weights: list[float] | None = None
         self._room: float | None = None
 
@@ -208,7 +208,7 @@ class ObjectiveOperator(OverParameters):
                           row.detach().reshape(part.shape).to(self.device, self.dtype)
                           for row, part in zip(rows, parts, strict=True)], -1)
 
-    def _maps(self) -> Iterator[tuple[float, Apply, bool]]:
+    def _maps(self) -> Iterator[tuple[float, LinearMap, bool]]:
         """Weight and linear map of each batch, and whether the map will be used again."""
         if self._weights is not None and len(self._kept) == len(self._weights):
             for weight, apply, _ in self._kept.values():
@@ -218,18 +218,18 @@ class ObjectiveOperator(OverParameters):
             caching = self._depth and self.product in ("auto", "cached")
             self._room = memory.available(self.device) / 2 if caching else -1.0
         weights = []
-        for term in self.objective.terms():
-            weights.append(term.weight)
-            if term.index in self._kept:
-                weight, apply, batch = self._kept[term.index]
-                if equal(batch, term.batch):
+        for batch in self.objective.weighted_batches():
+            weights.append(batch.weight)
+            if batch.index in self._kept:
+                weight, apply, data = self._kept[batch.index]
+                if equal(data, batch.data):
                     yield weight, apply, True
                     continue
                 self._keep_none()
-            apply = self._linearized(term)
+            apply = self._linearized(batch)
             if keep := self._room > 0:
-                self._kept[term.index] = (term.weight, apply, term.batch)
-            yield term.weight, apply, keep
+                self._kept[batch.index] = (batch.weight, apply, batch.data)
+            yield batch.weight, apply, keep
             del apply
         if self._weights is None:
             self._weights = weights
@@ -241,13 +241,13 @@ class ObjectiveOperator(OverParameters):
                       "each product evaluates the model anew. Pass list(data), or shuffle=False", stacklevel=2)
         self._kept, self._room = {}, -1.0
 
-    def _linearized(self, term: Term) -> Apply:
+    def _linearized(self, batch: WeightedBatch) -> LinearMap:
         assert self._room is not None
         with torch.enable_grad():
             if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
-                return self._linearize(term, self.parameters)
+                return self._linearize(batch, self.parameters)
             with memory.Meter() as meter:
-                apply = self._linearize(term, self.parameters)
+                apply = self._linearize(batch, self.parameters)
         self._room -= meter.bytes
         return apply
 
@@ -268,24 +268,25 @@ def _form(v: Sequence[Tensor], rows: Sequence[Tensor | None]) -> Tensor:
 class _Call(nn.Module):
     """A function of one batch as the forward of a module, so that ``functional_call`` can exchange its parameters."""
 
-    def __init__(self, model: nn.Module, function: Callable[[Term], Any]):
+    def __init__(self, model: nn.Module, function: Callable[[WeightedBatch], Any]):
         super().__init__()
         self.model, self.function = model, function
 
-    def forward(self, term: Term) -> Any:
-        return self.function(term)
+    def forward(self, batch: WeightedBatch) -> Any:
+        return self.function(batch)
 
 
-def on_module(term: Term, w: list[nn.Parameter], function: Callable[[Term], Any]) -> tuple[Callable[..., Any], Any]:
+def on_module(batch: WeightedBatch, w: list[nn.Parameter],
+              function: Callable[[WeightedBatch], Any]) -> tuple[Callable[..., Any], Any]:
     """A function of one batch as a pure function of a tuple of parameters, and the parameters as they are."""
-    names = {id(p): name for name, p in term.objective.model.named_parameters()}
+    names = {id(p): name for name, p in batch.objective.model.named_parameters()}
     keys = [f"model.{names[id(p)]}" for p in w]
-    module = _Call(term.objective.model, function)
-    module.training = term.objective.model.training
+    module = _Call(batch.objective.model, function)
+    module.training = batch.objective.model.training
 
     def pure(values: tuple[Tensor, ...]) -> Any:
         buffers = {name: b.clone() for name, b in module.named_buffers()}     # running statistics change in place
-        return torch.func.functional_call(module, buffers | dict(zip(keys, values, strict=True)), (term,))
+        return torch.func.functional_call(module, buffers | dict(zip(keys, values, strict=True)), (batch,))
 
     return pure, tuple(p.detach() for p in w)
 

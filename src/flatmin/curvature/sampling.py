@@ -72,7 +72,7 @@ class Estimate(Measured):
     """An estimate from random probes: ``interval`` holds the truth for these data with probability ``confidence``.
 
     ``stderr`` is over the probes and includes rounding; where ``settings["method"]`` is "exact" it is 0, and the
-    interval what rounding leaves open. ``foretold`` is how many products the first samples said it would take,
+    interval what rounding leaves open. ``predicted`` is how many products the first samples said it would take,
     ``matvecs`` how many it took.
     """
 
@@ -80,7 +80,7 @@ class Estimate(Measured):
     samples: int
     confidence: float
     interval: tuple[float, float]
-    foretold: int
+    predicted: int
     converged: bool
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class Drawn:
     samples: int = 0
     magnitude: float = 0.0      # of what was added up: rounding is relative to it
     matvecs: int
-    foretold: int
+    predicted: int
     costly: bool = False
     exact: bool = False
     forms: Forms | None = None
@@ -138,7 +138,7 @@ class Drawn:
     def exactly(self, value: float, size: int, magnitude: float, forms: Forms | None = None) -> Drawn:
         """The exact value, for which ``over_coordinates`` took ``size`` products more."""
         return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size,
-                     foretold=self.foretold, exact=True, forms=forms)
+                     predicted=self.predicted, exact=True, forms=forms)
 
 
 def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureOperator, *, rtol: float,
@@ -150,10 +150,10 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
     error too small.
     """
     samples: list[float] = keep.saved.get("samples", [])
-    foretold, goal = keep.saved.get("foretold", 0), keep.saved.get("goal", pilot)
+    predicted, goal = keep.saved.get("predicted", 0), keep.saved.get("goal", pilot)
 
     def state() -> State:
-        return {"samples": list(samples), "foretold": foretold, "goal": goal, "matvecs": spent + len(samples)}
+        return {"samples": list(samples), "predicted": predicted, "goal": goal, "matvecs": spent + len(samples)}
 
     while True:
         goal = max(1, min(goal, most - spent))
@@ -168,10 +168,10 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
         needed *= 1 if good else 1.1
         if stderr > 0 and len(samples) <= pilot:        # whatever the variance of so few says
             good, needed = False, max(needed, 2 * len(samples), 30)
-        foretold = foretold or int(min(spent + needed, 2**62))
+        predicted = predicted or int(min(spent + needed, 2**62))
         costly = not good and worthwhile(operator, needed - len(samples), most - done)
         if good or costly or done + 1 > most:
-            return Drawn(value=offset + mean, stderr=stderr, samples=len(samples), matvecs=done, foretold=foretold,
+            return Drawn(value=offset + mean, stderr=stderr, samples=len(samples), matvecs=done, predicted=predicted,
                          magnitude=math.fsum(map(abs, samples)) / len(samples), costly=costly)
         goal = int(min(max(needed, len(samples) + 2), 4 * len(samples)))
 
@@ -188,15 +188,15 @@ def unless_exact(draw: Callable[[], Drawn], operator: CurvatureOperator, keep: C
                  most: int) -> Drawn:
     """What ``draw`` gives, where its ``least`` products are fewer than those of the exact value."""
     if "found" in keep.saved:       # stopped on the way to the exact value
-        return Drawn(matvecs=keep.saved["spent"], foretold=keep.saved["foretold"], costly=True)
-    return Drawn(matvecs=0, foretold=least, costly=True) if worthwhile(operator, least, most) else draw()
+        return Drawn(matvecs=keep.saved["spent"], predicted=keep.saved["predicted"], costly=True)
+    return Drawn(matvecs=0, predicted=least, costly=True) if worthwhile(operator, least, most) else draw()
 
 
 def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], Any], keep: Checkpoint, report: Report,
-                     *, spent: int, foretold: int = 0) -> tuple[list[Any], Forms | None]:
+                     *, spent: int, predicted: int = 0) -> tuple[list[Any], Forms | None]:
     """``take``(Aeᵢ, i) for each unit vector eᵢ, and Σᵢ eᵢᵀA_b eᵢ = tr A_b of each batch b."""
     found, forms, n = keep.saved.get("found", []), keep.saved.get("traces"), operator.size
-    keep.fixed = {"spent": spent, "foretold": foretold}
+    keep.fixed = {"spent": spent, "predicted": predicted}
 
     def state() -> State:
         return {"found": list(found), "traces": forms, "matvecs": spent + len(found)}
@@ -224,8 +224,8 @@ def estimate(drawn: Drawn, operator: CurvatureOperator, *, rtol: float, confiden
         converged = enough(drawn.value, stderr, rtol, confidence, drawn.samples)
     if not converged:
         warnings.warn(f"{name} is known to ±{stderr:.2g} only, of {drawn.value:.4g}, after {drawn.matvecs} products; "
-                      f"{rtol:g} would take about {drawn.foretold}: raise max_matvecs= or rtol=", stacklevel=3)
+                      f"{rtol:g} would take about {drawn.predicted}: raise max_matvecs= or rtol=", stacklevel=3)
     return Estimate(value=drawn.value, stderr=stderr, matvecs=drawn.matvecs, samples=drawn.samples,
-                    confidence=confidence, interval=(drawn.value - half, drawn.value + half), foretold=drawn.foretold,
+                    confidence=confidence, interval=(drawn.value - half, drawn.value + half), predicted=drawn.predicted,
                     converged=converged, settings=settings, data_stderr=data_stderr(drawn.forms),
                     batches=None if drawn.forms is None else len(drawn.forms[0]))

@@ -51,7 +51,7 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
             same result; removed with it.
 
     Returns:
-        ``.value .stderr .interval .matvecs .foretold .converged .data_stderr .batches``.
+        ``.value .stderr .interval .matvecs .predicted .converged .data_stderr .batches``.
 
     >>> from flatmin.curvature import Matrix
     >>> estimate = trace(Matrix(torch.diag(torch.tensor([3.0, 1.0, -1.0]))))
@@ -77,7 +77,7 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
                              operator, keep, least=least, most=max_matvecs)
         if drawn.costly:
             entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=drawn.matvecs,
-                                              foretold=drawn.foretold)
+                                              predicted=drawn.predicted)
             drawn = drawn.exactly(math.fsum(entries), len(entries), math.fsum(map(abs, entries)), forms)
     return estimate(drawn, operator, rtol=rtol, confidence=confidence, name="the trace",
                     settings=operator.describe() | {"method": method, "rtol": rtol})
@@ -99,7 +99,7 @@ def _hutchinson(operator: CurvatureOperator, rtol: float, confidence: float, gen
 
     if size == operator.size:
         return Drawn(value=math.fsum(parts), magnitude=math.fsum(map(abs, parts)), matvecs=2 * size, samples=size,
-                     foretold=2 * size, forms=inside)
+                     predicted=2 * size, forms=inside)
     drawn = adaptive(sample, keep, operator, rtol=rtol, confidence=confidence, spent=2 * size, most=most,
                      offset=math.fsum(parts), report=report, pilot=20 if size else 10)
     return replace(drawn, magnitude=drawn.magnitude + math.fsum(map(abs, parts)),
@@ -161,7 +161,7 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
                              operator, keep, least=10, most=max_matvecs)
         if drawn.costly:
             lengths, _ = over_coordinates(operator, lambda w, i: operator.norm(w), keep, report, spent=drawn.matvecs,
-                                          foretold=drawn.foretold)
+                                          predicted=drawn.predicted)
             drawn = drawn.exactly(math.hypot(*lengths), len(lengths), math.hypot(*lengths))
         else:
             root = math.sqrt(drawn.value)

@@ -38,14 +38,14 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
     """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
     limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
     saved, none = keep.saved, torch.zeros(0, 0, dtype=torch.float64)
-    goal, foretold = saved.get("goal", min(LEAST_PROBES, limit)), saved.get("foretold", 0)
+    goal, predicted = saved.get("goal", min(LEAST_PROBES, limit)), saved.get("predicted", 0)
     probes: list[Tensor] = [z.to(operator.device) for z in saved.get("probes", [])]
     q: list[Tensor] = list(saved.get("Q", []))
     R, H, square = saved.get("R", none), saved.get("H", none), saved.get("square", none)
     forms: Forms | None = saved.get("forms")
 
     def state() -> State:
-        return {"goal": goal, "foretold": foretold, "probes": list(probes), "Q": Q.rows[:len(probes)], "R": R, "H": H,
+        return {"goal": goal, "predicted": predicted, "probes": list(probes), "Q": Q.rows[:len(probes)], "R": R, "H": H,
                 "square": square, "forms": forms, "matvecs": 2 * len(probes)}
 
     while True:
@@ -71,11 +71,11 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         mean, stderr = moments(samples)
         good = enough(mean, stderr, rtol, confidence, done)
         needed = done if good else done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2
-        foretold = foretold or int(min(2 * needed, 2**62))
+        predicted = predicted or int(min(2 * needed, 2**62))
         # where the spectrum decays, errors fall faster than ``needed`` assumes: two doublings at most
         costly = not good and worthwhile(operator, 2 * (min(needed, 4 * done, limit) - done), most - 2 * done)
         if good or costly or done >= limit:
-            return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, foretold=foretold, costly=costly,
+            return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, predicted=predicted, costly=costly,
                          magnitude=float(H.diagonal().abs().sum()), forms=add(None, forms, 1 / done))
         goal = min(2 * goal, limit)
 

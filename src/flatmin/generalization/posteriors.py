@@ -161,14 +161,14 @@ def optimized(objective: Objective, n: int, *, prior_mean: Sequence[Tensor] | fl
     space, d = vectors.Space(parameters), sum(t.numel() for t in w)
     q = math.nan
     with objective.session(), perturbed.displaced(parameters, [torch.zeros_like(t) for t in w]), torch.enable_grad():
-        for term in _endless(objective, steps):
+        for batch in _endless(objective, steps):
             at = float(log_prior.exp())
             noise = space.random(generator)
             deviations = [(z / 2).exp() for z in logs]
             with torch.no_grad():
                 for p, w_i, xi, deviation in zip(parameters, w, noise, deviations, strict=True):
                     p.copy_(w_i + xi * deviation)
-            loss = term.loss(term.outputs())
+            loss = batch.loss(batch.outputs())
             g = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             now = float(loss.detach()) * scale
             q = now if math.isnan(q) else 0.95 * q + 0.05 * now
@@ -278,13 +278,13 @@ def certify(objective: Objective, posterior: Gaussian, *, delta: float = 0.05, d
 def _error_rate(objective: Objective, error: Errors) -> tuple[float, int]:
     """The mean of the losses of all samples on all ranks, and how many they are."""
     total = count = 0.0
-    for term in objective.terms():
-        losses = error(term.outputs(), term.batch)
+    for batch in objective.weighted_batches():
+        losses = error(batch.outputs(), batch.data)
         if losses.dim() != 1 or not bool(((losses >= 0) & (losses <= 1)).all()):
             raise ValueError("error(outputs, batch) must return one loss in [0, 1] a sample, (N,), as the theorem "
                              f"needs; got shape {tuple(losses.shape)}, {float(losses.min()):.4g} to "
                              f"{float(losses.max()):.4g}")
-        if term.weight > 0:
+        if batch.weight > 0:
             total, count = total + float(losses.double().sum()), count + len(losses)
     total, count = objective.ranks.total(total, count)
     return total / count, int(count)
@@ -328,8 +328,8 @@ def _endless(objective: Objective, steps: int) -> Iterator[Any]:
     """``steps`` batches, from the data again and again."""
     done = 0
     while done < steps:
-        for term in objective.terms():
+        for batch in objective.weighted_batches():
             if done == steps:
                 return
             done += 1
-            yield term
+            yield batch

@@ -345,10 +345,10 @@ def _evaluate(objective: Objective, metric: Metric | None) -> _Evaluation:
     """One pass over the data, as ``objective.value()`` evaluates. Inside ``objective.session()``."""
     rows = []
     with torch.enable_grad():
-        for term in objective.terms():
-            outputs = term.outputs()
-            loss = float(term.loss(outputs, differentiate=False).detach())
-            rows.append((loss, float(metric(outputs, term.batch)) if metric else math.nan, term.weight))
+        for batch in objective.weighted_batches():
+            outputs = batch.outputs()
+            loss = float(batch.loss(outputs, differentiate=False).detach())
+            rows.append((loss, float(metric(outputs, batch.data)) if metric else math.nan, batch.weight))
             del outputs
     rows = [row for row in _of_all_ranks(objective, rows) if row[2] > 0]
     losses, metrics, n = zip(*rows, strict=True)

@@ -17,7 +17,7 @@ from .. import vectors
 from ..errors import RunFolderError
 from ..objective import Objective
 from ..sharpness.cautions import warn_of_rounded_step
-from .plane import BatchNorm, Plane, Standing
+from .plane import BatchNorm, Plane, PlaneModel
 
 FORMAT = "flatmin.landscape 1"
 
@@ -46,7 +46,7 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
     if ranks.size > 1 and vectors.Space(objective.parameters).sharded:
         raise ValueError("sharded weights are evaluated by all ranks together: leave group= out")
     points = points.to(torch.float64)
-    standing = Standing(objective, plane, batch_norm)
+    standing = PlaneModel(objective, plane, batch_norm)
     with standing.open():
         origin, error = float("nan"), None
         try:

@@ -42,7 +42,7 @@ class Plane:
         return [float(space.dot(step, d)) for d in self.directions], float(space.dot(step, step))
 
 
-class Standing:
+class PlaneModel:
     """A model that can be put on any point of a plane; every point is set from the saved w, never from the last one.
 
     The loss there is ``at(coordinates)``. Inside :meth:`open` only; afterwards weights, buffers, modes, random state
@@ -59,7 +59,7 @@ class Standing:
         self._row: tuple[float, list[Tensor]] | None = None
 
     @contextmanager
-    def open(self) -> Iterator[Standing]:
+    def open(self) -> Iterator[PlaneModel]:
         with unmoved(self.objective):
             try:
                 yield self
@@ -136,11 +136,11 @@ class Standing:
                 m.reset_running_stats()
                 m.training = True
             seen = 0.0
-            for term in self.objective.terms():
-                seen += term.weight
+            for batch in self.objective.weighted_batches():
+                seen += batch.weight
                 for m in self._norms:
-                    m.momentum = term.weight / seen
-                term.outputs()
+                    m.momentum = batch.weight / seen
+                batch.outputs()
         finally:
             for m, momentum, flag in zip(self._norms, momenta, flags, strict=True):
                 m.momentum, m.training = momentum, flag

@@ -11,9 +11,9 @@ from ..curvature import FunctionalPart
 from ..curvature.gauss_newton import loss_curvature
 from ..curvature.hessian import differentiable_gradient
 from ..curvature.outputs import outputs_and_loss
-from ..objective import Objective, Term
+from ..objective import Objective, WeightedBatch
 
-Apply = Callable[[Tensor], tuple[Tensor, Tensor]]
+LinearMap = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Split:
@@ -34,28 +34,28 @@ class Split:
         """H_G v and H_F v as new flat tensors."""
         logit, func = torch.zeros_like(v), torch.zeros_like(v)
         weights = []
-        for term, apply in self.batches():
-            weights.append(term.weight)
+        for batch, apply in self.batches():
+            weights.append(batch.weight)
             for total, row in zip((logit, func), apply(v), strict=True):
-                total.add_(row, alpha=term.weight)
+                total.add_(row, alpha=batch.weight)
         return self.mean(logit, weights), self.mean(func, weights)
 
     def mean(self, total: Tensor, weights: Sequence[float]) -> Tensor:
         """A sum over this rank's batches as the mean over all ranks', in place."""
         return self.objective.ranks.sum_(total.div_(self.objective.normalizer(weights)))
 
-    def batches(self) -> Iterator[tuple[Term, Apply]]:
+    def batches(self) -> Iterator[tuple[WeightedBatch, LinearMap]]:
         """Each batch, and its own v ↦ (H_G v, H_F v); a graph lives until the next batch."""
         with self.operator.session(check=False):    # kernels that can be differentiated twice
-            for term in self.objective.terms():
-                apply = self._linearized(term)
-                yield term, apply
+            for batch in self.objective.weighted_batches():
+                apply = self._linearized(batch)
+                yield batch, apply
                 del apply
 
     @torch.enable_grad()
-    def _linearized(self, term: Term) -> Apply:
+    def _linearized(self, batch: WeightedBatch) -> LinearMap:
         w: list[nn.Parameter] = self.operator.parameters
-        z, loss = outputs_and_loss(term)
+        z, loss = outputs_and_loss(batch)
         if not (z.requires_grad and loss.requires_grad):
             return lambda v: (torch.zeros_like(v), torch.zeros_like(v))
         middle = loss_curvature(z, loss)

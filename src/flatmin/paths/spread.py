@@ -61,12 +61,12 @@ def influences(split: Split, unit: Unit, g: Tensor, logit: Tensor, func: Tensor,
     sums = [torch.zeros_like(v) for _ in range(3)]      # Ga, Fb, Gb + Fa
     weights: list[float] = []
     rows: list[list[float]] = []
-    for term, apply in split.batches():
+    for batch, apply in split.batches():
         (ga, fa), (gb, fb) = apply(logit), apply(func)
-        weights.append(term.weight)
+        weights.append(batch.weight)
         rows.append([2 * dot(ga, v), 2 * dot(fb, v), dot(gb, v) + dot(fa, v)])
         for total, row in zip(sums, (ga, fb, gb.add_(fa)), strict=True):
-            total.add_(row, alpha=term.weight)
+            total.add_(row, alpha=batch.weight)
         del ga, gb, fa, fb, row
     n = torch.tensor(weights, dtype=torch.float64)
     ranks = split.objective.ranks
@@ -96,8 +96,8 @@ def _along(split: Split, unit: Unit, g: Tensor, sums: list[Tensor]) -> tuple[Ten
 
     rows = []
     with torch.enable_grad():
-        for term in objective.terms():
-            loss = term.loss(term.outputs())
+        for batch in objective.weighted_batches():
+            loss = batch.loss(batch.outputs())
             rows.append(row(split.flat(torch.autograd.grad(loss, split.operator.parameters, allow_unused=True)
                                        if loss.requires_grad else [None] * len(split.operator.parameters), v)))
     return torch.tensor(rows, dtype=torch.float64).view(-1, 5), torch.tensor(row(g), dtype=torch.float64)

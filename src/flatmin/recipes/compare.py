@@ -62,7 +62,7 @@ class Comparison:
             self.record["status"] = "running"
             self.folder.save_record(self.record)
             if not self.quiet and any(steps.values()):
-                left = timing.foretold(self.recipe, self.data, self.methods, steps)
+                left = timing.predicted(self.recipe, self.data, self.methods, steps)
                 self.progress.announce(f"{sum(steps.values())} training steps, about {clock(left)} on this machine")
             for method in self.methods:
                 self._choose(method)

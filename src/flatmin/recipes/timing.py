@@ -40,7 +40,7 @@ def side_by_side(recipe: Recipe, data: Data, methods: Sequence[Method], rhos: Ma
     return out
 
 
-def foretold(recipe: Recipe, data: Data, methods: Sequence[Method], steps: Mapping[str, int], tries: int = 5) -> float:
+def predicted(recipe: Recipe, data: Data, methods: Sequence[Method], steps: Mapping[str, int], tries: int = 5) -> float:
     """Seconds that so many steps of each method will take, from a few of each."""
     x, y = (t[:recipe.batch_size] for t in (data.train_inputs, data.train_targets))
     total = 0.0

@@ -116,7 +116,7 @@ def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptiv
 
 
 class _Ball:
-    """The ball and the loss on it: ``climb(u)`` is L(w + c∘u) − L(w) and the gradient at that point."""
+    """The ball and the loss on it: ``perturb(u)`` is L(w + c∘u) − L(w) and the gradient at that point."""
 
     def __init__(self, objective: Objective, space: vectors.Space, c: list[Tensor] | None, rho: float, p: float,
                  base: float):
@@ -136,7 +136,7 @@ class _Ball:
                 t.mul_(2 * self.rho).sub_(self.rho)
         return u
 
-    def climb(self, u: list[Tensor]) -> tuple[float, list[Tensor]]:
+    def perturb(self, u: list[Tensor]) -> tuple[float, list[Tensor]]:
         self.evaluations += 1
         with perturbed.displaced(self.space.parameters, scaled(self.c, u)) as displacement:
             at = self.objective.evaluate(gradient=True)
@@ -161,7 +161,7 @@ def _run(ball: _Ball, best: _Best, start: Start, u: list[Tensor], g: list[Tensor
     """One run of Auto-PGD; its best value, or None where the start has no direction of ascent."""
     value = 0.0
     if g is None:
-        value, g = ball.climb(u)
+        value, g = ball.perturb(u)
         best.offer(value, ball.losses, u, start, 0)
     top, top_u, top_g = value, [t.clone() for t in u], g
     last, step, ascents, since = [t.clone() for t in u], 2 * ball.rho, 0, (0, value)
@@ -171,7 +171,7 @@ def _run(ball: _Ball, best: _Best, start: Start, u: list[Tensor], g: list[Tensor
         if v is None:
             return None if i == 1 and start == "gradient" else top
         last, u = u, _advance(ball, u, last, v, step, first=i == 1)
-        before, (value, g) = value, ball.climb(u)
+        before, (value, g) = value, ball.perturb(u)
         best.offer(value, ball.losses, u, start, i)
         ascents += value > before
         if value > top:
