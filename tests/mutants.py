@@ -25,8 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".mutants"
-CORE = ("vectors.py", "perturbed.py", "objective.py", "evaluation.py", "batches.py", "results.py", "ranks.py",
-        "composite_norms.py", "ascent", "curvature")
+CORE = ("vectors.py", "perturbed.py", "objective.py", "evaluation.py", "batches.py", "results.py", "parallel.py",
+        "composite_norms.py", "ascent", "curvature", "linalg")
 RANKS = ("tests/laws/test_parallel.py", "tests/curvature/test_curvature_ranks.py")
 TESTS, SECONDS = 400, 400
 """At most so many tests and seconds a mutant."""

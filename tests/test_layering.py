@@ -12,11 +12,14 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
-    {"vectors", "results", "errors"},
-    {"objective", "evaluation", "batches", "checks", "perturbed", "ranks", "composite_norms"},  # how data are read
+    {"vectors", "results", "errors", "progress"},
+    {"linalg"},
+    {"objective", "evaluation", "batches", "checks", "perturbed", "parallel", "composite_norms"},  # how data are read
     {"ascent", "curvature", "presets"},
-    {"sharpness", "landscape", "paths", "generalization", "relevance"},
-    {"recipes", "report", "integrations", "tensorscope"},
+    {"sharpness", "landscape", "paths", "generalization"},
+    {"training"},
+    {"relevance", "recipes", "report"},
+    {"jobs", "integrations", "tensorscope"},
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}

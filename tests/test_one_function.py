@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from flatmin import Objective
-from flatmin.curvature import GaussNewton, Hessian, eigenpairs, memory
+from flatmin.curvature import GaussNewton, Hessian, eigenpairs
+from flatmin.linalg import memory
 from flatmin.sharpness import (
     agreement,
     average_case,

@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _resumed(args: argparse.Namespace, parts: dict[str, type]) -> tuple[Any, dict[str, Any]]:
     """The folder and record of the run to go on with: --resume FOLDER, or --resume beside --out FOLDER."""
-    from .recipes.folder import RunFolder
+    from .training.folder import RunFolder
 
     if args.resume and args.out and Path(args.resume) != Path(args.out):
         raise ValueError(f"--resume {args.resume} and --out {args.out} name two folders: give one of them")
@@ -183,8 +183,8 @@ def _require(*names: str) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     _require("numpy", "matplotlib", "safetensors")
-    from .recipes import CompareSettings, Comparison
-    from .recipes.folder import RunFolder
+    from .jobs import CompareSettings, Comparison
+    from .training.folder import RunFolder
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(CompareSettings)
              if getattr(args, f.name) is not None}
@@ -212,8 +212,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     _require("numpy", "matplotlib")
-    from .recipes.folder import RunFolder
-    from .recipes.measure import Measurement, MeasureSettings
+    from .jobs.measure import Measurement, MeasureSettings
+    from .training.folder import RunFolder
 
     names = [f.name for f in dataclasses.fields(MeasureSettings)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -249,8 +249,8 @@ def _readers(settings: Any) -> list[str]:
 
 def _report(args: argparse.Namespace) -> int:
     _require("numpy", "matplotlib")
-    from .recipes.folder import RunFolder
     from .report import write
+    from .training.folder import RunFolder
 
     folder, _ = RunFolder.open(args.folder)
     write(folder.path)

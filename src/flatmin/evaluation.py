@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import batches, perturbed
 from .composite_norms import CompositeNorms, Watch
-from .ranks import Ranks
+from .parallel import Ranks
 
 EMPTY = "the data gave no batch: the list, loader or data set is empty, or can be iterated only once (pass list(data))"
 NO_TERMS = "no batch of the data has anything to average: weight= is 0 for all, or every target is ignored"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import batches, checks, perturbed, vectors
 from .evaluation import NO_TERMS, Batchwise, Pass, WeightedBatch
-from .ranks import Ranks
+from .parallel import Ranks
 from .results import FEWEST_BATCHES
 
 ORDER = "write Objective(model, loss_fn, data)"
@@ -272,7 +272,7 @@ def summing(sums: list[Tensor | None], i: int, p: nn.Parameter, share: float) ->
         total = sums[i]
         if total is None:
             like = vectors.local(p.detach())
-            total = torch.empty_like(like, dtype=torch.float32 if like.dtype in perturbed.HALF else like.dtype)
+            total = torch.empty_like(like, dtype=torch.float32 if like.dtype in vectors.HALF else like.dtype)
             sums[i] = torch.mul(row, share, out=total) if row.dtype == total.dtype else total.copy_(row).mul_(share)
         else:
             total.add_(row, alpha=share)

@@ -19,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import vectors
 
-HALF = (torch.float16, torch.bfloat16)
-
 READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
 
@@ -47,7 +45,7 @@ class Displacement:
             copies = d if own else [torch.empty_like(t) for t in w]
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
-            half = ws[0].dtype in HALF
+            half = ws[0].dtype in vectors.HALF
             if len(ws) > 1 and not half and ws[0].device.type in READABLE:
                 self._move_small(ws, ds, cs, float(scale))
                 continue

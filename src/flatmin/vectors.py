@@ -20,6 +20,8 @@ BLOCK = 1 << 18
 
 _NORM_BLOCK = 1 << 16
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a ``DTensor`` (asked without importing the distributed package)."""

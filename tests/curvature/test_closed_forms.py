@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from nets import only_samples, symmetric
 from torch import nn
 
 from flatmin import Objective
@@ -25,6 +24,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from nets import only_samples, symmetric
 
 
 def test_linear_regression():

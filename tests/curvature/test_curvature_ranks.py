@@ -15,7 +15,6 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from nets import mlp, samples
 from torch import nn
 
 import two_ranks
@@ -30,6 +29,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from nets import mlp, samples
 from two_ranks import WORLD
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

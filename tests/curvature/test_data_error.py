@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from nets import classification, mlp, only_samples, samples, symmetric
 from torch import nn
 
 from flatmin import Objective
@@ -25,7 +24,8 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
-from flatmin.curvature.sampling import data_stderr
+from flatmin.linalg.confidence import data_stderr
+from nets import classification, mlp, only_samples, samples, symmetric
 
 
 def batches(x, y, size):

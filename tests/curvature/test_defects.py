@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from nets import classification, mlp, ragged, samples
 from torch import nn
 
 from flatmin import Objective, curvature
@@ -21,6 +20,7 @@ from flatmin.curvature import (
     trace,
 )
 from flatmin.sharpness import one_step
+from nets import classification, mlp, ragged, samples
 
 
 class Noisy(nn.Module):

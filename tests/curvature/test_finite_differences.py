@@ -6,11 +6,11 @@ detached branch, another mode, another batch. Differences know nothing of graphs
 
 import pytest
 import torch
-from nets import classification, mlp, ragged, samples
 from torch import nn
 
 from flatmin import Objective, perturbed
 from flatmin.curvature import Fisher, FunctionalPart, GaussNewton, Hessian, eigenpairs, trace
+from nets import classification, mlp, ragged, samples
 
 
 def test_second_differences_of_the_loss():

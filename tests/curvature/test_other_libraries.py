@@ -8,11 +8,11 @@ import curvlinops
 import hessian_eigenthings as eigenthings
 import pytest
 import torch
-from nets import mlp, samples
 from torch import nn
 
 from flatmin import Objective
 from flatmin.curvature import Fisher, GaussNewton, Hessian, eigenpairs, trace
+from nets import mlp, samples
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Attention, classification, mlp, ragged, samples
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from nets import Attention, classification, mlp, ragged, samples
 
 
 class Cube(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.generalization import calibration as c
-from flatmin.recipes.metrics import classification
+from flatmin.training.metrics import classification
 
 ERRORS = [c.expected_calibration_error, c.adaptive_calibration_error, c.maximum_calibration_error,
           c.smooth_calibration_error]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from flatmin import presets
+from flatmin.jobs.compare import steps_of
 from flatmin.recipes import Recipe, find_recipe
-from flatmin.recipes.compare import steps_of
-from flatmin.recipes.loop import RECORDED, Diverged, Plan, batches, train
-from flatmin.recipes.methods import METHODS, gradient, optimizer_for
 from flatmin.sharpness import diagnose, next_radius
 from flatmin.sharpness.diagnosis import LARGER, SMALLER, TABLE, WITHOUT_RHO, Finding, consistent
+from flatmin.training.loop import RECORDED, Diverged, Plan, batches, train
+from flatmin.training.methods import METHODS, gradient, optimizer_for
 from problems import NoisyNet, Vector, batch, build, loss_fn
 
 

@@ -9,7 +9,7 @@ façade      torch.optim.Optimizer       SAM, ASAM, LookSAM, EfficientSAM, Momen
 """
 
 from . import presets
-from .cadence import Every, EveryStep, LinearRho, Reuse, RhoFollowsLearningRate, WarmStart
+from .cadences import Every, EveryStep, LinearRho, Reuse, RhoFollowsLearningRate, WarmStart
 from .directions import (
     Adaptive,
     Fisher,
@@ -22,8 +22,8 @@ from .directions import (
     RandomFraction,
     WithWeightDecay,
 )
-from .optimizer import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
-from .rows import by_depth
+from .facade import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
+from .parameters import by_depth
 from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
 from .sharpener import Sharpener
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..vectors import Space
-from .rows import Row
+from .parameters import Row
 
 
 @dataclass

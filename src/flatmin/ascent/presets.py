@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .cadence import Every, Reuse
+from .cadences import Every, Reuse
 from .directions import (
     Adaptive,
     Fisher,
@@ -22,7 +22,7 @@ from .directions import (
     Random,
     RandomFraction,
 )
-from .rows import is_normalization
+from .parameters import is_normalization
 from .rules import Functional, Plain, Selected, SurrogateGap, Weighted
 from .sharpener import Sharpener
 

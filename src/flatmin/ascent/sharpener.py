@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import vectors
 from ..errors import PerturbedStateError
 from ..perturbed import (
-    HALF,
     Buffers,
     Displacement,
     Float32Weights,
@@ -24,12 +23,12 @@ from ..perturbed import (
     undone,
 )
 from ..vectors import Space, local
-from .cadence import Cadence, EveryStep
+from .cadences import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient
 from .inspection import Inspection
+from .parameters import Groups, Row, check_rho, devices_of, refuse_sparse, refuse_unsupported, rho_at, rows_of
 from .passes import BackPropagation, Forward, Loss, MicroBatch, Passes, micro_batches
 from .record import Outcome, StepRecord, accumulate, merged
-from .rows import Groups, Row, check_rho, devices_of, refuse_sparse, refuse_unsupported, rho_at, rows_of
 from .rules import Plain, Rule
 from .wrappers import Wrappers, in_bucket, wrapped_name
 
@@ -405,7 +404,7 @@ class Sharpener:
         """Move by scale · d, tensors of one dtype and device; half precision in float32 where that can be done."""
         dtype = w[0].dtype
         steps = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        if dtype in HALF and self._may_use_float32 and standing.float32_weights is None:
+        if dtype in vectors.HALF and self._may_use_float32 and standing.float32_weights is None:
             standing.float32_weights = Float32Weights([r.parameter for r in rows])
             standing.float32_weights.move(d, steps, finite=True)
         else:

@@ -6,17 +6,17 @@
 * small ones: ``dense_hessian``, ``compute_hessian_sharpness``, ``condition_number``.
 """
 
+from ..linalg.confidence import Estimate
+from ..linalg.density import SpectralDensity, spectral_density
+from ..linalg.eigenpairs import Spectrum, eigenpairs
+from ..linalg.eigenvalues import Eigenvalues, eigenvalues
+from ..linalg.operator import CurvatureOperator, Matrix
+from ..linalg.power import PowerIteration, power_iteration
+from ..linalg.trace import Diagonal, diagonal, frobenius, trace
 from .dense import ConditionNumber, compute_hessian_sharpness, condition_number, dense_hessian
-from .density import SpectralDensity, spectral_density
 from .fisher import Fisher
 from .gauss_newton import FunctionalPart, GaussNewton
 from .hessian import Hessian
-from .lanczos import Spectrum, eigenpairs
-from .operator import CurvatureOperator, Matrix
-from .power import PowerIteration, power_iteration
-from .sampling import Estimate
-from .trace import Diagonal, diagonal, frobenius, trace
-from .values import Eigenvalues, eigenvalues
 
 __all__ = [
     "ConditionNumber", "CurvatureOperator", "Diagonal", "Eigenvalues", "Estimate", "Fisher", "FunctionalPart",

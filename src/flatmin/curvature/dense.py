@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..composite_norms import CompositeNorms
+from ..linalg.eigenpairs import eigenpairs
+from ..linalg.operator import CurvatureOperator, require_operator
 from ..objective import Objective
 from ..results import Scalar
 from .hessian import Hessian
-from .lanczos import eigenpairs
-from .operator import CurvatureOperator, require_operator
 from .products import on_module
 
 SMALL = 2000

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import vectors
+from ..linalg import memory
 from ..objective import WeightedBatch
-from . import memory
 from .products import ObjectiveOperator
 
 ALLOWED = 3e-3

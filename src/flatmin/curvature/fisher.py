@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import batches
 from ..objective import Objective, WeightedBatch
+from .fallback import Inexact
 from .gauss_newton import loss_curvature, sandwich
-from .inexact import Inexact
+from .objective_operator import require_objective
 from .outputs import OutputHessian, TangentDifferences, outputs_and_loss
-from .parameters import require_objective
 from .products import LinearMap, Product
 
 Kind = Literal["exact", "monte_carlo", "empirical"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, WeightedBatch
+from .fallback import Inexact
 from .hessian import derivative_of_gradient, differentiable_gradient
-from .inexact import Inexact
 from .outputs import FrozenDifferences, OutputHessian, TangentDifferences, outputs_and_loss
 from .products import LinearMap, Product, on_module
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..objective import Objective, WeightedBatch
 from .differences import Differences
-from .inexact import Inexact
+from .fallback import Inexact
 from .products import LinearMap, NoSecondDerivative, Product, on_module
 
 

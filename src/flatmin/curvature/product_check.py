@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import batches, perturbed
-from ..ranks import Ranks
-from . import memory
+from ..linalg import memory
+from ..parallel import Ranks
 
 if TYPE_CHECKING:
     from ..objective import Objective

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import vectors
 from ..batches import equal, unwrapped
+from ..linalg import memory
+from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective, WeightedBatch
-from . import memory
-from .operator import CurvatureOperator, Forms
-from .parameters import OverParameters
+from .objective_operator import OverParameters
 from .product_check import ProductCheck, check_product
 
 if TYPE_CHECKING:

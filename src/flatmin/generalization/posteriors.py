@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import batches, perturbed, vectors
-from ..curvature.sampling import moments
-from ..curvature.trace import Diagonal
+from ..linalg.confidence import moments
+from ..linalg.trace import Diagonal
 from ..objective import Objective
 from ..results import Scalar
 from . import pac_bayes

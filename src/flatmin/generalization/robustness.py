@@ -290,7 +290,7 @@ class _Evaluation:
 
 def _wide(t: Tensor) -> Tensor:
     """In float32 at least."""
-    return t.float() if t.dtype in perturbed.HALF else t
+    return t.float() if t.dtype in vectors.HALF else t
 
 
 def _rounded(rows: Tensor, levels: int) -> Tensor:

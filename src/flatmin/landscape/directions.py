@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import vectors
 
 Kind = Literal["filter", "layer", "random", "gradient", "eigenvectors", "update", "pca"]
 KINDS = ("filter", "layer", "random", "gradient", "eigenvectors", "update", "pca")
@@ -21,7 +21,7 @@ KINDS = ("filter", "layer", "random", "gradient", "eigenvectors", "update", "pca
 def wide(t: Tensor) -> Tensor:
     """A local tensor in which directions can be added: half precisions become float32."""
     t = vectors.local(t.detach())
-    return t.float() if t.dtype in perturbed.HALF else t
+    return t.float() if t.dtype in vectors.HALF else t
 
 
 def random_direction(parameters: Sequence[Tensor], seed: int | torch.Generator = 0, *,

@@ -106,7 +106,7 @@ class PlaneModel:
 
     def realised(self, coordinates: Sequence[float]) -> list[Tensor]:
         """What rounding makes of the displacement Σ_k c_k d_k in half-precision weights, as displacements note it."""
-        half = [i for i, t in enumerate(self._w) if t.dtype in perturbed.HALF]
+        half = [i for i, t in enumerate(self._w) if t.dtype in vectors.HALF]
         if half:
             self.put(coordinates)
         out = []

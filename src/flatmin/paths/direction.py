@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import vectors
 from ..ascent.directions import Ascent, Preconditioned
-from ..ascent.rows import rows_of
+from ..ascent.parameters import rows_of
 from ..curvature import CurvatureOperator
 from ..objective import Objective
 
@@ -59,7 +59,7 @@ def inverse_metric(objective: Objective, optimizer: torch.optim.Optimizer | None
                          "this model, after its first step")
     row_of = {id(row.parameter): row for row in rows_of(objective.model, None, {})}
     local = [vectors.local(p.detach()) for p in w]
-    ones = [torch.ones_like(t, dtype=torch.float32 if t.dtype in perturbed.HALF else t.dtype) for t in local]
+    ones = [torch.ones_like(t, dtype=torch.float32 if t.dtype in vectors.HALF else t.dtype) for t in local]
     ascent = Ascent(vectors.Space(w), [row_of[id(p)] for p in w], local, ones, None, {}, 0, optimizer)
     (preconditioner or Preconditioned())(ascent)
     return ascent.d

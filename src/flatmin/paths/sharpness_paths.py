@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..ascent.directions import Preconditioned
-from ..ascent.rows import rows_of
+from ..ascent.parameters import rows_of
 from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ranks import Ranks
+from ..parallel import Ranks
 from .direction import Unit
 from .split import Split
 

@@ -1,16 +1,11 @@
-"""Recipes and the jobs over them: only data, model and objective differ; the training loop is one.
+"""What is trained: models and data by name, and the class for your own.
 
-Recipe, Data, find_recipe     what is trained
-train                         one short training loop, resumable bit for bit
-compare                       methods side by side: choose ρ, train, measure, write a run folder
+Recipe, Data              a model, its data and a loss
+find_recipe, RECIPES      the library's recipes by name, or ``module:attribute``
 """
 
-from .compare import CompareSettings, Comparison
+from ..training.recipe import Data, Recipe
+from .find import RECIPES, find_recipe
 from .images import cifar10, digits, fashion_mnist
-from .recipe import Data, Recipe, find_recipe
 
-RECIPES = {r.name: r for r in (digits, fashion_mnist, cifar10)}
-
-__all__ = [
-    "RECIPES", "CompareSettings", "Comparison", "Data", "Recipe", "cifar10", "digits", "fashion_mnist", "find_recipe",
-]
+__all__ = ["RECIPES", "Data", "Recipe", "cifar10", "digits", "fashion_mnist", "find_recipe"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..training.recipe import Data, Recipe
 from .readers import read_cifar10, read_idx
-from .recipe import Data, Recipe
 
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
 

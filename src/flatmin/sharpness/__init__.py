@@ -4,13 +4,7 @@ from .agreement import Agreement, Correlation, agreement, correlation
 from .average_case import AverageCase, LargestRandom, average_case, largest_random
 from .cautions import SharpnessWarning
 from .compare import Comparison, compare
-from .critical import (
-    CriticalSharpness,
-    EdgeOfStability,
-    critical_sharpness,
-    edge_of_stability,
-    update_of,
-)
+from .critical import CriticalSharpness, EdgeOfStability, critical_sharpness, edge_of_stability, update_of
 from .diagnosis import Finding, diagnose, next_radius
 from .flatness import NormalizedFlatness, normalized_flatness
 from .monitor import SharpnessMonitor

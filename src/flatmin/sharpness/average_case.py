@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import perturbed, vectors
-from ..curvature.sampling import moments
+from ..linalg.confidence import moments
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding

@@ -11,7 +11,7 @@ import torch
 
 from .. import vectors
 from ..curvature import Hessian, eigenpairs
-from ..curvature.sampling import data_stderr
+from ..linalg.confidence import data_stderr
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import DifferentScaleWarning

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature import Hessian
-from ..curvature.operator import Forms
-from ..curvature.sampling import add, data_stderr
+from ..linalg.confidence import add, data_stderr
+from ..linalg.operator import Forms
 from ..objective import Objective
 from ..results import Scalar
 from .average_case import mean_and_error

@@ -1,0 +1,38 @@
+"""The documentation's table is generated from the presets and cannot drift from them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flatmin import presets
+from flatmin.ascent import catalogue
+from flatmin.ascent.sharpener import Sharpener
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_the_presets_say():
+    assert (ROOT / "docs" / "methods.md").read_text() == catalogue.markdown(), (
+        "run: python -m flatmin.ascent.catalogue > docs/methods.md")
+
+
+def test_every_preset_has_a_row_with_a_paper():
+    rows = catalogue.rows()
+    assert [r[0].strip("`") for r in rows] == list(presets.PRESETS) and len(rows) >= 16
+    assert all(re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", r[-1]) for r in rows)
+
+
+@pytest.mark.parametrize(("name", "cost"), [("sam", 2.0), ("looksam", 1.2), ("momentum_sam", 1.0), ("random_sam", 1.0),
+                                            ("gsam", 2.0), ("functional_sam", 2.0)])
+def test_costs(name, cost):
+    assert float(next(r for r in catalogue.rows() if r[0] == f"`{name}`")[6]) == pytest.approx(cost)
+
+
+def test_every_preset_returns_a_sharpener_and_takes_its_options():
+    import torch
+
+    for name, preset in presets.PRESETS.items():
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+        made = preset(model, optimizer=torch.optim.AdamW(model.parameters()), scope="micro_batch", replay=False)
+        assert isinstance(made, Sharpener) and made.scope == "micro_batch" and not made.replay, name

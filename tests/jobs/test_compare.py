@@ -1,0 +1,298 @@
+"""The main job from the command line: what it writes, how it resumes, how it refuses.
+
+Runs the real verb in this process on the real digits with few epochs; what it measures is tested elsewhere.
+"""
+
+import gzip
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flatmin import cli
+from flatmin.jobs import CompareSettings, Comparison
+from flatmin.jobs.compare import fixed_radii
+from flatmin.recipes import find_recipe
+from flatmin.recipes.readers import read_cifar10, read_idx
+from flatmin.training.folder import RunFolder
+from flatmin.training.metrics import classification
+
+QUICK = ["--epochs", "2", "--seeds", "1", "--rho", "sam=0.1,asam=1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    kept, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(kept)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.set_default_dtype(torch.float32)
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    assert cli.main(["compare", *QUICK, "--out", str(folder)]) == 0
+    return folder
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_a_run_folder_holds_record_checkpoints_and_report(finished):
+    record = record_of(finished)
+    assert record["status"] == "complete"
+    assert [r["method"] for r in record["runs"]] == ["sgd", "sam", "asam"]
+    assert record["settings"]["rho"] == "sam=0.1,asam=1" and record["versions"]["torch"] == torch.__version__
+    for run in record["runs"]:
+        assert run["hessian"]["converged"] and run["hessian"]["residual"] >= 0
+        parts = run["sharpness"]
+        total = parts["first_order"] + parts["second_order"] + parts["remainder"]
+        assert parts["value"] == pytest.approx(total)
+        weights = load_file(finished / "checkpoints" / f"{run['method']}-seed0.safetensors")
+        assert {"0.weight", "4.bias"} <= set(weights)
+    assert {"seconds", "ratio", "quartiles"} <= set(record["timing"]["sam"])
+    assert not (finished / "checkpoints" / "training.pt").exists()
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_resume_takes_the_same_settings_again_and_no_others(finished, capsys):
+    again = ["compare", *QUICK, "--out", str(finished), "--resume"]
+    before = record_of(finished)["runs"]
+    assert cli.main(again) == 0 and record_of(finished)["runs"] == before, "a finished run has nothing left to do"
+    assert cli.main([*again, "--seeds", "2"]) == 2
+    assert "--resume continues with the run's own settings: seeds was 1, not 2" in capsys.readouterr().err
+
+
+def test_the_report_verb_writes_the_page_again(finished, capsys):
+    (finished / "report.html").unlink()
+    assert cli.main(["report", str(finished)]) == 0
+    assert str(finished) in capsys.readouterr().out and (finished / "report.html").exists()
+
+
+def test_the_radius_is_chosen_without_the_test_data(tmp_path, monkeypatch):
+    """Selection on a recipe whose test data may not be touched until the radius stands."""
+    import dataclasses
+
+    import flatmin.jobs.compare as module
+
+    recipe = dataclasses.replace(find_recipe("digits"), epochs=1, folds=2, rhos={"sam": (0.01, 0.1)})
+    monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
+    job = Comparison(CompareSettings(methods="sam", seeds=1), RunFolder.create(tmp_path / "run"), quiet=True)
+    job.progress = module.Progress(1, quiet=True)
+    seen = []
+    monkeypatch.setattr(module, "accuracy", lambda model, x, y: seen.append(x) or 0.5)
+    test = job.data.test_inputs
+    job._choose(job.methods[0])
+    assert len(seen) == 4 and job.record["selection"]["sam"]["chosen"] == 0.01, "ties go to the smaller radius"
+    rows = {tuple(r.tolist()) for r in test}
+    assert not any(tuple(r.tolist()) in rows for x in seen for r in x)
+    folds = job._folds()
+    for kept, held in folds:
+        assert not set(kept.tolist()) & set(held.tolist()) and len(kept) + len(held) == 1000
+    assert not set(folds[0][1].tolist()) & set(folds[1][1].tolist())
+
+
+def test_noise_redraws_the_stated_share_of_training_labels_only():
+    clean = find_recipe("digits").data(None)
+    noisy = clean.with_noise(0.6)
+    changed = (clean.train_targets != noisy.train_targets).double().mean().item()
+    assert changed == pytest.approx(0.6 * 0.9, abs=0.04), "one redrawn label in ten hits its own class"
+    assert torch.equal(clean.test_targets, noisy.test_targets)
+    assert torch.equal(clean.with_noise(0.6).train_targets, noisy.train_targets)
+
+
+@pytest.mark.slow
+def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of an epoch of the second method; --resume ends with the same weights and numbers."""
+    import flatmin.training.loop as loop
+
+    folder, calls, real = tmp_path / "run", [], loop.gradient
+
+    def stop_once(*args):
+        calls.append(1)
+        if len(calls) == 32 * 3 + 7:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "gradient", stop_once)
+    assert cli.main(["compare", *QUICK, "--out", str(folder)]) == 130
+    message = capsys.readouterr().err
+    assert f"--resume {folder}" in message and message.count("\n") == 1
+    half = record_of(folder)
+    assert half["status"] == "interrupted" and [r["method"] for r in half["runs"]] == ["sgd"]
+    assert (folder / "checkpoints" / "training.pt").exists()
+    assert cli.main(["compare", "--resume", str(folder), "--quiet"]) == 0
+    held_out = 3 * 2 * 25       # one run more a method, for the diagnosis
+    assert len(calls) == 32 * 3 + 7 + 32 + 64 + held_out, "the finished epoch and method were not repeated"
+    for name in ("sgd", "sam", "asam"):
+        ours = load_file(folder / "checkpoints" / f"{name}-seed0.safetensors")
+        whole = load_file(finished / "checkpoints" / f"{name}-seed0.safetensors")
+        assert all(torch.equal(ours[k], whole[k]) for k in whole)
+    a, b = record_of(folder), record_of(finished)
+    for mine, theirs in zip(a["runs"], b["runs"], strict=True):
+        assert mine == theirs
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--methods", "sgd,adam"], "unknown method 'adam': choose from all, sgd"),
+    (["--rho", "-0.1"], "--rho must not be negative, got -0.1"),
+    (["--rho", "nan"], "--rho must not be negative, got nan"),
+    (["--rho", "large"], "--rho takes a number or method=number, got 'large'"),
+    (["--seeds", "0"], "--seeds must be at least 1"),
+    (["--noise", "1.5"], "--noise is a share from 0 to 1"),
+    (["--epochs", "0"], "--epochs must be at least 1"),
+    (["no-such-recipe"], "no recipe 'no-such-recipe': choose digits, fashion-mnist, cifar10, or module:attribute"),
+    (["no_such_module:recipe"], "cannot import 'no_such_module'"),
+    (["json:dumps"], "json:dumps"),
+    (["--methods", "sam_on"], "the model has no normalization layers"),
+    (["fashion-mnist", "--data", "nowhere"], "dataset-fashion-mnist"),
+    (["cifar10", "--data", "nowhere"], "binary version"),
+    (["--resume", "nowhere"], "nowhere is not a run folder: it has no record.json"),
+    (["--resume", "nowhere", "--out", "elsewhere"], "name two folders"),
+    (["--resume"], "runs/compare is not a run folder"),
+    (["--config", "nowhere.toml"], "cannot read nowhere.toml"),
+])
+def test_a_wrong_call_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(["compare", *arguments, "--quiet"])
+    error = capsys.readouterr().err
+    assert status in (1, 2) and says in error
+    assert error.startswith("flatmin: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing may be written by a call that was wrong"
+
+
+def test_argparse_errors_are_one_line_too(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compare", "--seeds", "many"])
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_existing_run_is_never_overwritten(finished, capsys):
+    before = (finished / "record.json").read_bytes()
+    assert cli.main(["compare", *QUICK, "--out", str(finished)]) == 1
+    assert f"--resume {finished}" in capsys.readouterr().err
+    assert (finished / "record.json").read_bytes() == before
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, monkeypatch, capsys):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.save_record({"kind": "compare", "n": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(Exception, match="No space left on device"):
+        folder.save_record({"kind": "compare", "n": 2})
+    monkeypatch.undo()
+    assert record_of(folder.path)["n"] == 1
+    assert [p.name for p in folder.path.iterdir() if p.is_file()] == ["record.json"], "no half-written file is left"
+
+
+def test_an_out_that_cannot_be_written_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["compare", *QUICK, "--out", str(tmp_path / "file" / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "cannot write to" in error and error.count("\n") == 1
+
+
+def test_a_config_file_and_flags_over_it(tmp_path, capsys):
+    config = tmp_path / "c.toml"
+    config.write_text('methods = "sgd"\nseeds = 1\nepochs = 3\n')
+    assert cli.main(["compare", "--config", str(config), "--epochs", "1", "--quiet", "--out", str(tmp_path / "r")]) == 0
+    settings = record_of(tmp_path / "r")["settings"]
+    assert settings["epochs"] == 1 and settings["methods"] == "sgd"
+    config.write_text("rate = 3\n")
+    assert cli.main(["compare", "--config", str(config)]) == 2
+    assert "unknown settings rate: choose from recipe, methods" in capsys.readouterr().err
+
+
+def test_the_flags_are_these():
+    """A new flag is a decision: it fails here first."""
+    import argparse
+
+    verbs = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    flags = {name: sorted(o for a in p._actions for o in a.option_strings if o.startswith("--"))
+             for name, p in verbs.items()}
+    assert flags["compare"] == ["--config", "--data", "--epochs", "--help", "--methods", "--noise", "--out", "--quiet",
+                                "--resume", "--rho", "--seeds", "--threads"]
+    assert flags["report"] == ["--help"]
+    assert "examples:" in verbs["compare"].format_help()
+
+
+def test_the_users_own_recipe(tmp_path):
+    """module:attribute from the working directory, in a process of its own; a model with BatchNorm."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\nfrom flatmin.recipes import Data, Recipe\n"
+        "def data(folder=None):\n"
+        "    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)); y = (x[:, 0] > 0).long()\n"
+        "    return Data(x[:200], y[:200], x[200:], y[200:], classes=2)\n"
+        "recipe = Recipe('mine', lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),"
+        " data, epochs=2)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "flatmin.cli", "compare", "mine:recipe", "--methods", "sgd,sam_on,esam", "--seeds", "2",
+         "--rho", "0.1", "--out", "run", "--quiet"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = record_of(tmp_path / "run")
+    assert record["data"]["name"] == "mine" and len(record["runs"]) == 6
+    assert all(r["test"]["accuracy"] > 0.6 for r in record["runs"])
+
+
+def test_radii_given_by_hand():
+    assert fixed_radii("0.1") == {"": 0.1} and fixed_radii("sam=0.1, asam=1") == {"sam": 0.1, "asam": 1.0}
+    with pytest.raises(ValueError, match="unknown method 'nosam'"):
+        fixed_radii("nosam=1")
+
+
+def test_idx_files_gzipped_or_not(tmp_path):
+    values = torch.arange(2 * 3 * 4, dtype=torch.uint8)
+    raw = b"\x00\x00\x08\x03" + struct.pack(">3I", 2, 3, 4) + values.numpy().tobytes()
+    (tmp_path / "a").write_bytes(raw)
+    (tmp_path / "b.gz").write_bytes(gzip.compress(raw))
+    for name in ("a", "b.gz"):
+        assert torch.equal(read_idx(tmp_path / name), values.view(2, 3, 4))
+    (tmp_path / "short").write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="should hold 24 bytes"):
+        read_idx(tmp_path / "short")
+    (tmp_path / "text").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        read_idx(tmp_path / "text")
+
+
+def cifar_batch(n: int, seed: int) -> bytes:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n, 1), generator=g, dtype=torch.uint8)
+    return torch.cat([labels, torch.randint(256, (n, 3072), generator=g, dtype=torch.uint8)], 1).numpy().tobytes()
+
+
+def test_cifar10_from_its_binary_batches(tmp_path):
+    for i, name in enumerate([*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]):
+        (tmp_path / name).write_bytes(cifar_batch(12, i))
+    data = find_recipe("cifar10").data(str(tmp_path))
+    assert data.train_inputs.shape == (60, 3, 32, 32) and len(data.test_targets) == 12
+    assert data.train_inputs.mean().abs() < 1e-4 and find_recipe("cifar10").model()(data.test_inputs).shape == (12, 10)
+    images, labels = read_cifar10(tmp_path / "test_batch.bin")
+    raw = (tmp_path / "test_batch.bin").read_bytes()
+    assert labels[1] == raw[3073] and images[1, 2, 31, 31] == raw[2 * 3073 - 1]
+    (tmp_path / "bad.bin").write_bytes(b"x" * 3074)
+    with pytest.raises(ValueError, match="no multiple of 3073"):
+        read_cifar10(tmp_path / "bad.bin")
+
+
+def test_calibration_error_by_hand():
+    """Four predictions with confidence 0.9 of which three are right, one with 0.6 that is right."""
+    p = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]], dtype=torch.float64)
+    found = classification(p.log(), torch.tensor([0, 0, 0, 1, 1]))
+    assert found["ece"] == pytest.approx((4 * abs(0.75 - 0.9) + abs(1 - 0.6)) / 5)
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["nll"] == pytest.approx(-(3 * torch.tensor(0.9).log() + torch.tensor(0.1).log()
+                                           + torch.tensor(0.6).log()).item() / 5)
