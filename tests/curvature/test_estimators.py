@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from nets import classification, only_samples, symmetric
+from scipy import stats
 
 from flatmin.curvature import Hessian, Matrix, condition_number, diagonal, frobenius, spectral_density, trace
+from flatmin.curvature.sampling import quantile
 
 SPECTRA = {
     "outliers": torch.cat([torch.linspace(50, 100, 5), torch.rand(195, generator=torch.Generator().manual_seed(0))]),
@@ -90,6 +92,28 @@ def test_frobenius_and_diagonal():
     error = d.values[0] - a.diagonal()
     assert d.converged and float(error.norm() / a.diagonal().norm()) < 0.3
     assert float((error / d.stderr[0]).square().mean()) == pytest.approx(1, abs=0.35)
+
+
+def test_the_stated_errors_of_a_diagonal_are_those_of_its_samples(monkeypatch):
+    e = SPECTRA["indefinite"]
+    a, signs = Matrix(symmetric(e)), []
+    draw = a.random
+    monkeypatch.setattr(a, "random", lambda *args: signs.append(draw(*args)) or signs[-1].clone())
+    found = diagonal(a, rtol=1e-6, max_matvecs=7)
+    rows = torch.stack(signs[:found.matvecs])
+    samples = rows * (rows @ symmetric(e))
+    assert found.matvecs == 7 and not found.converged
+    torch.testing.assert_close(found.values[0], samples.mean(0))
+    torch.testing.assert_close(found.stderr[0], samples.std(0, unbiased=True) / 7**0.5)
+
+
+@pytest.mark.parametrize("confidence", (0.5, 0.68, 0.95, 0.999))
+def test_quantiles_converge_to_those_of_student(confidence):
+    """The terms go to the third power of 1/degrees, so that the error falls with the fourth."""
+    exact = stats.t(df=torch.tensor([1, 2, 60, 120]).numpy()).ppf((1 + confidence) / 2)
+    error = [abs(quantile(confidence, n) - t) for n, t in zip((1, 2, 60, 120), exact, strict=True)]
+    assert error[0] < 1e-9 * exact[0] and error[1] < 1e-9 * exact[1]
+    assert error[3] < error[2] / 13 + 1e-12
 
 
 @pytest.mark.usefixtures("only_samples")
