@@ -144,6 +144,13 @@ def test_the_share_next_to_zero_of_eigenvalues_of_many_scales(decades):
     assert abs(found.value - truth) <= 2 * found.stderr and 0 <= low <= high <= 1
 
 
+def test_the_range_of_a_density_is_that_of_its_outermost_nodes():
+    found = spectral_density(Matrix(symmetric(torch.tensor([-2.0, 1.0, 5.0]))))
+    assert found.range == pytest.approx((-2, 5))
+    found = spectral_density(Matrix(symmetric(SPECTRA["indefinite"])), probes=3, steps=12)
+    assert found.range == (min(float(t.min()) for t in found.nodes), max(float(t.max()) for t in found.nodes))
+
+
 @pytest.mark.usefixtures("only_samples")
 def test_a_density_of_low_rank_stops_where_the_space_is_exhausted():
     """A popular tool gives a rank-10 matrix Ritz values far outside its spectrum."""
