@@ -251,7 +251,7 @@ def test_progress_and_wrong_arguments(capsys):
     assert calls and "converged" in calls[-1][1]
     eigenpairs(a, 2, progress=True)
     assert "eigenpairs" in capsys.readouterr().err
-    for wrong in ({"k": 0}, {"which": "top"}, {"tol": 0}, {"basis": 2, "k": 2}):
+    for wrong in ({"k": 0}, {"which": "top"}, {"tol": 0}, {"basis": 2, "k": 2}, {"basis": 7, "k": 2, "block": 3}):
         with pytest.raises(ValueError):
             eigenpairs(a, **wrong)
 
