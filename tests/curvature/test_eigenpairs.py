@@ -133,6 +133,13 @@ def test_the_power_method_at_any_scale(scale, which):
     assert not rough.converged and rough.residual == pytest.approx(float(off), rel=1e-3)    # of the vector returned
 
 
+def test_the_power_method_stops_as_soon_as_the_largest_stands_out():
+    a = Matrix(symmetric(torch.cat([torch.tensor([1000.0]), torch.linspace(-1, 1, 60)])))
+    for which in ("largest", "magnitude"):
+        found = power_iteration(a, which, tol=1e-3)
+        assert found.converged and found.matvecs <= 4 and found.value == pytest.approx(1000)
+
+
 def test_values_alone_in_float64_are_as_exact_as_they_say():
     e = torch.linspace(0, 1, 60, dtype=torch.float64) ** 3
     found = eigenvalues(Matrix(symmetric(e)), 3, tol=1e-10)

@@ -171,3 +171,15 @@ def test_large_weights_get_a_large_step(scale):
     narrow = Objective(net.float(), nn.MSELoss(), (x.float(), t.float()))
     found = Hessian(narrow, product="finite_difference") @ v.float()
     assert (found.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_a_quadratic_needs_one_step():
+    """Where differences are exact, no smaller step is tried: a gradient on either side, nothing more."""
+    net = nn.Linear(5, 3)
+    H = Hessian(Objective(net, nn.MSELoss(), (torch.randn(20, 5), torch.randn(20, 3))), product="finite_difference")
+    counts = []
+    with H.session():       # has checked the product
+        net.register_forward_hook(lambda *_: counts.append(1))
+        for passes in (5, 7):       # the first takes the value and a second step too, for the stated error
+            _ = H @ torch.randn(H.size)
+            assert len(counts) == passes
