@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatmin import Objective
+from flatmin import Objective, batches
 from flatmin.curvature import Hessian, eigenpairs
 from flatmin.sharpness import one_step
 
@@ -166,8 +166,19 @@ def test_compiled_models_are_run_uncompiled(case):
     _, x, y = case
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y))).dense()
-    compiled = torch.compile(model, backend="eager")
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     assert torch.allclose(Hessian(Objective(compiled, nn.CrossEntropyLoss(), (x, y))).dense(), plain, atol=1e-14)
+    assert not graphs
+    compiled(x)
+    assert graphs       # and compiled again afterwards
+
+
+def test_batches_of_other_tensors_are_others():
+    x, y = torch.randn(3, 2), torch.randn(3)
+    assert batches.equal((x, y), (x.clone(), y.clone())) and batches.equal({"x": x, "y": [y]}, {"x": x, "y": [y]})
+    for other in ((x,), (x, y, y), (x, y + 1), (x, y[:2]), (x[:, :1], y)):
+        assert not batches.equal((x, y), other) and not batches.equal(other, (x, y))
 
 
 @pytest.mark.parametrize("where", ("data", "weights"))
