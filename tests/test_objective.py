@@ -181,6 +181,14 @@ def test_batches_of_other_tensors_are_others():
         assert not batches.equal((x, y), other) and not batches.equal(other, (x, y))
 
 
+def test_samples_are_cut_out_only_where_every_tensor_has_a_row_for_each():
+    x, y = torch.randn(6, 2), torch.randn(6)
+    cut = batches.rows({"x": x, "y": [y]}, slice(1, 3))
+    assert torch.equal(cut["x"], x[1:3]) and torch.equal(cut["y"][0], y[1:3])
+    for other in (torch.tensor(1.0), torch.randn(4), torch.randn(1, 6)):
+        assert batches.rows((x, y, other), slice(1, 3)) is None
+
+
 @pytest.mark.parametrize("where", ("data", "weights"))
 @pytest.mark.parametrize("measure", (lambda o: eigenpairs(Hessian(o)), one_step))
 def test_a_loss_that_is_not_finite_is_named_with_its_batch(measure, where):
