@@ -1,6 +1,7 @@
 """Objective: every form of data and batch, exact averages, determinism, and that nothing is changed."""
 
 import copy
+import functools
 import warnings
 from collections import UserDict
 
@@ -179,6 +180,13 @@ def test_batches_of_other_tensors_are_others():
     assert batches.equal((x, y), (x.clone(), y.clone())) and batches.equal({"x": x, "y": [y]}, {"x": x, "y": [y]})
     for other in ((x,), (x, y, y), (x, y + 1), (x, y[:2]), (x[:, :1], y)):
         assert not batches.equal((x, y), other) and not batches.equal(other, (x, y))
+
+
+def test_torchs_own_losses_are_known():
+    for loss in (F.mse_loss, nn.MSELoss(), functools.partial(F.cross_entropy, ignore_index=1), nn.CrossEntropyLoss()):
+        assert batches.of_torch(loss)
+    for loss in (lambda z, y: F.mse_loss(z, y), nn.Linear(2, 2), functools.partial(torch.add, alpha=2)):
+        assert not batches.of_torch(loss)
 
 
 def test_samples_are_cut_out_only_where_every_tensor_has_a_row_for_each():
