@@ -228,6 +228,14 @@ def test_memory_is_foretold():
         eigenpairs(Huge(), 2, certify=False)
 
 
+def test_the_basis_holds_as_many_vectors_as_documented():
+    a = Matrix(torch.diag(torch.cat([torch.rand(1100), torch.tensor([50.0, 100.0])])))
+    assert eigenpairs(a, 1, certify=False).settings["basis"] == 43
+    assert eigenpairs(a, 2, certify=False).settings["basis"] == 46      # 3k + 40
+    assert eigenpairs(a, 1, basis=20, certify=False).settings["basis"] == 20
+    assert eigenpairs(Matrix(symmetric(torch.rand(60))), 1).settings["basis"] == 60
+
+
 def test_resumes_after_a_kill(tmp_path):
     file = str(tmp_path / "run.pt")
     e = torch.linspace(-1, 1, 300)
