@@ -6,8 +6,8 @@ Which tests execute a line is found once, by running the suite under coverage (`
 in ``.mutants``, as are the results: a run that was stopped goes on where it was. After writing a test for a survivor,
 ``--map tests/test_it.py`` adds it and ``--again`` tries the survivors again.
 
-Files whose lines run only in other processes (ranks) are tried with the tests named in ``RANKS``. What is known to
-survive, and why, is in ``docs/testing.md``.
+Lines that run only in other processes (ranks) are tried with the tests named in ``RANKS``. What is known to survive,
+and why, is in ``docs/testing.md``.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def _pytest(scratch: Path, arguments: list[str], write_bytecode: bool = False) -
     os.environ |= {"PYTHONPATH": str(scratch / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = not write_bytecode
     out = os.open(scratch / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1), os.dup2(out, 2)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
     import pytest
 
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments])
@@ -223,7 +224,7 @@ def fails(tests: list[str], seconds: float, scratch: Path) -> str | None:
     process = CONTEXT.Process(target=_pytest, args=(scratch, [f"@{scratch / 'tests.txt'}"]))
     process.start()
     process.join(40 + 3 * seconds)
-    if process.exitcode is None:
+    if process.exitcode is None and process.pid is not None:
         os.killpg(process.pid, signal.SIGKILL)
         return "timeout"
     if process.exitcode == 0:
