@@ -1,6 +1,7 @@
 """Objective: every form of data and batch, exact averages, determinism, and that nothing is changed."""
 
 import copy
+import functools
 import warnings
 from collections import UserDict
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatmin import Objective
+from flatmin import Objective, batches
 from flatmin.curvature import Hessian, eigenpairs
 from flatmin.sharpness import one_step
 
@@ -166,8 +167,34 @@ def test_compiled_models_are_run_uncompiled(case):
     _, x, y = case
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y))).dense()
-    compiled = torch.compile(model, backend="eager")
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     assert torch.allclose(Hessian(Objective(compiled, nn.CrossEntropyLoss(), (x, y))).dense(), plain, atol=1e-14)
+    assert not graphs
+    compiled(x)
+    assert graphs       # and compiled again afterwards
+
+
+def test_batches_of_other_tensors_are_others():
+    x, y = torch.randn(3, 2), torch.randn(3)
+    assert batches.equal((x, y), (x.clone(), y.clone())) and batches.equal({"x": x, "y": [y]}, {"x": x, "y": [y]})
+    for other in ((x,), (x, y, y), (x, y + 1), (x, y[:2]), (x[:, :1], y)):
+        assert not batches.equal((x, y), other) and not batches.equal(other, (x, y))
+
+
+def test_torchs_own_losses_are_known():
+    for loss in (F.mse_loss, nn.MSELoss(), functools.partial(F.cross_entropy, ignore_index=1), nn.CrossEntropyLoss()):
+        assert batches.of_torch(loss)
+    for loss in (lambda z, y: F.mse_loss(z, y), nn.Linear(2, 2), functools.partial(torch.add, alpha=2)):
+        assert not batches.of_torch(loss)
+
+
+def test_samples_are_cut_out_only_where_every_tensor_has_a_row_for_each():
+    x, y = torch.randn(6, 2), torch.randn(6)
+    cut = batches.rows({"x": x, "y": [y]}, slice(1, 3))
+    assert torch.equal(cut["x"], x[1:3]) and torch.equal(cut["y"][0], y[1:3])
+    for other in (torch.tensor(1.0), torch.randn(4), torch.randn(1, 6)):
+        assert batches.rows((x, y, other), slice(1, 3)) is None
 
 
 @pytest.mark.parametrize("where", ("data", "weights"))

@@ -40,3 +40,18 @@ def test_the_line_has_pace_and_time(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "11 products, 1 of 2 converged, 30 s a product, about 10 min left" in said
     assert "12 products, 2 of 2 converged, 30 s a product, about 60 s left" in said
+
+
+def test_at_most_five_lines_a_second_and_none_by_default(capsys, monkeypatch):
+    for run in (eigenpairs, eigenvalues):
+        run(A, 2)
+    for run in (trace, power_iteration, spectral_density):
+        run(A)
+    assert capsys.readouterr().err == ""
+    clock = iter((0.0, 0.3, 0.35, 0.45, 0.6, 0.7))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with reporter(True, "eigenpairs") as report:
+        for done in range(1, 5):
+            report(done, "of 4")
+    said = capsys.readouterr().err
+    assert "1 products" in said and "4 products" in said and "2 products" not in said and "3 products" not in said

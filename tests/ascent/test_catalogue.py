@@ -1,9 +1,11 @@
 """The documentation's table is generated from the presets and cannot drift from them."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from flatmin import presets
 from flatmin.ascent import catalogue
@@ -30,9 +32,18 @@ def test_costs(name, cost):
 
 
 def test_every_preset_returns_a_sharpener_and_takes_its_options():
-    import torch
-
     for name, preset in presets.PRESETS.items():
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
         made = preset(model, optimizer=torch.optim.AdamW(model.parameters()), scope="micro_batch", replay=False)
         assert isinstance(made, Sharpener) and made.scope == "micro_batch" and not made.replay, name
+
+
+@pytest.mark.parametrize("name", sorted(set(presets.PRESETS) - {"looksam", "gsam", "friendly_sam", "unnormalized_sam"}))
+def test_parts_made_by_hand_have_the_numbers_of_the_preset(name):
+    """Apart from the presets that pass numbers of their own."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    made = presets.PRESETS[name](model, optimizer=torch.optim.AdamW(model.parameters()))
+    for part in (made.direction, made.rule, made.cadence):
+        assert part == type(part)()
+    last = made.last        # and nothing is known before the first step
+    assert last.passes == 0 and not last.skipped and math.isnan(last.loss) and math.isnan(last.radius)

@@ -165,7 +165,8 @@ print(operator.products, found.matvecs, *found.eigenvalues.tolist())
 def test_killed_while_certifying(tmp_path):
     """SIGKILL, which no handler sees: the recurrence is not run again."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "run.pt")]
-    options = {"env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, "text": True}
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    options = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, "text": True}
     with subprocess.Popen([*command, "yes"], stdout=subprocess.PIPE, **options) as first:
         assert first.stdout.readline() == "certifying\n"
         first.send_signal(signal.SIGKILL)
