@@ -98,6 +98,7 @@ class Batchwise:
         self._composite = False             # whether normalization is taken from composite_norms
         self._watch: Watch | None = None    # from the start of a session until its first loss
         self._reentrant = False
+        self.evaluated = False              # whether this session has had a loss
         self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
         self._session = ExitStack()
         self._around: Callable[[], AbstractContextManager[Any]] = nullcontext   # what model and loss run in
@@ -181,7 +182,7 @@ class Batchwise:
 
     def _watched(self, stack: ExitStack) -> None:
         """At the start of a session: look on at its first evaluation; ``stack`` ends with the session."""
-        self._watch, self._session = Watch(), stack
+        self._watch, self._session, self.evaluated = Watch(), stack, False
         if self._composite:
             stack.enter_context(CompositeNorms())
 
@@ -194,7 +195,7 @@ class Batchwise:
         return True
 
     def refuse_reentrant(self) -> None:
-        """After the first loss of a session: raise where autograd has no gradient of a checkpointed part."""
+        """After a loss of a session: raise where autograd has no gradient of a checkpointed part."""
         self._reentrant |= self._watch is not None and self._watch.reentrant
         self._watch = None
         if self._reentrant:
@@ -240,6 +241,7 @@ class Batchwise:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("the loss of a batch must be one number, its mean over the batch "
                              f"(got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__})")
+        self.evaluated = True
         return loss.reshape(())
 
     def _of_mapping(self, outputs: Any, batch: Mapping[str, Any]) -> Any:

@@ -23,16 +23,36 @@ READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
 
 
+class Spare:
+    """Memory for a copy of many small tensors, kept from step to step: new pages cost more than the copying."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._layout: tuple[list[torch.Size], list[torch.dtype]] = [], []
+
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the same shapes and dtypes, unwritten; nobody else gets them before they are put back."""
+        layout = [t.shape for t in like], [t.dtype for t in like]
+        out, self._kept = self._kept, []
+        if not out or layout != self._layout:
+            out, self._layout = [torch.empty_like(t) for t in like], layout
+        return out
+
+    def put_back(self, tensors: list[Tensor]) -> None:
+        self._kept = tensors
+
+
 class Displacement:
     """Weights moved by ε = scale · d, and back, bit for bit.
 
     With ``own=True`` the memory of ``d`` is taken over to hold the copy of w: no allocation beyond one block of
     scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated; with ``offload``, in
-    the host's memory.
+    the host's memory. ``spare`` holds the copy of one block of small tensors instead, and outlives the displacement.
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        self._offload = offload
+    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
+        self._offload, self._spare = offload, spare
+        self._lent: list[Tensor] = []  # from ``spare``
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
         self.realised: list[Tensor] = []
 
@@ -41,8 +61,10 @@ class Displacement:
         """w ← w + scale · d. ``finite`` replaces inf and NaN in the step by zero (an overflow to be skipped later)."""
         if self._offload:
             copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in w]
+        elif not own:
+            copies = [torch.empty_like(t) for t in w]
         else:
-            copies = d if own else [torch.empty_like(t) for t in w]
+            copies = self._borrowed(w) or d
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in vectors.HALF
@@ -57,13 +79,24 @@ class Displacement:
                 self.realised.append(_realised(ws, cs, step))
 
     def _move_small(self, w: list[Tensor], d: list[Tensor], copies: list[Tensor], scale: float) -> None:
-        """Many small tensors in three calls; a step of length 0 (an overflow, among others) is not taken."""
+        """Many small tensors in few calls; a step of length 0 (an overflow, among others) is not taken."""
         if scale == 0:
             return
-        moved = torch._foreach_add(w, d, alpha=scale)
+        moved = torch._foreach_add(w, d, alpha=scale) if copies[0] is d[0] else None  # before d is overwritten
         torch._foreach_copy_(copies, w)
         self._copies.append((w, copies))
-        torch._foreach_copy_(w, list(moved))
+        if moved is None:
+            torch._foreach_add_(w, d, alpha=scale)
+        else:
+            torch._foreach_copy_(w, list(moved))
+
+    def _borrowed(self, w: Sequence[Tensor]) -> list[Tensor]:
+        """Spare memory for a copy of one block of small tensors on the CPU; nothing for other weights."""
+        if self._spare is None or len(w) < 2 or w[0].device.type not in READABLE or (
+                sum(map(Tensor.numel, w)) > vectors.BLOCK):
+            return []
+        self._lent = self._spare.take(w)
+        return self._lent
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -71,6 +104,9 @@ class Displacement:
         for ws, cs in reversed(self._copies):
             torch._foreach_copy_(ws, cs)
         self._copies = []
+        if self._spare is not None and self._lent:
+            self._spare.put_back(self._lent)
+            self._lent = []
 
 
 def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:

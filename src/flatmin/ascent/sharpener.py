@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from ..perturbed import (
     Displacement,
     Float32Weights,
     RandomState,
+    Spare,
     buffer_registries,
     buffer_versions,
     undone,
@@ -156,6 +158,7 @@ class Sharpener:
                              'needs them all: use scope="batch"')
         self.last: StepRecord = StepRecord()
         self._step = 0
+        self._spare = Spare()
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._standing: _Standing | None = None
         self._warned = self._warned_of_skip = False
@@ -339,7 +342,7 @@ class Sharpener:
         Returns the context in which the second pass is to run.
         """
         rhos = self._rhos() if rhos is None else rhos
-        standing = self._standing = _Standing(Displacement(self.offload))
+        standing = self._standing = _Standing(Displacement(self.offload, self._spare))
         gradients = self._take_gradients()
         if self._keeps_gradient:
             standing.gradients = {i: g.clone() if in_bucket(g) else g for i, g in gradients.items()}
@@ -365,12 +368,9 @@ class Sharpener:
             if gradient is not None:
                 if gradient.layout is not torch.strided:
                     refuse_sparse(row.name)
-                out[row.index] = self._local(gradient, p)
+                out[row.index] = local(vectors.matched(gradient, p)) if self._sharded else gradient
                 p.grad = None
         return out
-
-    def _local(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        return local(vectors.matched(gradient, parameter)) if self._sharded else gradient
 
     def _move(self, standing: _Standing, moving: list[Row], rhos: list[float],
               gradients: dict[int, Tensor]) -> None:
@@ -378,7 +378,8 @@ class Sharpener:
         space = self._space(moving)
         d: list[Tensor] = []
         if self.direction.needs_gradient:
-            d = [g.clone() if self._keeps_gradient or in_bucket(g) else g for g in (gradients[r.index] for r in moving)]
+            keep = self._keeps_gradient
+            d = [g.clone() if keep or in_bucket(g) else g for g in (gradients[r.index] for r in moving)]
             gradients.clear()
             standing.gradient_norm = space.norm(d)
         scale_of_loss = self._loss_scale()
@@ -386,7 +387,7 @@ class Sharpener:
                         scale_of_loss)
         norm = self.direction(ascent)
         moving, w, d, standing.memory = ascent.rows, ascent.w, ascent.d, ascent.keep
-        usable = (norm > 0) & torch.isfinite(norm)
+        usable = (norm > 0) & (norm < math.inf)
         radii = {max(rhos)} if len(self._distinct) == 1 else {rhos[r.index] for r in moving}
         if len(radii) == 1:
             standing.radius = torch.where(usable, max(radii) * ascent.stretch, 0.0)
@@ -394,8 +395,8 @@ class Sharpener:
             standing.radius = torch.where(usable, ascent.length([rhos[r.index] for r in moving]) / norm, 0.0)
         for rho in radii:
             scale = torch.where(usable, rho / norm, 0.0)
-            for some in self._alike(moving, w, rhos, rho):
-                self._displace(standing, [moving[i] for i in some], [w[i] for i in some], [d[i] for i in some], scale)
+            for some in self._alike(moving, w, d, rhos, rho):
+                self._displace(standing, *some, scale)
         if standing.gradient_norm is not None and scale_of_loss is not None:
             standing.gradient_norm = standing.gradient_norm / scale_of_loss.to(standing.gradient_norm.device)
 
@@ -410,15 +411,16 @@ class Sharpener:
         else:
             standing.displacement.move(w, d, steps, finite=True)
 
-    def _alike(self, rows: list[Row], w: list[Tensor], rhos: list[float], rho: float) -> Iterable[Sequence[int]]:
-        """The places of the tensors with this radius, apart by dtype and device."""
+    def _alike(self, rows: list[Row], w: list[Tensor], d: list[Tensor], rhos: list[float], rho: float
+               ) -> list[tuple[list[Row], list[Tensor], list[Tensor]]]:
+        """What has this radius, apart by dtype and device."""
         if self._uniform and len(self._distinct) == 1:
-            return [range(len(rows))]
+            return [(rows, w, d)]
         out: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, (row, t) in enumerate(zip(rows, w, strict=True)):
             if rhos[row.index] == rho:
                 out.setdefault((t.dtype, t.device), []).append(i)
-        return list(out.values())
+        return [([rows[i] for i in some], [w[i] for i in some], [d[i] for i in some]) for some in out.values()]
 
     @property
     def _may_use_float32(self) -> bool:
@@ -457,10 +459,10 @@ class Sharpener:
 
     def _gradients(self, rows: list[Row]) -> list[Tensor]:
         """The local parts of ``p.grad``; every row has one."""
-        out = [r.parameter.grad for r in rows]
+        out: list[Any] = [r.parameter.grad for r in rows]
         if self._sharded:
-            return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True) if g is not None]
-        return [g for g in out if g is not None]
+            return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True)]
+        return out
 
     def finish(self, outcome: Outcome, stash: Sequence[tuple[nn.Parameter, Tensor | None, Tensor | None]] = (),
                factor: Tensor | None = None) -> None:
@@ -582,7 +584,7 @@ class Sharpener:
 
     def _follow_devices(self) -> None:
         """The model may have been moved."""
-        if devices_of(r.parameter for r in self._rows) != self._devices:
+        if devices_of(self._whole.parameters) != self._devices:
             self.refresh()
 
     def _space(self, rows: list[Row]) -> Space:
@@ -618,7 +620,7 @@ class Sharpener:
             raise ValueError("no parameter received a gradient: does the loss depend on this model?")
         flag = ~self._space(rows).finite(self._gradients(rows))
         if first_norm is not None:
-            flag = flag | ~torch.isfinite(first_norm)
+            flag = flag | ~(first_norm < math.inf)  # nan is not
         return self._wrappers.any_rank(flag) if self.scope == "rank" else flag
 
     def _leave_inf(self) -> None:

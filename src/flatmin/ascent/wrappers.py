@@ -32,7 +32,7 @@ def in_bucket(gradient: Tensor) -> bool:
     By the gradient itself: with ``gradient_as_bucket_view=True`` a wrapper may stand around a model, or parameters,
     that were handed over without it.
     """
-    return not is_sharded(gradient) and gradient._is_view()
+    return gradient._is_view() and not is_sharded(gradient)
 
 
 class Wrappers:

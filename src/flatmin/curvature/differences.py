@@ -45,6 +45,7 @@ class Differences:
         self.operator, self.on_disk, self.folder = operator, on_disk, folder
         self.parameters = operator.parameters
         self.error: float | None = None
+        self.losses: tuple[float, ...] = ()     # at w + hv and w − hv, of the last difference
         self.scale = 1.0
         self.forget()
 
@@ -121,8 +122,11 @@ class Differences:
         out.mul_(first / normalizer / (2 * h))
         if not objective.ranks.in_step:
             objective.ranks.sum_(out)
+        self.losses = tuple(values)
+        if self._value is None:
+            return out, 0.0, 0.0
         length, top = operator.norm(v), operator.norm(out)
-        if top == 0 or self._value is None:
+        if top == 0:
             return out, 0.0, 0.0
         off = abs(operator.dot(v, out) - (values[0] - 2 * self._value + values[1]) / h**2)
         noise = 4 * eps * max(map(abs, (*values, self._value))) / h**2

@@ -82,7 +82,9 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     """
     objective = operator.objective
     with objective.session():
-        if objective._watch is not None:    # nothing was evaluated yet: errors of the user's code belong here
+        if objective.evaluated:
+            objective.refuse_reentrant()
+        else:       # errors of the user's code belong here
             with torch.enable_grad():
                 for batch in objective.weighted_batches():
                     batch.loss(batch.outputs())
@@ -134,50 +136,56 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
         for p, unit in zip(w, units, strict=True):
             p.add_(_random(p, generator), alpha=COARSE * unit)
     v = torch.cat([unit * _random(p, generator).reshape(-1) for p, unit in zip(w, units, strict=True)])
-    found = _along(twin, v, units, samples)
-    reached = _reached(twin)            # an embedding holds the row at padding_idx fixed
+    gradient = _gradient(twin)
+    found, losses = _along(twin, v, units, gradient, samples)
+    reached = (gradient != 0).double()      # an embedding holds the row at padding_idx fixed
     if not found.agrees and not bool(reached.all()):
-        found = _along(twin, v * reached, units, samples)
-    right, error = _has_right_gradient(twin, v * reached)
+        found, _ = _along(twin, v * reached, units, gradient, samples)
+    right, error = True, 0.0
+    if not _near(float(gradient @ v), (losses[0] - losses[1]) / (2 * STEPS[0])):
+        right, error = _has_right_gradient(twin, v * reached, gradient)
     if right is False:
         return replace(found, agrees=False, gradient=False, error=error, samples=samples, reason="",
                        layer="a layer, or of the loss," if found.agrees else _layer(twin))
     return found if found.agrees else replace(found, layer=_layer(twin), gradient=right is True)
 
 
-def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: int) -> ProductCheck:
+def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient: Tensor,
+           samples: int) -> tuple[ProductCheck, tuple[float, ...]]:
+    """What became of the comparison along v, and the losses at w ± STEPS[0] v."""
     differences = twin.differences()
     assert differences is not None
     with differences.at(v) as difference:
-        first = difference(STEPS[0])
+        first, losses = difference(STEPS[0]), differences.losses
     try:
         exact = twin._product(v).split(twin.numels)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
-        return ProductCheck(impossible=str(error).splitlines()[0])
+        return ProductCheck(impossible=str(error).splitlines()[0]), losses
     if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
-        return ProductCheck(reason="a product or a gradient is not finite")
+        return ProductCheck(reason="a product or a gradient is not finite"), losses
     with differences.at(v) as difference:
         verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
-                                  units, _gradient(twin).split(twin.numels))
+                                  units, gradient.split(twin.numels))
     if verdict is None:
-        return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
-    return ProductCheck(error=error, samples=samples, agrees=verdict)
+        return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
+                                   "digits)"), losses
+    return ProductCheck(error=error, samples=samples, agrees=verdict), losses
 
 
-def _reached(twin: ObjectiveOperator) -> Tensor:
-    """1 where the gradient is not exactly zero."""
-    return (_gradient(twin) != 0).double()
+def _near(slope: float, difference: float) -> bool:
+    """Whether a component of the gradient is a difference of losses."""
+    return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
 
 
-def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None, float]:
+def _has_right_gradient(twin: ObjectiveOperator, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
     """Whether the gradient's component along v is a difference of the loss, and their relative difference.
 
     None where the differences do not agree with each other either (kinks), or have too few digits.
     """
     w = [p.detach().clone() for p in twin.parameters]
-    slope, found, size = float(_gradient(twin) @ v), [], 0.0
+    slope, found, size = float(gradient @ v), [], 0.0
     for h in (1e-6, 1e-5, COARSE):
         values = []
         for sign in (1, -1):
@@ -186,7 +194,7 @@ def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None
             values.append(float(twin.objective.value()))
         size = max(size, *map(abs, values))
         found.append((values[0] - values[1]) / (2 * h))
-        if abs(slope - found[-1]) <= 0.01 * max(abs(slope), abs(found[-1])):
+        if _near(slope, found[-1]):
             break
     for p, start in zip(twin.parameters, w, strict=True):
         p.detach().copy_(start)
