@@ -3,7 +3,9 @@
 Runs the real verb in this process on the real digits with few epochs; what it measures is tested elsewhere.
 """
 
+import dataclasses
 import gzip
+import inspect
 import json
 import os
 import struct
@@ -16,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from flatmin import cli
-from flatmin.jobs import CompareSettings, Comparison
-from flatmin.jobs.compare import fixed_radii
+from flatmin.jobs.compare import Comparison
+from flatmin.jobs.settings import CompareSettings, MeasureSettings, fixed_radii
 from flatmin.recipes import find_recipe
 from flatmin.recipes.readers import read_cifar10, read_idx
 from flatmin.training.folder import RunFolder
@@ -80,14 +82,12 @@ def test_the_report_verb_writes_the_page_again(finished, capsys):
 
 def test_the_radius_is_chosen_without_the_test_data(tmp_path, monkeypatch):
     """Selection on a recipe whose test data may not be touched until the radius stands."""
-    import dataclasses
-
     import flatmin.jobs.compare as module
 
     recipe = dataclasses.replace(find_recipe("digits"), epochs=1, folds=2, rhos={"sam": (0.01, 0.1)})
     monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
     job = Comparison(CompareSettings(methods="sam", seeds=1), RunFolder.create(tmp_path / "run"), quiet=True)
-    job.progress = module.Progress(1, quiet=True)
+    job.progress = module.Display("", total=1, quiet=True)
     seen = []
     monkeypatch.setattr(module, "accuracy", lambda model, x, y: seen.append(x) or 0.5)
     test = job.data.test_inputs
@@ -148,7 +148,7 @@ def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch
     (["--rho", "nan"], "--rho must not be negative, got nan"),
     (["--rho", "large"], "--rho takes a number or method=number, got 'large'"),
     (["--seeds", "0"], "--seeds must be at least 1"),
-    (["--noise", "1.5"], "--noise is a share from 0 to 1"),
+    (["--noise", "1.5"], "--noise must be a share from 0 to 1, got 1.5"),
     (["--epochs", "0"], "--epochs must be at least 1"),
     (["no-such-recipe"], "no recipe 'no-such-recipe': choose digits, fashion-mnist, cifar10, or module:attribute"),
     (["no_such_module:recipe"], "cannot import 'no_such_module'"),
@@ -170,10 +170,42 @@ def test_a_wrong_call_is_one_clear_line(arguments, says, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir()), "nothing may be written by a call that was wrong"
 
 
-def test_argparse_errors_are_one_line_too(capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["compare", "--seeds", "many"])
-    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["compare", "--seeds", "many"], "--seeds: expected a whole number, got many; see flatmin compare --help"),
+    (["compare", "--seeds", "1.5"], "--seeds: expected a whole number, got 1.5; see flatmin compare --help"),
+    (["compare", "--noise", "much"], "--noise: expected a number, got much; see flatmin compare --help"),
+    (["compare", "--noise"], "argument --noise: expected one argument; see flatmin compare --help"),
+    (["compare", "--nose", "1"], "unrecognized arguments: --nose; see flatmin compare --help"),
+    (["compare", "--seeds", "0"], "--seeds must be at least 1, got 0; see flatmin compare --help"),
+    (["measure", "m:o", "--tol", "small"], "--tol: expected a number, got small; see flatmin measure --help"),
+    (["measure"], "measure needs module:objective; see flatmin measure --help"),
+    (["report"], "the following arguments are required: folder; see flatmin report --help"),
+    (["train"], "argument VERB: invalid choice: 'train' (choose from 'compare', 'measure', 'report'); see flatmin "
+                "--help"),
+])
+def test_what_the_parser_refuses_is_one_plain_line(arguments, says, capsys):
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == f"flatmin: {says}\n"
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.1", "0.1"), ("1", "1"), ("sam=0.1,asam=1", "sam=0.1,asam=1")])
+def test_a_radius_stays_text(text, value):
+    assert cli._parser().parse_args(["compare", "--rho", text]).compare.rho == value
+
+
+@pytest.mark.parametrize(("kind", "names"), [(CompareSettings, ("noise", "epochs", "rho", "data")),
+                                             (MeasureSettings, ("checkpoint", "against"))])
+def test_each_setting_is_a_flag_with_the_default_and_the_help_of_its_field(kind, names):
+    """The parser holds nothing of its own: the settings class is the one place where a setting is stated."""
+    verb = "compare" if kind is CompareSettings else "measure"
+    parser = next(a for a in cli._parser()._actions if a.dest == "verb").choices[verb]
+    actions = {a.dest: a for a in parser._actions}
+    for field in dataclasses.fields(kind):
+        action = actions[field.name]
+        assert action.help and action.help in inspect.getsource(kind)
+        if action.option_strings:
+            assert action.default == field.default, field.name
+    assert all(actions[name].default is None for name in names)
 
 
 def test_an_existing_run_is_never_overwritten(finished, capsys):
@@ -218,9 +250,7 @@ def test_a_config_file_and_flags_over_it(tmp_path, capsys):
 
 def test_the_flags_are_these():
     """A new flag is a decision: it fails here first."""
-    import argparse
-
-    verbs = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    verbs = next(a for a in cli._parser()._actions if a.dest == "verb").choices
     flags = {name: sorted(o for a in p._actions for o in a.option_strings if o.startswith("--"))
              for name, p in verbs.items()}
     assert flags["compare"] == ["--config", "--data", "--epochs", "--help", "--methods", "--noise", "--out", "--quiet",

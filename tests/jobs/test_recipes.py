@@ -10,8 +10,9 @@ from torch import nn
 
 import flatmin.jobs.compare as module
 from flatmin import cli
-from flatmin.jobs import CompareSettings, Comparison, timing
-from flatmin.jobs.compare import summary
+from flatmin.jobs import timing
+from flatmin.jobs.compare import Comparison, summary
+from flatmin.jobs.settings import CompareSettings
 from flatmin.recipes import Data, Recipe, find_recipe
 from flatmin.report.findings import joined
 from flatmin.sharpness import Finding

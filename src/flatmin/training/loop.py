@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ascent import Sharpener
+from ..ascent.presets import PRESETS
 from .folder import RunFolder
-from .methods import Method, gradient, optimizer_for
+from .methods import Method
 from .metrics import classification, logits_of
 from .recipe import Recipe
 
@@ -61,7 +62,7 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     torch.manual_seed(plan.seed)
     model = plan.recipe.model()
     optimizer = optimizer_for(plan.method.base, model, plan.recipe)
-    sharpener = plan.method.sharpener(model, optimizer, plan.rho)
+    sharpener = sharpener_for(plan.method, model, optimizer, plan.rho)
     n, size = len(plan.inputs), plan.recipe.batch_size
     steps = plan.epochs * math.ceil(n / size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -114,6 +115,34 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
                 "sharpener": sharpener.state_dict() if sharpener is not None else None,
             })
     return model, history
+
+
+def sharpener_for(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer,
+                  rho: float | None) -> Sharpener | None:
+    """The preset that a method is, over a model; None for a plain optimizer."""
+    if method.name not in PRESETS:
+        return None
+    return PRESETS[method.name](model, rho=rho, optimizer=optimizer)
+
+
+def optimizer_for(base: str, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The base optimizer a method descends with."""
+    if base == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=recipe.adamw_lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+                           weight_decay=recipe.weight_decay)
+
+
+def gradient(sharpener: Sharpener | None, model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
+    """Leave the method's gradient of one batch in ``p.grad``; returns the loss."""
+    if sharpener is None:
+        loss = recipe.loss(model(x), y)
+        loss.backward()
+        return loss.detach()
+    if sharpener.rule.second == "selected":
+        options: dict[str, Any] = {"reduction": "none"}
+        return sharpener.backward(lambda s: model(x[s]), lambda z, s: recipe.loss(z, y[s], **options))
+    return sharpener.backward(lambda: model(x), lambda z: recipe.loss(z, y))
 
 
 def _step(sharpener: Sharpener | None, loss: Tensor) -> dict[str, Any]:
