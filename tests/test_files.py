@@ -86,7 +86,8 @@ def test_a_digest_is_sha256_of_text_shape_dtype_and_bytes():
 def test_a_digest_sees_every_difference():
     x = torch.arange(6.0)
     parts = [(x,), (x.view(2, 3),), (x.view(3, 2),), (x.float(),), (x.bfloat16(),), (x + 1e-12,), (x, x), ("", x),
-             (x, ""), ("ab", "c"), ("a", "bc"), ("abc",), (torch.zeros(0),), (torch.zeros(0, 2),), (torch.tensor(0.0),), ()]
+             (x, ""), ("ab", "c"), ("a", "bc"), ("abc",), (torch.zeros(0),), (torch.zeros(0, 2),), (torch.tensor(0.0),),
+             ()]
     assert len({digest(*p) for p in parts}) == len(parts)
     y = torch.arange(12.0).view(3, 4)
     assert digest(y.T) == digest(y.T.contiguous()) != digest(y)
