@@ -19,8 +19,8 @@ def in_a_new_process(code):
 @pytest.mark.parametrize("code", [
     "import flatmin; flatmin.SAM, flatmin.Sharpener, flatmin.Objective, flatmin.presets.sam, flatmin.curvature.Hessian",
     "from flatmin import Sharpener, SAM, Objective, presets; presets.sam",
-    "from flatmin.presets import sam; from flatmin import *; SAM, Objective, presets.asam, curvature.Hessian, landscape.line, tensorscope.ICLRMetrics",
-    "import flatmin.curvature; flatmin.curvature.trace; from flatmin import presets as a; import flatmin.presets as b; assert a is b is flatmin.presets",
+    "from flatmin.presets import sam; from flatmin import *; SAM, Objective, presets.asam, curvature.Hessian",
+    "from flatmin import presets as a; import flatmin, flatmin.presets as b; assert a is b is flatmin.presets",
 ])
 def test_every_way_to_import_works(code):
     in_a_new_process(code)

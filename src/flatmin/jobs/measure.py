@@ -257,7 +257,7 @@ def find_objective(name: str, seed: int = 0) -> Objective:
     examples that ``compare`` measures on), or a function without arguments that returns one of them, ``(model, data)``
     or ``(model, data, loss_fn)``: there, batches are ``(inputs, targets)`` or mappings as in the ``transformers``
     library, whose labels default to the inputs, and the loss to what their kind asks for. Torch is seeded before the
-    import and before the call, so that the same weights come back when a run is resumed.
+    import and before the call, so that a resumed run finds the same weights.
 
     Raises:
         ValueError: no such module or attribute, something else, or the user's code raised.

@@ -20,7 +20,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """One training run: what, from which seed, on which data, how far."""
+    """One training run: recipe, method, seed, data and number of epochs."""
 
     key: str
     recipe: Recipe
@@ -30,12 +30,12 @@ class Plan:
     epochs: int
     inputs: Tensor
     targets: Tensor
-    watch: tuple[Tensor, Tensor] | None = None      # inputs and targets whose accuracy is followed by epoch
+    watch: tuple[Tensor, Tensor] | None = None      # inputs and targets whose accuracy is recorded by epoch
     held_out: tuple[Tensor, Tensor] | None = None   # training data left out of this run, for its diagnosis
 
 
 RECORDED = 250
-"""Steps of a run that are recorded for the diagnosis, at most and about: every n-th one."""
+"""Steps of a run that are recorded for the diagnosis, at most; they are evenly spaced."""
 
 
 class Diverged(ArithmeticError):
@@ -56,8 +56,8 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
           state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[Any]]]:
     """Train and return the model and its history by epoch, with every n-th step under "steps".
 
-    With a folder the state is saved after every epoch; ``state``, from there, continues bit for bit. ``tick`` is
-    called once a step.
+    With a folder the state is saved after every epoch; ``state``, loaded from it, resumes the run bit for bit.
+    ``tick`` is called once a step.
     """
     torch.manual_seed(plan.seed)
     model = plan.recipe.model()
@@ -156,5 +156,5 @@ STEP = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm", "r
 
 
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """The share of right classes."""
+    """Share of examples whose class is predicted."""
     return (logits_of(model, inputs).argmax(-1) == targets).double().mean().item()
