@@ -63,6 +63,7 @@ def test_what_a_killed_write_left_is_written_over_and_removed_with_its_file(tmp_
     file = tmp_path / "state.pt"
     replace_file(file, lambda path: path.write_text("old"))
     files._temporary(file).write_text("half")
+    assert not list(tmp_path.glob("state.pt*"))[1:], "a half-written file has no name that a job looks for"
     replace_file(file, lambda path: path.write_text("new"))
     assert file.read_text() == "new" and os.listdir(tmp_path) == ["state.pt"]
     files._temporary(file).write_text("half")

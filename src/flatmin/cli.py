@@ -102,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Any:
     """The parser: a flag for each setting, with the type, the default and the docstring of the field."""
-    from docstring_parser import parse_from_object
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -111,15 +110,8 @@ def _parser() -> Any:
     parser.add_argument("--version", action="version", version=f"flatmin {__version__}")
     verbs = parser.add_subcommands(dest="verb", required=False, title="verbs", metavar="VERB", description=None)
     for name, job in _JOBS.items():
-        help_of = {p.arg_name: p.description for p in parse_from_object(job.settings).params}
         verb = ArgumentParser(description=_sentence(job.help), epilog=job.examples, **form)
-        verb.add_argument(job.positional, nargs="?", help=help_of[job.positional])
-        verb.add_class_arguments(job.settings, as_group=False, skip={job.positional})
-        verb.add_argument("--config", metavar="FILE", help="TOML file of these settings; flags win over it")
-        verb.add_argument("--out", metavar="FOLDER", help=f"run folder to make (default: runs/{name}, or -2, -3, ...)")
-        verb.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
-                          help="resume an interrupted run (FOLDER, or that of --out) with its own settings")
-        verb.add_argument("--quiet", action="store_true", help="show no progress")
+        _add_flags(verb, name, job)
         verbs.add_subcommand(name, verb, help=job.help)
         verb.prog = f"flatmin {name}"
     report = ArgumentParser(description="Write report.html again from the record.json of a run folder.",
@@ -128,6 +120,20 @@ def _parser() -> Any:
     verbs.add_subcommand("report", report, help="write report.html again from a run folder")
     report.prog = "flatmin report"
     return parser
+
+
+def _add_flags(parser: Any, name: str, job: _Job) -> None:
+    """The settings of a job, and where it reads and writes."""
+    from docstring_parser import parse_from_object
+
+    help_of = {p.arg_name: p.description for p in parse_from_object(job.settings).params}
+    parser.add_argument(job.positional, nargs="?", help=help_of[job.positional])
+    parser.add_class_arguments(job.settings, as_group=False, skip={job.positional})
+    parser.add_argument("--config", metavar="FILE", help="TOML file of these settings; flags win over it")
+    parser.add_argument("--out", metavar="FOLDER", help=f"run folder to make (default: runs/{name}, or -2, -3, ...)")
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
+                        help="resume an interrupted run (FOLDER, or that of --out) with its own settings")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

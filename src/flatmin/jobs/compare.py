@@ -94,7 +94,7 @@ class Comparison:
     def failure(self) -> str:
         """What a finished run did not reach, in one line; empty where a run ended well."""
         lost = [run["diverged"] for run in self.record["runs"] if "diverged" in run]
-        return "every run diverged: " + lost[0] if len(lost) == len(self.record["runs"]) else ""
+        return "every run diverged: " + lost[0] if lost and len(lost) == len(self.record["runs"]) else ""
 
     def _usable(self, methods: list[Method]) -> list[Method]:
         """Leave out, with the reason in the record, what this model cannot be trained with."""

@@ -15,9 +15,9 @@ from ..landscape import models
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Weights and buffers from a ``.safetensors`` file or a torch file of tensors; all of them fit, or none is set.
 
-    ``{"model": ...}`` and ``{"state_dict": ...}`` are looked into, a prefix that all names share (a wrapper's, or
-    Lightning's ``model.``) is taken off where the names fit only without it, and weights tied to one that is there may
-    be missing. Nothing but tensors and plain values is unpickled.
+    ``{"model": ...}`` and ``{"state_dict": ...}`` are unpacked. A prefix that all names share (a wrapper's, or
+    Lightning's ``model.``) is removed where the names fit only without it. Weights tied to one that is there may be
+    missing. Nothing but tensors and plain values is unpickled.
 
     Raises:
         FileNotFoundError: no such file.
@@ -26,29 +26,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zip files, safetensors
-        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
-                         "tensors, as .safetensors or by torch.save(model.state_dict(), ...), not a whole model"
-                         ) from error
+    state = _read(path)
     state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
-    own = model.state_dict()
-    own = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}
-    there = {t.data_ptr() for name, t in own.items() if name in state and t.numel()}
-    missing = [name for name, t in own.items() if name not in state and t.data_ptr() not in there]
-    unexpected = [name for name in state if name not in own and not str(name).endswith("_extra_state")]
-    shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(t.shape)}" for name, t in own.items()
-              if name in state and isinstance(state[name], torch.Tensor) and state[name].shape != t.shape]
-    wrong = [f"{what} {_first(names)}" for what, names in
-             (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
+    own = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    wrong = _misfits(state, own)
     if wrong:
         raise ValueError(f"the checkpoint {path} does not fit the model {type(model).__name__}: {'; '.join(wrong)}")
     broken = [name for name, t in own.items() if name in state and t.is_floating_point()
@@ -56,6 +39,31 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if broken:
         raise ValueError(f"the checkpoint {path} holds NaN in {_first(broken)}")
     model.load_state_dict(state, strict=False)
+
+
+def _read(path: Path) -> Any:
+    """Whatever the file holds; nothing but tensors and plain values is unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of pickle, zip files, safetensors
+        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
+                         "tensors, as .safetensors or by torch.save(model.state_dict(), ...), not a whole model"
+                         ) from error
+
+
+def _misfits(state: dict[str, Any], own: dict[str, torch.Tensor]) -> list[str]:
+    """What is missing, unexpected or of another shape; weights tied to one that is there are not missing."""
+    there = {t.data_ptr() for name, t in own.items() if name in state and t.numel()}
+    missing = [name for name, t in own.items() if name not in state and t.data_ptr() not in there]
+    unexpected = [name for name in state if name not in own and not str(name).endswith("_extra_state")]
+    shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(t.shape)}" for name, t in own.items()
+              if name in state and isinstance(state[name], torch.Tensor) and state[name].shape != t.shape]
+    return [f"{what} {_first(names)}" for what, names in
+            (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
 
 
 def _first(names: list[str], most: int = 3) -> str:
