@@ -1,4 +1,4 @@
-# make demo   set up and run the main job, flatmin compare
+# make demo   set up what the command line needs and run the main job, flatmin compare
 # make test   set up and run what CI runs: lint, types, tests
 # make mutants  change the core in 200 places, one at a time: which changes does no test notice?
 PYTHON ?= python3
@@ -16,7 +16,12 @@ help:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -r peers.txt
 	touch $@
 
-demo: .venv/installed
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cli]'
+	touch $@
+
+demo: .venv/demo
 	$(BIN)/flatmin compare
 
 test: .venv/installed lint types

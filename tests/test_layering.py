@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
-    {"vectors", "results", "errors", "progress"},
+    {"vectors", "results", "errors", "files", "progress"},
     {"linalg"},
     {"objective", "evaluation", "batches", "checks", "perturbed", "parallel", "composite_norms"},  # how data are read
     {"ascent", "curvature", "presets"},

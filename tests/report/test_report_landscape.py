@@ -11,7 +11,8 @@ import torch
 from test_report import EVIL, Tags, fake
 
 from flatmin import report
-from flatmin.jobs import CompareSettings, Comparison
+from flatmin.jobs.compare import Comparison
+from flatmin.jobs.settings import CompareSettings
 from flatmin.report.turning import turnable
 from flatmin.training.folder import RunFolder
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..errors import RunFolderError
+from ..files import digest, replace_file
 from ..objective import Objective
 from ..sharpness.cautions import warn_of_rounded_step
 from .plane import BatchNorm, Plane, PlaneModel
@@ -195,17 +195,8 @@ class _File:
         return [p for p in (self.main, *parts) if p.exists()]
 
     def _write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_name(f"{path.name}.{os.getpid()}.writing")
         state = {"format": FORMAT, "key": self.key, "origin": self.origin, "values": self.values, "done": self.done}
-        try:
-            with open(half_written, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(half_written, path)
-        finally:
-            half_written.unlink(missing_ok=True)
+        replace_file(path, partial(torch.save, state))
 
     def _load(self, path: Path) -> tuple[Tensor, Tensor]:
         try:
@@ -225,21 +216,8 @@ class _File:
 
 def fingerprint(plane: Plane, points: Tensor, settings: Iterable[Any]) -> str:
     """A digest of everything that says which points are meant."""
-    digest = hashlib.sha256(repr(tuple(settings)).encode())
-    for t in [points, *plane.origin, *(t for d in plane.directions for t in d)]:
-        _digest(digest, t)
-    for state in plane.states:
-        for name in sorted(state.statistics):
-            digest.update(name.encode())
-            _digest(digest, state.statistics[name])
-    return digest.hexdigest()
-
-
-def _digest(digest: Any, t: Tensor) -> None:
-    t = t.detach().to("cpu").contiguous()
-    digest.update(repr((tuple(t.shape), t.dtype)).encode())
-    if t.numel():
-        digest.update((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+    statistics = [part for state in plane.states for item in sorted(state.statistics.items()) for part in item]
+    return digest(repr(tuple(settings)), points, *plane.origin, *(t for d in plane.directions for t in d), *statistics)
 
 
 def axis(low: float, high: float, steps: int) -> Tensor:

@@ -7,11 +7,13 @@ import pickle
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import remove_file, replace_file
 from .operator import CurvatureOperator
 
 State = dict[str, Any]
@@ -71,7 +73,7 @@ class Checkpoint:
     def write(self) -> None:
         """The last state into the file, unless it is there."""
         if self.file and self._state is not None:
-            _write(self.file, {"run": self._run, "state": self._state})
+            replace_file(self.file, partial(torch.save, {"run": self._run, "state": self._state}))
             self._state = None
             self._written = time.monotonic()
 
@@ -80,7 +82,7 @@ class Checkpoint:
         self.changing()
         if self.basis is None:
             return None
-        _remove(f"{self.basis}.journal")
+        remove_file(f"{self.basis}.journal")
         self._hold(state)
         self.write()
         return self.journal()
@@ -91,7 +93,7 @@ class Checkpoint:
             self._hold(state)
         if self.basis:
             self.write()
-            _remove(f"{self.basis}.journal")
+            remove_file(f"{self.basis}.journal")
 
     def journal(self) -> Journal:
         return Journal(f"{self.basis}.journal")
@@ -121,7 +123,8 @@ class Checkpoint:
 
     def _remove_basis(self) -> None:
         if self.basis:
-            _remove(self.basis, f"{self.basis}.journal")
+            remove_file(self.basis)
+            remove_file(f"{self.basis}.journal")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -130,7 +133,7 @@ class Checkpoint:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self.write()
         elif kind is None and self.file:
-            _remove(self.file, f"{self.file}.part")
+            remove_file(self.file)
             self._remove_basis()
 
 
@@ -150,20 +153,8 @@ class Journal:
         if block < self.block:
             return False
         if self.rows is None:
-            _write(self.file, {"block": block, "rows": rows.clone()})
+            replace_file(self.file, partial(torch.save, {"block": block, "rows": rows.clone()}))
         else:
             rows.copy_(self.rows)
             self.rows = None
         return True
-
-
-def _write(file: str, content: dict[str, Any]) -> None:
-    """A file that is replaced whole or not at all."""
-    torch.save(content, f"{file}.part")
-    os.replace(f"{file}.part", file)
-
-
-def _remove(*files: str) -> None:
-    for file in files:
-        if os.path.exists(file):
-            os.remove(file)

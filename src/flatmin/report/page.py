@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunFolderError
+from ..files import replace_file
 from . import figures
 from .findings import diagnosed, headline, joined, seen, verdict, worse
 from .reading import METRICS, Reading, number, numbers, plus_minus, section
@@ -35,13 +34,9 @@ def write(folder: str | Path) -> Path:
     if not isinstance(record, dict):
         raise RunFolderError(f"{folder / 'record.json'} is not the record of a run")
     text, target = page(record).encode("utf-8", "replace"), folder / "report.html"
-    temporary = folder / f".report-{os.getpid()}.html"
     try:
-        temporary.write_bytes(text)
-        os.replace(temporary, target)
+        replace_file(target, lambda temporary: temporary.write_bytes(text))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunFolderError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
