@@ -235,9 +235,9 @@ def _measure(args: argparse.Namespace) -> int:
         folder = RunFolder(path)
         job = Measurement(settings, folder, quiet=args.quiet)  # before anything is written
         RunFolder.create(path)
-    from .report import measured
+    from .report import table
 
-    status = _finish(job, folder, measured.summary)
+    status = _finish(job, folder, table)
     failed = job.record["failed"]
     return _fail(f"not measured: {', '.join(failed)}", 1) if failed and not status else status
 

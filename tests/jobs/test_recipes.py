@@ -13,7 +13,7 @@ from flatmin import cli
 from flatmin.jobs import CompareSettings, Comparison, timing
 from flatmin.jobs.compare import summary
 from flatmin.recipes import Data, Recipe, find_recipe
-from flatmin.report.findings import joined
+from flatmin.report.formatting import joined
 from flatmin.sharpness import Finding
 from flatmin.training.folder import RunFolder
 from flatmin.training.loop import Diverged
