@@ -393,7 +393,8 @@ def test_three_errors_stand_beside_each_number():
     assert all(text in words for text in ("0.31", "0.98", "0.046", "data: the standard error over batches"))
     assert all(text in page for text in ("0.75", "0.12", "0.98", "standard error over batches"))
     old, page = report.table(made_up()), report.page(made_up())
-    assert "computation" in old and "data: the standard error" not in old and "standard error over batches</th>" not in page
+    assert "computation" in old and "data: the standard error" not in old
+    assert "standard error over batches</th>" not in page
     assert not any("±" in line for line in shown.splitlines()[1:7])       # two columns with a head each, no ±
 
 
