@@ -215,17 +215,17 @@ def _finish(verb: str, job: Any, folder: RunFolder) -> int:
     except KeyboardInterrupt:
         _write_report(folder.path)
         return _fail(f"interrupted; resume with: flatmin {verb} --resume {folder.path}", 130)
-    print(_write_report(folder.path)[verb](job.record))
+    print(_write_report(folder.path)(job.record))
     print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
     return _fail(job.failure, 1) if job.failure else 0
 
 
-def _write_report(path: Path) -> dict[str, Callable[[dict[str, Any]], str]]:
-    """Write the page of a run; returns what makes the table for the terminal, by verb."""
-    from .report import measured, table, write
+def _write_report(path: Path) -> Callable[[dict[str, Any]], str]:
+    """Write the page of a run; returns what makes the table for the terminal."""
+    from .report import table, write
 
     write(path)
-    return {"compare": table, "measure": measured.summary}
+    return table
 
 
 def _report(path: str) -> int:

@@ -14,7 +14,7 @@ from flatmin.jobs import timing
 from flatmin.jobs.compare import Comparison, summary
 from flatmin.jobs.settings import CompareSettings
 from flatmin.recipes import Data, Recipe, find_recipe
-from flatmin.report.findings import joined
+from flatmin.report.formatting import joined
 from flatmin.sharpness import Finding
 from flatmin.training.folder import RunFolder
 from flatmin.training.loop import Diverged

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .reading import Gap, Reading, Stat, gap, in_range, number, numbers, plus_minus, section
-
-LOSSES = {  # what should be small: the metric and its name
-    "nll": "Negative log-likelihood",
-    "ece": "Calibration got worse: the expected calibration error",
-    "sharpness": "One-step sharpness",
-    "eigenvalue": "The largest Hessian eigenvalue",
-}
+from .compare_record import METRICS, CompareRecord
+from .fields import items, number, section
+from .formatting import joined
+from .spread import Gap, Stat, gap, over_seeds, plus_minus
 
 
 def findings(record: Mapping[str, Any]) -> list[str]:
@@ -24,12 +19,12 @@ def findings(record: Mapping[str, Any]) -> list[str]:
     A difference counts as decided when it exceeds the spread √(sd² + sd²) of a difference between two single runs; with
     one seed there is no spread and nothing is decided.
     """
-    return [verdict(record), *seen(record), *worse(record)]
+    r = CompareRecord(record)
+    return [verdict(r), *flatness(r), *worse(r)]
 
 
-def headline(record: Mapping[str, Any]) -> str:
+def headline(r: CompareRecord) -> str:
     """The shortest true sentence on test accuracy."""
-    r = Reading(record)
     ranked = _ranked(r)
     if not ranked:
         return "No method has learnt" if any(r.stat(m, "accuracy").known for m in r.methods) else "No result yet"
@@ -50,9 +45,8 @@ def headline(record: Mapping[str, Any]) -> str:
     return f"{r.label(best)} gains {points} of {r.test_name}{over}{also}"
 
 
-def verdict(record: Mapping[str, Any]) -> str:
+def verdict(r: CompareRecord) -> str:
     """Who has the best test accuracy, by how much, against which spread."""
-    r = Reading(record)
     ranked = _ranked(r)
     if not ranked:
         return "No method has learnt: none is above chance." if any(r.stat(m, "accuracy").known for m in r.methods) \
@@ -71,18 +65,17 @@ def verdict(record: Mapping[str, Any]) -> str:
     return text
 
 
-def worse(record: Mapping[str, Any]) -> list[str]:
+def worse(r: CompareRecord) -> list[str]:
     """Everything measured that got worse than with the baseline, also where it is within the spread."""
-    r = Reading(record)
     base, out = r.baseline, _not_learnt(r)
     others = [m for m in r.methods if m != base and r.learnt(m)] if r.learnt(base) else []
     lower = [m for m in others if r.stat(m, "accuracy").mean < r.stat(base, "accuracy").mean]
     if lower:
         out.append(_listing(r, f"{r.test_name.capitalize()} is lower", "accuracy", lower))
-    for metric, name in LOSSES.items():
+    for metric in ("nll", "ece", "sharpness", "eigenvalue"):
         rose = [m for m in others if r.stat(m, metric).mean > r.stat(base, metric).mean]
         if rose:
-            out.append(_listing(r, f"{name} is higher", metric, rose))
+            out.append(_listing(r, f"{METRICS[metric].sentence} is higher", metric, rose))
     slow = [m for m in others if r.timing(m)[1] > 1.005]
     if slow:
         costs = _range(r, slow, lambda m: r.timing(m)[1], lambda m: f"{r.timing(m)[1]:.2f} times")
@@ -98,8 +91,8 @@ def worse(record: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _not_learnt(r: Reading) -> list[str]:
-    idle = [m for m in r.methods if r.stat(m, "accuracy").known and not r.learnt(m)]
+def _not_learnt(r: CompareRecord) -> list[str]:
+    idle = r.not_learnt()
     if not idle:
         return []
     verb, they = ("has", "It is") if len(idle) == 1 else ("have", "They are")
@@ -108,13 +101,12 @@ def _not_learnt(r: Reading) -> list[str]:
             f"compared with the others."]
 
 
-def seen(record: Mapping[str, Any]) -> list[str]:
+def flatness(r: CompareRecord) -> list[str]:
     """Flatness, how well it goes with accuracy, and what training longer did."""
-    r = Reading(record)
     return [*_flatter(r), *_parts(r), *_rankings(r), *_peaks(r)]
 
 
-def _flatter(r: Reading) -> list[str]:
+def _flatter(r: CompareRecord) -> list[str]:
     out = []
     for metric, name in (("sharpness", "one-step sharpness"), ("eigenvalue", "the largest Hessian eigenvalue")):
         base = r.stat(r.baseline, metric)
@@ -134,16 +126,16 @@ def _flatter(r: Reading) -> list[str]:
     return sorted(out, key=lambda text: not text.startswith("Flatter"))
 
 
-def _fitted_less(r: Reading, method: str) -> bool:
+def _fitted_less(r: CompareRecord, method: str) -> bool:
     """Whether training loss is above and accuracy below the baseline's, both by more than the spread."""
     loss = gap(r.training_loss(method), r.training_loss(r.baseline))
     accuracy = gap(r.stat(method, "accuracy"), r.stat(r.baseline, "accuracy"))
     return loss.decided and loss.difference > 0 and accuracy.decided and accuracy.difference < 0
 
 
-def _parts(r: Reading) -> list[str]:
+def _parts(r: CompareRecord) -> list[str]:
     able = [m for m in r.methods if r.competes(m, "sharpness") and r.stat(m, "first_order").known]
-    beyond = [m for m in able if not in_range(*r.parts(m))]
+    beyond = [m for m in able if not r.explained(m)]
     out = [f"For {_names(r, beyond)}, a step of ρ = {r.probe():g} is beyond the range of slope and curvature at the "
            f"point: they leave more than a quarter of one-step sharpness unexplained."] if beyond else []
     shares = [(abs(r.stat(m, "first_order").mean) / r.stat(m, "sharpness").mean, m) for m in able
@@ -158,7 +150,7 @@ def _parts(r: Reading) -> list[str]:
             f"tells how far training is from a stationary point more than how curved the loss is."]
 
 
-def _rankings(r: Reading) -> list[str]:
+def _rankings(r: CompareRecord) -> list[str]:
     clashes = []
     for a, b in combinations([m for m in r.methods if r.learnt(m)], 2):
         s, h = (gap(r.stat(a, m), r.stat(b, m)) for m in ("sharpness", "eigenvalue"))
@@ -177,49 +169,43 @@ def _rankings(r: Reading) -> list[str]:
     return [f"{text}{rest}."]
 
 
-def _peaks(r: Reading) -> list[str]:
+def _peaks(r: CompareRecord) -> list[str]:
     """Methods whose test accuracy fell clearly from its best epoch, which is read off the test set and never used."""
     fell = []
     for m in filter(r.learnt, r.methods):
-        curves = [numbers(section(x, "history").get("test_accuracy")) for x in r.runs(m)]
-        drops = [max(c) - c[-1] for c in curves if c and all(map(math.isfinite, c))]
-        if drops and sum(drops) / len(drops) > 0.02:
-            known = len(drops) > 1 and statistics.stdev(drops) < sum(drops) / len(drops)
-            fell.append(f"{r.label(m)} by {100 * sum(drops) / len(drops):.1f} points" + " (undecided)" * (not known))
+        drop = over_seeds(max(c) - c[-1] for c in r.histories(m, "test_accuracy") if all(map(math.isfinite, c)))
+        if drop.mean > 0.02:
+            fell.append(f"{r.label(m)} by {100 * drop.mean:.1f} points" + " (undecided)" * (not drop.sd < drop.mean))
     return [f"{r.test_name.capitalize()} fell between its best epoch and the last one: {joined(fell)}. (No epoch was "
             f"picked; every result is that of the last one.)"] if fell else []
 
 
-def diagnosed(r: Reading) -> list[tuple[str, str]]:
+def diagnosed(r: CompareRecord) -> list[tuple[str, str]]:
     """What the runs of each method show to be wrong: the fault, and where, on what evidence, and what to do."""
     out = []
     for m in r.methods:
         part = section(r.record, "diagnosis", m)
-        found = part.get("findings")
-        for fault in map(section, found if isinstance(found, list) else []):
+        for fault in map(section, items(part.get("findings"))):
             evidence = ", ".join(f"{k} {number(v):.3g}" for k, v in section(fault, "evidence").items())
-            where, shown, of = fault.get("in"), number(fault.get("runs")), number(part.get("runs"))
-            where = [str(w) for w in where] if isinstance(where, list) and where else []
-            count = f"{shown:.0f} of {of:.0f} runs"
-            runs = f" in {joined(where)} ({count})" if where else f" in {count}"
+            where = joined([str(w) for w in items(fault.get("in"))])
+            runs = f"{number(fault.get('runs')):.0f} of {number(part.get('runs')):.0f} runs"
             advice = f"{fault.get('cause')}; {fault.get('solution')}."
             out.append((f"{r.label(m)}: {fault.get('symptom')}",
-                        f"{runs} ({evidence}). {advice[0].upper()}{advice[1:]}"))
-        now, tried = number(part.get("rho")), number(part.get("next_rho"))
-        if math.isfinite(tried) and tried != now:
-            out.append((f"{r.label(m)}: try ρ = {tried:g} next", f", after {now:g}."))
+                        f" in {where} ({runs}) ({evidence}). {advice[0].upper()}{advice[1:]}"))
+        tried = r.next_radius(m)
+        out += [(f"{r.label(m)}: try ρ = {tried[1]:g} next", f", after {tried[0]:g}.")] if tried else []
     return out
 
 
 def percent(stat: Stat) -> str:
-    return f"{plus_minus(stat, 100, 1)} %"
+    return METRICS["accuracy"].with_unit(stat)
 
 
-def _ranked(r: Reading) -> list[str]:
+def _ranked(r: CompareRecord) -> list[str]:
     return sorted((m for m in r.methods if r.competes(m, "accuracy")), key=lambda m: -r.stat(m, "accuracy").mean)
 
 
-def _tied(r: Reading, ranked: Sequence[str]) -> list[str]:
+def _tied(r: CompareRecord, ranked: Sequence[str]) -> list[str]:
     """The best, and what cannot be told from it."""
     top = r.stat(ranked[0], "accuracy")
     return [ranked[0], *(m for m in ranked[1:] if not gap(top, r.stat(m, "accuracy")).decided)]
@@ -236,9 +222,9 @@ def _against(step: Gap) -> str:
     return f"more than {spread}" if step.decided else f"less than {spread}, so undecided"
 
 
-def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str:
+def _listing(r: CompareRecord, start: str, metric: str, methods: Sequence[str]) -> str:
     base = r.stat(r.baseline, metric)
-    show = percent if metric == "accuracy" else plus_minus
+    show = METRICS[metric].with_unit
     clear = [m for m in methods if gap(base, r.stat(m, metric)).decided]
     vague = [m for m in methods if m not in clear]
     parts = [_range(r, group, lambda m: r.stat(m, metric).mean, lambda m: show(r.stat(m, metric)))
@@ -248,23 +234,19 @@ def _listing(r: Reading, start: str, metric: str, methods: Sequence[str]) -> str
     return f"{start} than {r.label(r.baseline)}’s {show(base)}: {'; '.join(parts)}."
 
 
-def _names(r: Reading, methods: Sequence[str]) -> str:
+def _names(r: CompareRecord, methods: Sequence[str]) -> str:
     return joined([r.label(m) for m in methods])
 
 
-def _few(r: Reading, methods: Sequence[str], noun: str) -> str:
+def _few(r: CompareRecord, methods: Sequence[str], noun: str) -> str:
     return _names(r, methods) if len(methods) <= 3 else f"{len(methods)} {noun}"
 
 
-def _range(r: Reading, methods: Sequence[str], value: Callable[[str], float], show: Callable[[str], str]) -> str:
+def _range(r: CompareRecord, methods: Sequence[str], value: Callable[[str], float], show: Callable[[str], str]) -> str:
     """Each method and its value; of many, all names but only the ends of their range."""
     if len(methods) <= 4:
         return joined([f"{r.label(m)} {show(m)}" for m in methods])
     low, high = min(methods, key=value), max(methods, key=value)
     who = f"all {len(methods)} others" if len(methods) == len(r.methods) - 1 else _names(r, methods)
     return f"{who}, from {show(low)} ({r.label(low)}) to {show(high)} ({r.label(high)})"
-
-
-def joined(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 

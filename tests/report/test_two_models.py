@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatmin import cli, report
-from flatmin.report import versus
+from flatmin.report.measure_record import MeasureRecord
 
 MODULE = """
 import torch
@@ -109,9 +109,11 @@ def test_resumed_with_other_weights_it_refuses(capsys):
 @pytest.mark.parametrize("part", [{}, {"rows": 3}, {"rows": {"one_step": None}, "settings": {"names": [1]}, "path": []},
                                   {"rows": {"<b>": {"a": "nan", "sign": "x"}}, "sentence": None, "scale": "inf"}])
 def test_the_page_stands_whatever_the_record_holds(part):
-    text = report.page({"kind": "measure", "results": {"comparison": part}})
-    assert "<h1>" in text and "<b>" not in [row[0] for row in versus.rows(part)] or "&lt;b&gt;" in text
-    assert isinstance(versus.summary(part), list)
+    record = {"kind": "measure", "results": {"comparison": part}}
+    text = report.page(record)
+    assert "<h1>" in text and report.table(record)
+    assert "<b></th>" not in text and ("&lt;b&gt;</th>" in text) == ("<b>" in [row[0] for row in
+                                                                              MeasureRecord(record).compared()])
 
 
 def test_the_error_of_the_difference_is_shown(capsys):
@@ -120,6 +122,8 @@ def test_the_error_of_the_difference_is_shown(capsys):
     assert "this is said of these data alone" in shown and ", on these data alone" in shown, shown
     part = {"rows": {"one_step": {"a": 0.0450, "b": 0.0439, "value": 0.0011, "stderr": 0.0008, "data_stderr": 0.0008,
                                   "sign": 0}}}
-    text = report.page({"kind": "measure", "results": {"comparison": part}})
-    for shown in (text, "\n".join(versus.summary(part))):
-        assert "+0.00110 ± 0.00080" in shown and "undecided" in shown and "these data alone" not in shown
+    record = {"kind": "measure", "results": {"comparison": part}}
+    text = report.page(record).replace("\N{NO-BREAK SPACE}", " ")
+    for shown in (text, report.table(record)):
+        assert "difference ± standard error" in shown and "+0.00110 ± 0.00080" in shown
+        assert "undecided" in shown and "these data alone" not in shown
