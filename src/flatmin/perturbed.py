@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import vectors
+from . import parallel, vectors
 
 READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
@@ -54,7 +54,7 @@ class Displacement:
             self._copies.append((ws, cs))
             torch._foreach_add_(ws, step)
             if half:
-                self.realised.append(_realised(ws, cs, step))
+                self.realised.append(realised_step(ws, cs, step))
 
     def _move_small(self, w: list[Tensor], d: list[Tensor], copies: list[Tensor], scale: float) -> None:
         """Many small tensors in three calls; a step of length 0 (an overflow, among others) is not taken."""
@@ -73,7 +73,7 @@ class Displacement:
         self._copies = []
 
 
-def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+def realised_step(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
     """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
     done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
@@ -189,7 +189,7 @@ class Buffers:
             registry[name] = buffer
         for key, buffer in self._seen.items():
             if key in self._copies:
-                vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+                parallel.local(buffer).copy_(parallel.local(self._copies[key]))
             elif buffer._version != self._same[key]:
                 warnings.warn("a buffer that the pass at w left alone was written in the pass at w + ε and keeps that "
                               "value", stacklevel=2)
@@ -273,8 +273,8 @@ def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
 def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor],
               scale: float | Tensor = 1.0) -> Iterator[Displacement]:
     """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
-    w = [vectors.local(p.detach()) for p in parameters]
-    d = [vectors.local(t) for t in direction]
+    w = [parallel.local(p.detach()) for p in parameters]
+    d = [parallel.local(t) for t in direction]
     displacement = Displacement()
     try:
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Lists of tensors as one vector: norms, products, random vectors, whole or sharded.
+"""Lists of tensors as one vector: norms, inner products, random vectors, whole or sharded.
 
-The only file that knows ``DTensor`` and process groups. A sharded parameter counts once: every sum over
-coordinates is taken over the local shard and then over the ranks that hold the other shards.
+A sharded parameter counts once: every sum over coordinates is taken over the local shard and then over the ranks that
+hold the other shards.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from .parallel import all_reduce, local, part, shard_groups
 
 BLOCK = 1 << 18
 """Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
@@ -21,39 +23,6 @@ BLOCK = 1 << 18
 _NORM_BLOCK = 1 << 16
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor`` (asked without importing the distributed package)."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lives on this rank, sharing its memory; plain tensors are returned as they are."""
-    return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
-
-
-def like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A local part ``value`` with the sharding of ``tensor``."""
-    if not is_sharded(tensor):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    spec = cast(Any, tensor)
-    return DTensor.from_local(value, spec.device_mesh, spec.placements, run_check=False, shape=tensor.shape,
-                              stride=tensor.stride())
-
-
-def matched(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient with the placements of its parameter: pending sums are carried out."""
-    if is_sharded(gradient) and tuple(cast(Any, gradient).placements) != tuple(cast(Any, parameter).placements):
-        return cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
-    return gradient
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks if it is sharded."""
-    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[list[Tensor], ...]]:
@@ -187,7 +156,7 @@ class Space:
             raise ValueError("no parameters: pass a model or tensors that require a gradient")
         self._where: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(self.parameters):
-            self._where.setdefault(_shard_groups(p), []).append(i)
+            self._where.setdefault(shard_groups(p), []).append(i)
         self.sharded = any(self._where)
         self._large = [i for i, p in enumerate(self.parameters) if local(p).numel() > _NORM_BLOCK]
         self._small = _gathered(self.parameters)
@@ -200,15 +169,10 @@ class Space:
         """One number a tensor, reduced over the ranks that hold its shards."""
         if not self.sharded:
             return per_tensor
-        import torch.distributed as dist
-
         per_tensor = per_tensor.clone()
         for groups, where in self._where.items():
             index = torch.tensor(where, device=per_tensor.device)
-            part = per_tensor[index]
-            for group in groups:
-                dist.all_reduce(part, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
-            per_tensor[index] = part
+            per_tensor[index] = all_reduce(per_tensor[index], groups, op)
         return per_tensor
 
     def norms(self, a: Sequence[Tensor]) -> Tensor:
@@ -286,19 +250,6 @@ def _gathered(tensors: Sequence[Tensor]) -> list[list[int]]:
     return out
 
 
-def part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor that is sharded like ``parameter``, sharing its memory."""
-    if not is_sharded(parameter) or is_sharded(whole):
-        return local(whole)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    spec = cast(Any, parameter)
-    size, offset = compute_local_shape_and_global_offset(parameter.shape, spec.device_mesh, spec.placements)
-    for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
-        whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
-    return whole
-
-
 def signs(n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """n random numbers ±1 on the generator's device, 64 from each draw."""
     words = torch.randint(-2**63, 2**63 - 1, (-(-n // 64),), generator=generator, device=generator.device)
@@ -323,16 +274,6 @@ def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     else:
         raise ValueError(f'kind must be "normal", "rademacher" or "uniform", got {kind!r}')
     return part(whole, parameter).to(parameter.device, parameter.dtype).contiguous()
-
-
-def _shard_groups(parameter: Tensor) -> tuple[Any, ...]:
-    """The process groups over which a parameter's coordinates are spread."""
-    if not is_sharded(parameter):
-        return ()
-    spec = cast(Any, parameter)
-    mesh = spec.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(spec.placements)
-                 if placement.is_shard() and mesh.size(dim) > 1)
 
 
 def seeded(seed: int | torch.Generator) -> torch.Generator:

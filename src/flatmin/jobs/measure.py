@@ -343,7 +343,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
                          "tensors, as .safetensors or by torch.save(model.state_dict(), ...), not a whole model"
                          ) from error
-    state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
+    state = models.fitting(state, model.state_dict()) if isinstance(state, Mapping) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
     own = model.state_dict()
