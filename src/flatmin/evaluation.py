@@ -264,7 +264,7 @@ class EvaluationSession:
                 del loss
             each = tuple(float(t.to("cpu", torch.float64)) for t in losses)
             samples = int(self.ranks.total(samples)[0])
-            g = self._mean_gradient(sums, first / self.normalizer(weights)) if gradient else []
+            g = self._mean_gradient(sums, first / normalizer(weights, self.ranks, self.sums)) if gradient else []
             loss = self.mean(zip(losses, weights, strict=True))
         eps = max((torch.finfo(kind).eps for kind in (*kinds, *(t.dtype for t in losses))), default=0.0)
         return Pass(loss, each, tuple(weights), samples, eps, g, self._without(sums) if gradient else ())
@@ -286,14 +286,7 @@ class EvaluationSession:
         total = torch.stack([part for part, _ in rows]).sum() if rows else torch.zeros((), dtype=torch.float64)
         if self.ranks:
             total = torch.tensor(self.ranks.total(float(total))[0], dtype=torch.float64)
-        return total / self.normalizer(n for _, n in rows)
-
-    def normalizer(self, weights: Iterable[float]) -> float:
-        """Σ n_b over all ranks, or 1 where the loss is a sum."""
-        total, = self.ranks.total(1.0 if self.sums else math.fsum(weights))
-        if total <= 0:
-            raise ValueError(NO_TERMS)
-        return 1.0 if self.sums else total
+        return total / normalizer((n for _, n in rows), self.ranks, self.sums)
 
     def outputs(self, batch: Any, index: int) -> Any:
         """What the model returns for a batch, with the random draws and the buffers that batch ``index`` always has."""
@@ -360,6 +353,14 @@ class EvaluationSession:
             raise ValueError("a part of this model is checkpointed with use_reentrant=True, which gives autograd.grad "
                              "no gradient of that part: checkpoint with use_reentrant=False, or not at all, for "
                              "measurements")
+
+
+def normalizer(weights: Iterable[float], ranks: Ranks, sums: bool) -> float:
+    """Σ n_b over all ranks, or 1 where the loss is a sum."""
+    total, = ranks.total(1.0 if sums else math.fsum(weights))
+    if total <= 0:
+        raise ValueError(NO_TERMS)
+    return 1.0 if sums else total
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

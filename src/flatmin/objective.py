@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, checks, parallel
-from .evaluation import EvaluationSession, Pass, WeightedBatch, devices_of
+from .evaluation import EvaluationSession, Pass, WeightedBatch, devices_of, normalizer
 from .parallel import Ranks
 from .results import FEWEST_BATCHES, weighted_mean
 
@@ -174,19 +174,19 @@ class Objective:
         return 1.0 if self.sums and n > 0 else n
 
     def normalizer(self, weights: Iterable[float]) -> float:
-        """Σ n_b over all ranks, or 1 where the loss is a sum. Use inside ``session()``, as the three methods below."""
-        return self._inside.normalizer(weights)
+        """Σ n_b over all ranks, or 1 where the loss is a sum."""
+        return normalizer(weights, self.ranks, self.sums)
 
     def mean(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
-        """Σ n_b L_b / Σ n_b over all ranks, for this rank's pairs (L_b, n_b): a 0-d float64 tensor."""
+        """Σ n_b L_b / Σ n_b over all ranks, for this rank's pairs (L_b, n_b), inside ``session()``: 0-d float64."""
         return self._inside.mean(losses)
 
     def batches(self) -> Iterator[Any]:
-        """The batches as the data give them, in every pass of a session in the same order."""
+        """The batches as the data give them, in every pass of a session in the same order. Use inside ``session()``."""
         return self._inside.batches()
 
     def weighted_batches(self) -> Iterator[WeightedBatch]:
-        """The batches, moved to the model's device, that hold at least one term."""
+        """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
         return self._inside.weighted_batches()
 
     @property
