@@ -102,7 +102,9 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Per tensor, the sum of squares of its local part: a float64 vector of ``len(tensors)``.
 
     Float32 sums run over blocks of 65 536 and the blocks are added in float64: as fast as a float32 norm and accurate
-    to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3.
+    to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3. On the CPU, tensors whose squares
+    leave the range of float32 are summed again in float64. On other devices, where asking would wait for the device,
+    a norm above about 1e19 is inf, and one below 1e-19 loses digits, down to 0.
     """
     assert tensors
     device = tensors[0].device
@@ -121,16 +123,19 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         out[i] = squares.to(device)
     if len(small) == 1 and len(tensors) == len(next(iter(small.values()))):
         norms = torch._foreach_norm(list(tensors), 2, dtype=_reading(tensors[0].dtype))
-        return torch.stack(list(norms)).to(wide).square()
+        return _exact_where_lost(torch.stack(list(norms)).to(wide).square(), tensors, tensors)
     for (_, dtype), where in small.items():
         norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_reading(dtype))
         for i, value in zip(where, torch.stack(list(norms)).to(device, wide).square().unbind(), strict=True):
             out[i] = value
-    return torch.stack(out)
+    return _exact_where_lost(torch.stack(out), tensors, tensors)
 
 
 def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Per tensor, the inner product of the local parts: a float64 vector of ``len(a)``."""
+    """Per tensor, the inner product of the local parts: a float64 vector of ``len(a)``.
+
+    What leaves the range of float32 is treated as in ``sums_of_squares``.
+    """
     assert len(a) == len(b) and a
     device = a[0].device
     wide = _wide(device)
@@ -140,7 +145,34 @@ def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         pieces = [torch.dot(p.to(dtype), q.to(dtype))
                   for p, q in zip(x.reshape(-1).split(_NORM_BLOCK), y.reshape(-1).split(_NORM_BLOCK), strict=True)]
         out.append(torch.stack(pieces).to(device, wide).sum() if len(pieces) > 1 else pieces[0].to(device, wide))
-    return torch.stack(out)
+    return _exact_where_lost(torch.stack(out), a, b)
+
+
+_SMALLEST = 1e-20
+"""Sums of float32 products above this lost no digits to products below the range of float32."""
+
+
+def _exact_where_lost(found: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner products of tensors, in float64 where products left the range of float32, on the CPU; in place."""
+    if found.device.type != "cpu":
+        return found
+    size = found.abs()
+    low, high = torch.aminmax(size)
+    if float(low) > _SMALLEST and float(high) < math.inf:
+        return found
+    for i in (~((size > _SMALLEST) & (size < math.inf))).nonzero().flatten().tolist():
+        if a[i].dtype != torch.float64 and not (_all_zero(a[i]) or _all_zero(b[i])):
+            pieces = zip(a[i].reshape(-1).split(_NORM_BLOCK), b[i].reshape(-1).split(_NORM_BLOCK), strict=True)
+            found[i] = sum(float(torch.dot(x.double(), y.double())) for x, y in pieces)
+    return found
+
+
+def _all_zero(t: Tensor) -> bool:
+    """Whether no number differs from 0; a NaN does."""
+    if t.numel() == 0:
+        return True
+    low, high = torch.aminmax(t)
+    return float(low) == float(high) == 0
 
 
 class Space:
