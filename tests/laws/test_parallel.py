@@ -20,6 +20,7 @@ from torch import nn
 
 import problems
 import two_ranks
+from flatmin import Objective
 from problems import BASES, batch, build, flat, flat_grad, loss_fn, relative
 from rows import ROWS, Row, backward, case_id, cut, presets, whole
 from two_ranks import WORLD
