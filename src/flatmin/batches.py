@@ -104,7 +104,7 @@ def equal(a: Any, b: Any) -> bool:
     return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
-def rows(batch: Any, wanted: slice) -> Any:
+def samples(batch: Any, wanted: slice) -> Any:
     """Some samples of a batch, or None where a tensor of it has not one row a sample."""
     n = samples_in(batch)
     if not all(t.dim() and len(t) == n for t in tensors(batch)):

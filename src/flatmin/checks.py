@@ -168,7 +168,7 @@ def _part(batch: WeightedBatch, share: float) -> WeightedBatch | None:
     """The first, or for a negative share the last, samples of a batch; None where it cannot be cut."""
     n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    data = batches.rows(batch.data, slice(k) if share > 0 else slice(n - k, n))
+    data = batches.samples(batch.data, slice(k) if share > 0 else slice(n - k, n))
     return None if data is None else batch.with_data(data)
 
 
@@ -176,7 +176,7 @@ def _cut(batch: WeightedBatch, share: float) -> tuple[WeightedBatch | None, Weig
     """The first samples of a batch and the others."""
     n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    parts = [batches.rows(batch.data, s) if k < n else None for s in (slice(k), slice(k, n))]
+    parts = [batches.samples(batch.data, s) if k < n else None for s in (slice(k), slice(k, n))]
     first, rest = (None if part is None else batch.with_data(part) for part in parts)
     return first, rest
 

@@ -282,11 +282,11 @@ class EvaluationSession:
 
     def mean(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
         """Σ n_b L_b / Σ n_b over all ranks, for this rank's pairs (L_b, n_b): a 0-d float64 tensor."""
-        rows = [(value.detach().to("cpu", torch.float64) * n, n) for value, n in losses if n > 0]
-        total = torch.stack([part for part, _ in rows]).sum() if rows else torch.zeros((), dtype=torch.float64)
+        pairs = [(value.detach().to("cpu", torch.float64) * n, n) for value, n in losses if n > 0]
+        total = torch.stack([t for t, _ in pairs]).sum() if pairs else torch.zeros((), dtype=torch.float64)
         if self.ranks:
             total = torch.tensor(self.ranks.total(float(total))[0], dtype=torch.float64)
-        return total / normalizer((n for _, n in rows), self.ranks, self.sums)
+        return total / normalizer((n for _, n in pairs), self.ranks, self.sums)
 
     def outputs(self, batch: Any, index: int) -> Any:
         """What the model returns for a batch, with the random draws and the buffers that batch ``index`` always has."""

@@ -157,8 +157,8 @@ class Objective:
             changes: d_b of this rank's batches, in the order of ``Pass.losses``.
             weights: n_b.
         """
-        rows = [(d, n) for d, n in zip(changes, weights, strict=True) if n > 0]
-        changes, weights = [d for d, _ in rows], [n for _, n in rows]
+        pairs = [(d, n) for d, n in zip(changes, weights, strict=True) if n > 0]
+        changes, weights = [d for d, _ in pairs], [n for _, n in pairs]
         ranks = self.ranks
         error = weighted_mean(changes, weights, fewest=FEWEST_BATCHES, total=ranks.total if ranks else None)[1]
         return error * ranks.total(math.fsum(weights))[0] if self.sums else error

@@ -171,8 +171,10 @@ def buffer_versions(registries: list[dict[str, Any]]) -> dict[int, int]:
 class Buffers:
     """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
 
-    ``versions`` are those before an earlier pass of the same step: a large buffer that it has not written to is not
-    copied, since the next pass will leave it alone too. (Writing through ``.data`` is not seen.)
+    ``versions`` are those before an earlier pass of the same step: a buffer of more than 65 536 numbers that it has not
+    written to is not copied, since the next pass will leave it alone too. Torch counts no write through ``.data``, so
+    such a write to so large a buffer keeps the value of the last pass: write under ``torch.no_grad()`` instead.
+    Measurements (no ``versions``) copy every buffer.
     """
 
     def __init__(self, registries: list[dict[str, Any]], versions: dict[int, int] | None = None):

@@ -29,7 +29,7 @@ def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[lis
     """Walk equally shaped lists of tensors in lockstep, about ``limit`` numbers at a time.
 
     Large contiguous tensors are cut into flat pieces and small ones gathered, so that element-wise work on several
-    lists stays in cache and needs one piece of scratch memory. Yields one list of pieces a column.
+    lists stays in cache and needs scratch memory for one piece. Yields one list of pieces a column.
     """
     if sum(map(Tensor.numel, columns[0])) <= limit:
         if columns[0]:
@@ -56,11 +56,13 @@ def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[lis
 
 
 class Scratch:
-    """Room for one block of intermediate results, used again for every block: on the CPU fresh pages cost more than
-    the arithmetic on them."""
+    """Memory for one block of intermediate results, used again for every block.
+
+    On the CPU, writing to newly allocated pages costs more than the arithmetic.
+    """
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor, finite: bool = False) -> list[Tensor]:
         """factor · pieces; overwritten by the next call.
@@ -68,7 +70,7 @@ class Scratch:
         ``finite``: with 0 in the place of inf and nan; the pieces are then of one dtype and device.
         """
         if len(pieces) == 1:
-            out = torch.mul(pieces[0], factor, out=self._room(pieces[0]))
+            out = torch.mul(pieces[0], factor, out=self._memory(pieces[0]))
             return [out.nan_to_num_(0.0, 0.0, 0.0) if finite else out]
         if not finite:
             return list(torch._foreach_mul(list(pieces), factor))
@@ -79,22 +81,23 @@ class Scratch:
         """|pieces|; overwritten by the next call."""
         if len(pieces) > 1:
             return list(torch._foreach_abs(list(pieces)))
-        return [torch.abs(pieces[0], out=self._room(pieces[0]))]
+        return [torch.abs(pieces[0], out=self._memory(pieces[0]))]
 
-    def _room(self, piece: Tensor) -> Tensor:
+    def _memory(self, piece: Tensor) -> Tensor:
         key = (piece.device, piece.dtype)
-        if key not in self._rooms or self._rooms[key].numel() < piece.numel():
-            self._rooms[key] = torch.empty(max(BLOCK, piece.numel()), device=piece.device, dtype=piece.dtype)
-        room = self._rooms[key][: piece.numel()]
-        return room if piece.dim() == 1 else room.view(piece.shape)
+        if key not in self._blocks or self._blocks[key].numel() < piece.numel():
+            self._blocks[key] = torch.empty(max(BLOCK, piece.numel()), device=piece.device, dtype=piece.dtype)
+        block = self._blocks[key][: piece.numel()]
+        return block if piece.dim() == 1 else block.view(piece.shape)
 
 
 def _wide(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _reading(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which squares are summed: half precisions overflow and lose them."""
+def _summed_in(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which the squares of half precisions are summed, which they would overflow; None for their own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
@@ -116,16 +119,16 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         if n <= _NORM_BLOCK or not t.is_contiguous():
             small.setdefault((t.device, t.dtype), []).append(i)
             continue
-        flat, cut, dtype = t.view(-1), n - n % _NORM_BLOCK, _reading(t.dtype)
+        flat, cut, dtype = t.view(-1), n - n % _NORM_BLOCK, _summed_in(t.dtype)
         squares = torch.linalg.vector_norm(flat[:cut].view(-1, _NORM_BLOCK), dim=1, dtype=dtype).to(wide).square().sum()
         if cut < n:
             squares = squares + torch.linalg.vector_norm(flat[cut:], dtype=dtype).to(wide).square()
         out[i] = squares.to(device)
     if len(small) == 1 and len(tensors) == len(next(iter(small.values()))):
-        norms = torch._foreach_norm(list(tensors), 2, dtype=_reading(tensors[0].dtype))
+        norms = torch._foreach_norm(list(tensors), 2, dtype=_summed_in(tensors[0].dtype))
         return _exact_where_lost(torch.stack(list(norms)).to(wide).square(), tensors, tensors)
     for (_, dtype), where in small.items():
-        norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_reading(dtype))
+        norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_summed_in(dtype))
         for i, value in zip(where, torch.stack(list(norms)).to(device, wide).square().unbind(), strict=True):
             out[i] = value
     return _exact_where_lost(torch.stack(out), tensors, tensors)
@@ -141,7 +144,7 @@ def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     wide = _wide(device)
     out = []
     for x, y in zip(a, b, strict=True):
-        dtype = _reading(x.dtype) or x.dtype
+        dtype = _summed_in(x.dtype) or x.dtype
         pieces = [torch.dot(p.to(dtype), q.to(dtype))
                   for p, q in zip(x.reshape(-1).split(_NORM_BLOCK), y.reshape(-1).split(_NORM_BLOCK), strict=True)]
         out.append(torch.stack(pieces).to(device, wide).sum() if len(pieces) > 1 else pieces[0].to(device, wide))
