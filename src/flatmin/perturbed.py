@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import vectors
+from . import parallel, vectors
 
 READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
@@ -76,7 +76,7 @@ class Displacement:
             self._copies.append((ws, cs))
             torch._foreach_add_(ws, step)
             if half:
-                self.realised.append(_realised(ws, cs, step))
+                self.realised.append(realised_step(ws, cs, step))
 
     def _move_small(self, w: list[Tensor], d: list[Tensor], copies: list[Tensor], scale: float) -> None:
         """Many small tensors in few calls; a step of length 0 (an overflow, among others) is not taken."""
@@ -109,7 +109,7 @@ class Displacement:
             self._lent = []
 
 
-def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+def realised_step(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
     """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
     done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
@@ -207,8 +207,10 @@ def buffer_versions(registries: list[dict[str, Any]]) -> dict[int, int]:
 class Buffers:
     """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
 
-    ``versions`` are those before an earlier pass of the same step: a large buffer that it has not written to is not
-    copied, since the next pass will leave it alone too. (Writing through ``.data`` is not seen.)
+    ``versions`` are those before an earlier pass of the same step: a buffer of more than 65 536 numbers that it has not
+    written to is not copied, since the next pass will leave it alone too. Torch counts no write through ``.data``, so
+    such a write to so large a buffer keeps the value of the last pass: write under ``torch.no_grad()`` instead.
+    Measurements (no ``versions``) copy every buffer.
     """
 
     def __init__(self, registries: list[dict[str, Any]], versions: dict[int, int] | None = None):
@@ -225,7 +227,7 @@ class Buffers:
             registry[name] = buffer
         for key, buffer in self._seen.items():
             if key in self._copies:
-                vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+                parallel.local(buffer).copy_(parallel.local(self._copies[key]))
             elif buffer._version != self._same[key]:
                 warnings.warn("a buffer that the pass at w left alone was written in the pass at w + ε and keeps that "
                               "value", stacklevel=2)
@@ -309,8 +311,8 @@ def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
 def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor],
               scale: float | Tensor = 1.0) -> Iterator[Displacement]:
     """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
-    w = [vectors.local(p.detach()) for p in parameters]
-    d = [vectors.local(t) for t in direction]
+    w = [parallel.local(p.detach()) for p in parameters]
+    d = [parallel.local(t) for t in direction]
     displacement = Displacement()
     try:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import batches
+from . import batches, parallel
 from .curvature import Hessian, condition_number, eigenpairs, trace
 from .objective import Objective
 from .sharpness import (
@@ -210,7 +210,7 @@ def compare_model_sharpness(model_a: nn.Module, model_b: nn.Module, dataloader: 
 def objective_for(model: nn.Module, data: Any, loss_fn: Loss = None) -> Objective:
     """The loss of a model over batches of the kinds that ``compute_sam_sharpness`` lists."""
     first = data
-    if not isinstance(data, (Mapping, tuple)) and not batches._is_pair(data):
+    if not isinstance(data, (Mapping, tuple)) and not batches.is_pair(data):
         batches.as_data(data, any_form=True)
         first = next(iter(data), None)
     if isinstance(first, Mapping):
@@ -244,7 +244,7 @@ def _of_mappings(model: nn.Module, data: Any, first: Mapping[str, Any], loss_fn:
 
 def _returns_loss(model: nn.Module) -> bool:
     """Whether ``model(..., labels=...)`` computes a loss, as in the ``transformers`` library."""
-    return "labels" in inspect.signature(batches.unwrapped(model).forward).parameters
+    return "labels" in inspect.signature(parallel.unwrapped(model).forward).parameters
 
 
 def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class _Mapped:
 
 def _first(data: Any, count: int | None) -> Any:
     """The first batches of a loader."""
-    if count is None or isinstance(data, (Mapping, tuple)) or batches._is_pair(data):
+    if count is None or isinstance(data, (Mapping, tuple)) or batches.is_pair(data):
         return data
     return [batch for _, batch in zip(range(math.ceil(count)), data, strict=False)]
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import two_ranks
-from flatmin import Objective, vectors
+from flatmin import Objective, parallel
 from flatmin.curvature import (
     Fisher,
     FunctionalPart,
@@ -118,7 +118,7 @@ def gradient_of_a_measure(kind, rank, dtype):
     ours, theirs = objectives(kind, rank, dtype)
     a, b = (o.evaluate(gradient=True) for o in (ours, theirs))
     assert a.samples == b.samples
-    mine = full([vectors.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
+    mine = full([parallel.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
     agreed(mine)
     return off(mine, full(b.gradient)), exactly(dtype)
 

@@ -274,7 +274,7 @@ def test_progress_and_wrong_arguments(capsys):
 def test_certificates_of_composed_operators_are_fresh_too():
     calls = []
     objective = classification()
-    objective._outputs, inner = lambda *a: (calls.append(1), inner(*a))[1], objective._outputs
+    objective.model.register_forward_hook(lambda *_: calls.append(1))
     eigenpairs(2 * (Hessian(objective) + Hessian(objective)), 1, certify=False)
     assert len(calls) == 2
     with Hessian(objective).session():

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, final
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 from ..vectors import Space
 from .parameters import Row
 
@@ -343,7 +343,7 @@ class Preconditioned:
         if "exp_avg_sq" not in state:
             raise ValueError(f"{type(ascent.optimizer).__name__} keeps no second moment (exp_avg_sq): the "
                              "preconditioned direction needs Adam, AdamW or an optimizer like them")
-        v = vectors.local(state["exp_avg_sq"])
+        v = parallel.local(state["exp_avg_sq"])
         if self.bias_correction:
             if owner is None or "betas" not in owner or "step" not in state:
                 raise ValueError(f"{type(ascent.optimizer).__name__} keeps no betas in its groups or no step in its "
@@ -374,7 +374,7 @@ class Momentum:
         state = ascent.optimizer.state.get(ascent.rows[i].parameter, {}) if ascent.optimizer is not None else {}
         v = state.get("momentum_buffer", state.get("exp_avg"))
         if v is not None:
-            return vectors.local(v).neg()
+            return parallel.local(v).neg()
         if state or (ascent.optimizer is not None and not _keeps_momentum(ascent.optimizer)):
             raise ValueError(f"{type(ascent.optimizer).__name__} keeps no momentum buffer: the momentum direction "
                              "needs SGD(momentum=...), Adam, AdamW or an optimizer like them")

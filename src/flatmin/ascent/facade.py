@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import PerturbedStateError
+from ..parallel import local, matched
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
-from ..vectors import Space, local, matched
+from ..vectors import Space
 from .cadences import Cadence, Every, Reuse
 from .directions import Adaptive, Direction, Momentum, RandomFraction
 from .parameters import check_rho, devices_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .wrappers import wrapped_name
+from ..parallel import wrapped_name
 
 Groups = Sequence[dict[str, Any]]
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..parallel import Wrappers, local
 from ..perturbed import RandomState
-from ..vectors import local
 from .inspection import Inspection
-from .wrappers import Wrappers
 
 Forward = Callable[..., Any]
 Loss = Callable[..., Tensor]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..vectors import local
+from ..parallel import local
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
+from .. import parallel, vectors
 from ..errors import PerturbedStateError
+from ..parallel import Wrappers, in_bucket, local, wrapped_name
 from ..perturbed import (
     Buffers,
     Displacement,
@@ -24,7 +25,7 @@ from ..perturbed import (
     buffer_versions,
     undone,
 )
-from ..vectors import Space, local
+from ..vectors import Space
 from .cadences import Cadence, EveryStep
 from .directions import Ascent, Direction, Gradient
 from .inspection import Inspection
@@ -32,7 +33,6 @@ from .parameters import Groups, Row, check_rho, devices_of, refuse_sparse, refus
 from .passes import BackPropagation, Forward, Loss, MicroBatch, Passes, micro_batches
 from .record import Outcome, StepRecord, accumulate, merged
 from .rules import Plain, Rule
-from .wrappers import Wrappers, in_bucket, wrapped_name
 
 Scope = Literal["batch", "micro_batch", "rank", "first"]
 _SCOPES = ("batch", "micro_batch", "rank", "first")
@@ -242,7 +242,7 @@ class Sharpener:
         """What the direction and the cadence carry from step to step; loads with ``weights_only=True``."""
         if self._standing is not None:
             raise PerturbedStateError("the weights stand at w + ε: finish the step before saving")
-        return {"step": self._step, "memory": self._placed(self._memory, vectors.like)}
+        return {"step": self._step, "memory": self._placed(self._memory, parallel.like)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, bit for bit together with the optimizer's own state."""
@@ -368,9 +368,12 @@ class Sharpener:
             if gradient is not None:
                 if gradient.layout is not torch.strided:
                     refuse_sparse(row.name)
-                out[row.index] = local(vectors.matched(gradient, p)) if self._sharded else gradient
+                out[row.index] = local(parallel.matched(gradient, p)) if self._sharded else gradient
                 p.grad = None
         return out
+
+    def _local(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        return local(parallel.matched(gradient, parameter)) if self._sharded else gradient
 
     def _move(self, standing: _Standing, moving: list[Row], rhos: list[float],
               gradients: dict[int, Tensor]) -> None:
@@ -461,7 +464,7 @@ class Sharpener:
         """The local parts of ``p.grad``; every row has one."""
         out: list[Any] = [r.parameter.grad for r in rows]
         if self._sharded:
-            return [local(vectors.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True)]
+            return [local(parallel.matched(g, r.parameter)) for g, r in zip(out, rows, strict=True)]
         return out
 
     def finish(self, outcome: Outcome, stash: Sequence[tuple[nn.Parameter, Tensor | None, Tensor | None]] = (),
@@ -501,7 +504,7 @@ class Sharpener:
                         parameter.grad.add_(saved)  # the same memory as ``before``, or DDP's bucket in its place
                         continue
                     if parameter.grad is not None:
-                        local(before).add_(local(vectors.matched(parameter.grad, before)))
+                        local(before).add_(local(parallel.matched(parameter.grad, before)))
                     parameter.grad = before
         self._step += 1
         self.last = StepRecord.of(outcome, skipped)
@@ -568,7 +571,7 @@ class Sharpener:
         self._devices = devices_of(r.parameter for r in self._rows)
         self._uniform = len({(r.parameter.dtype, r.parameter.device) for r in self._rows}) == 1
         self._registries = buffer_registries(self.model)
-        self._sharded = any(vectors.is_sharded(r.parameter) for r in self._rows)
+        self._sharded = any(parallel.is_sharded(r.parameter) for r in self._rows)
         self._wrappers = Wrappers(self.model)
         if self.scope != "rank":
             self._wrappers.refuse_left_out((r.name, r.parameter) for r in self._rows)

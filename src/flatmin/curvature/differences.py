@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
+from .. import parallel, vectors
+from ..evaluation import WeightedBatch
+from ..gradient_sum import GradientSum
 from ..linalg import memory
-from ..objective import WeightedBatch
 from .products import ObjectiveOperator
 
 ALLOWED = 3e-3
@@ -107,18 +108,17 @@ class Differences:
         """The difference with step h; by what part of ‖Hv‖ it is off along v; what rounding of losses adds to that."""
         operator, objective = self.operator, self.operator.objective
         out, values = operator.empty() if out is None else out, []
-        add, empty = adder(out.split(operator.numels))
+        sums = GradientSum(self.parameters, out.split(operator.numels))
         first = normalizer = 1.0
         for sign in (1, -1):
             move(self.parameters, w, v.split(operator.numels), sign * h)
             losses: list[tuple[Tensor, float]] = []
             for batch in objective.weighted_batches():
                 first = first if losses or sign < 0 else batch.total
-                losses.append((self._collect(batch, add, sign * batch.total / first), batch.weight))
-            values.append(float(objective._total(losses)))
+                losses.append((self._collect(batch, sums, sign * batch.total / first), batch.weight))
+            values.append(float(objective.mean(losses)))
             normalizer = objective.normalizer(n for _, n in losses)
-        for piece in empty():
-            piece.zero_()
+        sums.totals()       # zeros where nothing was added
         out.mul_(first / normalizer / (2 * h))
         if not objective.ranks.in_step:
             objective.ranks.sum_(out)
@@ -132,21 +132,11 @@ class Differences:
         noise = 4 * eps * max(map(abs, (*values, self._value))) / h**2
         return out, off / (top * length), noise / (top * length)
 
-    def _collect(self, batch: WeightedBatch, add: Add, factor: float) -> Tensor:
+    def _collect(self, batch: WeightedBatch, sums: GradientSum, factor: float) -> Tensor:
         """Add factor · ∇loss of one batch; the loss."""
-        objective = self.operator.objective
         with torch.enable_grad():
             loss = batch.loss(batch.outputs())
-            if objective.ranks.in_step:
-                for i, g in enumerate(objective.ranks.backward(loss * (batch.weight / batch.total), self.parameters)):
-                    add(i, g, factor)
-            elif loss.requires_grad:
-                handles = [p.register_hook(_catcher(add, i, p, factor)) for i, p in enumerate(self.parameters)]
-                try:
-                    torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                finally:
-                    for handle in handles:
-                        handle.remove()
+            batch.add_gradient(loss, sums, factor)
         return loss.detach()
 
     @contextmanager
@@ -154,7 +144,7 @@ class Differences:
         """A copy of the weights, which stand as they were afterwards, bit for bit."""
         objective = self.operator.objective
         objective.ranks.reshard()
-        weights = [vectors.local(p.detach()) for p in self.parameters]
+        weights = [parallel.local(p.detach()) for p in self.parameters]
         if self._copy is None:
             self._copy = self._copied(weights)
         copy = self._copy
@@ -182,37 +172,10 @@ class Differences:
 def move(parameters: Sequence[nn.Parameter], w: Sequence[Tensor], v: Sequence[Tensor], h: float) -> None:
     """Parameters ← w + h v, block by block."""
     for p, start, step in zip(parameters, w, v, strict=True):
-        target = vectors.local(p.detach())
+        target = parallel.local(p.detach())
         for ts, ws, vs in vectors.blocks([target], [start], [step.view(start.shape)]):
             for t, a, d in zip(ts, ws, vs, strict=True):
                 if a.dtype == d.dtype:
                     torch.add(a, d, alpha=h, out=t)
                 else:
                     t.copy_(a.to(d.dtype).add_(d, alpha=h))
-
-
-def adder(pieces: Sequence[Tensor]) -> tuple[Add, Callable[[], list[Tensor]]]:
-    """A function that adds to pieces of unwritten memory, and one for those to which nothing was added."""
-    seen: set[int] = set()
-
-    @torch.no_grad()
-    def add(i: int, g: Tensor, factor: float) -> None:
-        row = g.reshape(-1)
-        if i in seen:
-            pieces[i].add_(row, alpha=factor)
-        else:
-            pieces[i].copy_(row).mul_(factor)
-            seen.add(i)
-
-    return add, lambda: [piece for i, piece in enumerate(pieces) if i not in seen]
-
-
-def _catcher(add: Add, i: int, p: nn.Parameter, factor: float) -> Callable[[Tensor], Tensor | None]:
-    """A hook that takes a gradient out of the backward pass and leaves a zero that takes no memory."""
-    def catch(g: Tensor) -> Tensor | None:
-        row = vectors.local(vectors.matched(g, p)).detach()
-        add(i, row.to_dense() if row.layout is not torch.strided else row, factor)
-        plain = g.layout is torch.strided and not vectors.is_sharded(g)
-        return g.new_zeros(()).expand_as(g) if plain else None
-
-    return catch

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import vectors
+from .. import parallel, vectors
 from ..objective import Objective
 from .differences import Differences
 from .objective_operator import require_objective
@@ -53,7 +53,7 @@ class Inexact(ObjectiveOperator):
     def fingerprint(self) -> str:
         if self._asked != "finite_difference":
             return super().fingerprint()
-        w = [vectors.local(p.detach()) for p in self.parameters]
+        w = [parallel.local(p.detach()) for p in self.parameters]
         size = float(self.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
         return f"{float(self.objective.value()):.9e} {size:.9e}"
 

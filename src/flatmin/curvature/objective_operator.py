@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
+from .. import parallel, vectors
 from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
 
@@ -38,38 +38,35 @@ class OverParameters(CurvatureOperator):
 
     def _shard(self) -> Sequence[Any]:
         """Vectors sharded as the parameters are; the process groups that hold the other shards."""
-        local = [vectors.local(p.detach()) for p in self.parameters]
+        local = [parallel.local(p.detach()) for p in self.parameters]
         self.numels, self.length = [t.numel() for t in local], sum(t.numel() for t in local)
-        groups = {vectors._shard_groups(p) for p in self.parameters}
+        groups = {parallel.shard_groups(p) for p in self.parameters}
         if len(groups) > 1:
             raise ValueError("some parameters are sharded over other ranks than others, or not at all: pass "
                              "parameters= with those of one kind")
         return groups.pop()
 
     def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
-        for group in self._groups:
-            dist = torch.distributed
-            dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
-        return t
+        return parallel.all_reduce(t, self._groups, op)
 
     def agree(self, number: int) -> int:
         return self.objective.ranks.least(number)
 
     def _draw(self, i: int, generator: torch.Generator, kind: str) -> Tensor:
-        if not vectors.is_sharded(self.parameters[i]):
+        if not parallel.is_sharded(self.parameters[i]):
             return super()._draw(i, generator, kind)
         return vectors.Space([self.parameters[i]]).random(generator, kind)[0].reshape(-1)
 
     def join(self, vs: Sequence[Tensor]) -> Tensor:
-        if not any(map(vectors.is_sharded, self.parameters)):
+        if not any(map(parallel.is_sharded, self.parameters)):
             return super().join(vs)
         pairs = list(zip(vs, self.parameters, strict=True))
-        if any(v.shape not in (p.shape, vectors.local(p).shape) for v, p in pairs):
+        if any(v.shape not in (p.shape, parallel.local(p).shape) for v, p in pairs):
             raise ValueError("expected one tensor for each parameter that requires a gradient, sharded as it is")
-        return torch.cat([vectors.local(v.detach()).reshape(-1).to(self.device, self.dtype) for v, _ in pairs])
+        return torch.cat([parallel.local(v.detach()).reshape(-1).to(self.device, self.dtype) for v, _ in pairs])
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        return [vectors.like(part.view(vectors.local(p).shape).to(dtype), p) for part, p, dtype in
+        return [parallel.like(part.view(parallel.local(p).shape).to(dtype), p) for part, p, dtype in
                 zip(flat.split(self.numels), self.parameters, self._dtypes, strict=True)]
 
     def select(self, parameters: str | nn.Module | Sequence[str | nn.Module]) -> list[int]:

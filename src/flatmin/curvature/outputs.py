@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import perturbed, vectors
-from ..objective import WeightedBatch
-from .differences import Add, Differences, adder, move
+from ..evaluation import WeightedBatch
+from ..gradient_sum import GradientSum
+from .differences import Add, Differences, move
 from .products import ObjectiveOperator
 
 OutputHessian = Callable[[Tensor], Tensor]
@@ -45,7 +46,7 @@ class OutputDifferences(Differences):
                  out: Tensor | None = None) -> tuple[Tensor, float, float]:
         operator, objective = self.operator, self.operator.objective
         out = operator.empty() if out is None else out
-        add, empty = adder(out.split(operator.numels))
+        total = GradientSum(self.parameters, out.split(operator.numels))
         weights: list[float] = []
         sums, first = [0.0, 0.0, 0.0], 1.0
 
@@ -56,10 +57,9 @@ class OutputDifferences(Differences):
         for batch in objective.weighted_batches():
             first = first if weights else batch.total
             weights.append(batch.weight)
-            found = self._batch(batch, at, h, lambda i, g, c, share=batch.total / first: add(i, g, c * share))
+            found = self._batch(batch, at, h, lambda i, g, c, share=batch.total / first: total.add(i, g, c * share))
             sums = [s + n * batch.weight for s, n in zip(sums, found, strict=True)]
-        for piece in empty():
-            piece.zero_()
+        total.totals()      # zeros where nothing was added
         normalizer = objective.normalizer(weights)
         out.mul_(first / normalizer)
         if not objective.ranks.in_step:

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import batches, perturbed
 from ..linalg import memory
-from ..parallel import Ranks
 
 if TYPE_CHECKING:
     from ..objective import Objective
@@ -82,13 +81,7 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     """
     objective = operator.objective
     with objective.session():
-        if objective.evaluated:
-            objective.refuse_reentrant()
-        else:       # errors of the user's code belong here
-            with torch.enable_grad():
-                for batch in objective.weighted_batches():
-                    batch.loss(batch.outputs())
-                    break
+        objective.evaluate_once()       # outside the check, where an error would count as a reason not to check
         found = _checked(operator)
         wrong, impossible = objective.ranks.total(float(not found.agrees), float(bool(found.impossible)))
     if wrong and found.agrees:
@@ -106,7 +99,7 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         return ProductCheck(reason=f"a float64 copy takes {memory.size(needed)}, half of the free memory is "
                                    f"{memory.size(free)}")
     try:
-        batch = next((batch for _, batch, _ in objective._weighted()), None)
+        batch = next((batch for batch in objective.batches() if objective.weight(batch) > 0), None)
         if batch is None:
             return ProductCheck(reason="this rank has no batch")
         n = batches.samples_in(batch)
@@ -274,17 +267,13 @@ def _double(t: Tensor) -> Tensor:
 
 def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
     """The same operator on one batch and on the parameters that the model has now."""
-    objective = copy.copy(operator.objective)
-    objective.data = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))]
-    objective._ranks = Ranks(nn.Identity())     # each rank by itself
-    objective._around = _InDouble
-    objective._buffers = objective.moving_buffers()     # in float64 now
-    if isinstance(objective.loss_fn, functools.partial):
-        f = objective.loss_fn
-        objective.loss_fn = functools.partial(f.func, *batches.each_tensor(f.args, _double),
-                                              **batches.each_tensor(f.keywords, _double))
+    objective = operator.objective
+    data, loss_fn = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))], objective.loss_fn
+    if isinstance(loss_fn, functools.partial):
+        loss_fn = functools.partial(loss_fn.func, *batches.each_tensor(loss_fn.args, _double),
+                                    **batches.each_tensor(loss_fn.keywords, _double))
     twin = copy.copy(operator)
-    twin.objective = objective
+    twin.objective = objective.alone(data, loss_fn, _InDouble)
     twin = twin._again(operator.names)
     twin.product = "forward" if operator.product == "forward" else "recomputed"
     return twin

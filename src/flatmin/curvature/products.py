@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import vectors
-from ..batches import equal, unwrapped
+from .. import parallel, vectors
+from ..batches import equal
 from ..linalg import memory
 from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective, WeightedBatch
+from ..parallel import unwrapped
 from .objective_operator import OverParameters
 from .product_check import ProductCheck, check_product
 
@@ -56,7 +57,7 @@ class ObjectiveOperator(OverParameters):
         self._taken: str = product
         self._batched = False       # whether a block of vectors has gone through the graph at once
         self._forget()
-        if product != "finite_difference" and (objective.ranks.in_step or any(map(vectors.is_sharded,
+        if product != "finite_difference" and (objective.ranks.in_step or any(map(parallel.is_sharded,
                                                                                   self.parameters))):
             raise ValueError('torch has no exact products under FSDP2 (its gathered weights are gone when a gradient '
                              'is differentiated again): product="auto" takes differences there, "finite_difference"')
@@ -279,10 +280,10 @@ class _Call(nn.Module):
 def on_module(batch: WeightedBatch, w: list[nn.Parameter],
               function: Callable[[WeightedBatch], Any]) -> tuple[Callable[..., Any], Any]:
     """A function of one batch as a pure function of a tuple of parameters, and the parameters as they are."""
-    names = {id(p): name for name, p in batch.objective.model.named_parameters()}
+    names = {id(p): name for name, p in batch.model.named_parameters()}
     keys = [f"model.{names[id(p)]}" for p in w]
-    module = _Call(batch.objective.model, function)
-    module.training = batch.objective.model.training
+    module = _Call(batch.model, function)
+    module.training = batch.model.training
 
     def pure(values: tuple[Tensor, ...]) -> Any:
         buffers = {name: b.clone() for name, b in module.named_buffers()}     # running statistics change in place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..progress import Report
-from ..results import FEWEST_BATCHES, Scalar, uncertain
+from ..results import FEWEST_BATCHES, Scalar, uncertain, weighted_mean
 from .checkpoint import Checkpoint, State
 from .operator import CurvatureOperator, Forms
 
@@ -22,20 +22,11 @@ ROUNDING = 4
 
 
 def data_stderr(forms: Forms | None) -> float | None:
-    """The standard error of λ = Σ n_b q_b / Σ n_b as a sample of batches; None for fewer than 5 of them.
-
-    (B / (B − 1) · Σ n_b² (q_b − λ)²)^½ / Σ n_b, the error of a ratio of sums to first order, for B independent batches
-    with weights n_b and values q_b.
-
-    W. Cochran, Sampling Techniques, 3rd ed., Wiley 1977, sections 6.3 to 6.5.
-    """
+    """The standard error of λ = Σ n_b q_b / Σ n_b as a sample of batches; None for fewer than 5 of them."""
     if forms is None or len(forms[0]) < FEWEST_BATCHES:
         return None
     n, q = forms
-    top = float(q.abs().max()) or 1.0
-    q = q / top     # squares must not over- or underflow
-    mean = (n * q).sum() / n.sum()
-    return top * float((len(n) / (len(n) - 1) * (n * (q - mean)).square().sum()).sqrt() / n.sum())
+    return weighted_mean(q.tolist(), n.tolist())[1]
 
 
 def add(a: Forms | None, b: Forms | None, factor: float = 1.0) -> Forms | None:

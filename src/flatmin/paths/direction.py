@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 from ..ascent.directions import Ascent, Preconditioned
 from ..ascent.parameters import rows_of
 from ..curvature import CurvatureOperator
@@ -58,7 +58,7 @@ def inverse_metric(objective: Objective, optimizer: torch.optim.Optimizer | None
         raise ValueError("the optimizer has no state for any parameter of this objective: pass the one that trains "
                          "this model, after its first step")
     row_of = {id(row.parameter): row for row in rows_of(objective.model, None, {})}
-    local = [vectors.local(p.detach()) for p in w]
+    local = [parallel.local(p.detach()) for p in w]
     ones = [torch.ones_like(t, dtype=torch.float32 if t.dtype in vectors.HALF else t.dtype) for t in local]
     ascent = Ascent(vectors.Space(w), [row_of[id(p)] for p in w], local, ones, None, {}, 0, optimizer)
     (preconditioner or Preconditioned())(ascent)

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
 from ..curvature import Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
@@ -101,7 +101,7 @@ def _rises(objective: Objective, H: Hessian, g: list[Tensor], loss: float,
     if length == 0:
         return 0.0, [0.0] * len(radii), [0.0] * len(radii)
     direction = [(t / length).to(p.dtype) for t, p in zip(g, w, strict=True)]
-    curvature = float(space.dot(direction, [vectors.local(t) for t in H.matvec(direction)]))
+    curvature = float(space.dot(direction, [parallel.local(t) for t in H.matvec(direction)]))
     rises, realised = [], []
     for r in radii:
         with perturbed.displaced(w, direction, r) as displacement:

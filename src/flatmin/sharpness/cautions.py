@@ -87,7 +87,7 @@ def warn_of(objective: Objective, at: Pass, *, value: float = math.nan, data_std
 
 def data_size(objective: Objective, at: Pass) -> tuple[float, str]:
     """How many data a number was measured on and in what: tokens of a causal language model, else samples."""
-    if objective._shift and objective._weight is None and not objective.sums:
+    if objective.counts_tokens:
         return objective.ranks.total(math.fsum(at.weights))[0], "tokens"
     return at.samples, "samples"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import vectors
+from .. import parallel, vectors
 from ..curvature import Hessian, eigenpairs
 from ..linalg.confidence import data_stderr
 from ..objective import Objective
@@ -163,7 +163,7 @@ def scale_between(a: Objective, b: Objective) -> float:
     """The largest factor between the norms of corresponding weights (two dimensions or more); inf for other shapes."""
     if [p.shape for p in a.parameters] != [p.shape for p in b.parameters]:
         return math.inf
-    norms = [vectors.Space(o.parameters).norms([vectors.local(p.detach()) for p in o.parameters]).tolist()
+    norms = [vectors.Space(o.parameters).norms([parallel.local(p.detach()) for p in o.parameters]).tolist()
              for o in (a, b)]
     factors = [max(x / y, y / x) if x and y else (1.0 if x == y else math.inf)
                for x, y, p in zip(*norms, a.parameters, strict=True) if p.dim() > 1]

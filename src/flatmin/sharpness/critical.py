@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
 from ..evaluation import Pass
 from ..objective import Objective
 from ..results import Scalar
@@ -63,8 +63,8 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
     w = objective.parameters
     with objective.session(check=True):
         at = objective.evaluate(gradient=update is None)
-        direction = at.gradient if update is None else [vectors.local(t.detach()) for t in update]
-        if [t.shape for t in direction] != [vectors.local(p.detach()).shape for p in w]:
+        direction = at.gradient if update is None else [parallel.local(t.detach()) for t in update]
+        if [t.shape for t in direction] != [parallel.local(p.detach()).shape for p in w]:
             raise ValueError(f"the update needs one tensor for each of the {len(w)} parameters that require a gradient")
         loss, length, realised = float(at.loss), float(vectors.Space(w).norm(direction)), []
         if not (math.isfinite(length) and length > 0):

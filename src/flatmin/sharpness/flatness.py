@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 from ..curvature import Hessian
 from ..linalg.confidence import add, data_stderr
 from ..linalg.operator import Forms
@@ -72,7 +72,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     space = vectors.Space(objective.parameters)
-    w = [vectors.local(p.detach()) for p in objective.parameters]
+    w = [parallel.local(p.detach()) for p in objective.parameters]
     if space.sharded and kind != "element":
         raise ValueError(f"kind={kind!r} needs whole parameters, and these are spread over ranks: gather the model, "
                          'or use kind="element"')
@@ -116,7 +116,7 @@ def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: in
             v = [a * b for a, b in zip(z, c, strict=True)]
             product, here = H._product_with_forms(H.join(v))
             forms = add(forms, here, 1 / samples)
-            row = [a * vectors.local(b) for a, b in zip(v, H.split(product), strict=True)]
+            row = [a * parallel.local(b) for a, b in zip(v, H.split(product), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
     return total, mean_and_error(sums)[1], forms

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
@@ -158,7 +158,7 @@ def stepped(w: Sequence[Tensor], direction: list[Tensor], scale: Tensor) -> Iter
     displacement = perturbed.Displacement()
     try:
         with torch.no_grad():
-            displacement.move([vectors.local(p.detach()) for p in w], direction, scale, own=True)
+            displacement.move([parallel.local(p.detach()) for p in w], direction, scale, own=True)
         yield displacement
     finally:
         displacement.restore()
@@ -199,6 +199,6 @@ def _curvature(objective: Objective, space: vectors.Space, g: list[Tensor], leng
 
     direction = [t.to(p.dtype) for t, p in zip(torch._foreach_div(g, length.to(g[0].device)), space.parameters,
                                                strict=True)]
-    product = [vectors.local(t) for t in Hessian(objective).matvec(direction)]
+    product = [parallel.local(t) for t in Hessian(objective).matvec(direction)]
     return float(space.dot(direction, product))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..batches import samples_in
 from ..objective import Objective
-from ..results import FEWEST_BATCHES, Scalar
+from ..results import FEWEST_BATCHES, Scalar, weighted_mean
 from .average_case import average_case
 from .cautions import SmallBatchWarning
 from .one_step import one_step
@@ -74,16 +73,12 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     with objective.session(check=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", SmallBatchWarning)      # m is asked for
         for chunk in _in_step(objective, chunks(objective, m // world)):
-            part = on_data(objective, chunk)
+            part = objective.on_data(chunk)
             values.append(float(function(part, rho, **options)))
             weights.append(objective.ranks.total(math.fsum(objective.weight(b) for b in chunk))[0])
-    total = math.fsum(weights)
-    mean = math.fsum(v * n for v, n in zip(values, weights, strict=True)) / total
-    k = len(values)
-    spread = math.fsum((n / total) ** 2 * (v - mean) ** 2 for v, n in zip(values, weights, strict=True))
+    mean, error = weighted_mean(values, weights)
     name = measure if isinstance(measure, str) else getattr(measure, "__name__", str(measure))
-    error = math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan
-    return MSharpness(value=mean, stderr=error, data_stderr=error if k >= FEWEST_BATCHES else math.nan,
+    return MSharpness(value=mean, stderr=error, data_stderr=error if len(values) >= FEWEST_BATCHES else math.nan,
                       chunks=tuple(values), weights=tuple(weights),
                       settings={"m": m, "rho": rho, "measure": name, **options})
 
@@ -106,13 +101,6 @@ def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[
         if chunk is None:
             return
         yield chunk
-
-
-def on_data(objective: Objective, data: list[Any]) -> Objective:
-    """The same objective on other batches, with sessions of its own."""
-    part = copy.copy(objective)
-    part.data, part._depth, part._ranks = data, 0, None
-    return part
 
 
 def chunks(objective: Objective, m: int) -> Iterator[list[Any]]:

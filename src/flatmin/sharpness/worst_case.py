@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
@@ -124,7 +124,7 @@ class _Ball:
         self.evaluations, self.realised, self.losses = 0, [], ()
 
     def zeros(self) -> list[Tensor]:
-        return [torch.zeros_like(vectors.local(t.detach())) for t in self.space.parameters]
+        return [torch.zeros_like(parallel.local(t.detach())) for t in self.space.parameters]
 
     def random(self, generator: torch.Generator) -> list[Tensor]:
         """A random point of the boundary (p = 2), or of the cube (p = ∞)."""

@@ -27,7 +27,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     state = _read(path)
-    state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
+    state = models.fitting(state, model.state_dict()) if isinstance(state, Mapping) else state
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
