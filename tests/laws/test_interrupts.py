@@ -78,7 +78,7 @@ def test_weights_come_back_from_an_interrupt_at_every_line(kind):
         model.zero_grad()
         traced(step, at)
         assert_same(flat(model), before, f"interrupted at {lines[at - 1]}")
-        assert not sharpener.standing, lines[at - 1]
+        assert not sharpener.is_perturbed, lines[at - 1]
     assert [p.data_ptr() for p in model.parameters()] == addresses
     fresh_model, _, fresh = case(kind)
     for m, s in ((model, step), (fresh_model, fresh)):

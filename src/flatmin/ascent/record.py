@@ -29,8 +29,8 @@ class Outcome:
     perturbed_gradient_norm: Tensor | None = None
     radius: Tensor | float = 0.0
     cosine: Tensor | float | None = None
-    gradients: dict[int, Tensor] = field(default_factory=dict)  # g by row, where the cadence re-uses it
-    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what the direction keeps, by kind and name
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # g by parameter, where the cadence re-uses it
+    memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # for later steps, by kind and name
 
 
 def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: float) -> None:
