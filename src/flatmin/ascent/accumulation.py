@@ -22,7 +22,7 @@ class EarlierGradients:
     def __init__(self, parameters: Sequence[Tensor]):
         self._found = [(p, g, g.clone() if in_bucket(g) else None) for p in parameters if (g := p.grad) is not None]
         self._parameters = parameters
-        self._sums: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def put_back(self) -> None:
         """Leave the earlier gradients, and no others."""
@@ -38,7 +38,7 @@ class EarlierGradients:
         """Add the earlier gradients to those of the step."""
         for p, gradient, saved in self._found:
             if p.grad is None:
-                self._sums.append((p, gradient, None))
+                p.grad = gradient
             elif saved is not None:
                 p.grad.add_(saved)  # the same memory as the earlier gradient, or DDP's bucket in its place
             else:
@@ -49,6 +49,5 @@ class EarlierGradients:
     def commit(self) -> None:
         """Write the sums into the tensors that were there before; may be called again after a Ctrl-C in the middle."""
         for p, gradient, total in self._sums:
-            if total is not None:
-                local(gradient).copy_(total)
+            local(gradient).copy_(total)
             p.grad = gradient

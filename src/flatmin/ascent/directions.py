@@ -288,7 +288,8 @@ class Friendly:
     """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
 
     Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does. m moves once
-    a step: where each micro-batch has its own ε, by the mean of their gradients. A skipped step leaves m as it was.
+    a step: where each micro-batch has its own ε, to the mean of what each makes of it. A skipped step leaves m as it
+    was, and so does a batch that does not reach a parameter. Defaults are those of the authors' runs on CIFAR.
     """
 
     sigma: float = 1.0

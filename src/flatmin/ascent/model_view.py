@@ -79,6 +79,10 @@ class ModelView:
         """The parameters with something in ``p.grad``."""
         return [p for p in self.parameters if p.parameter.grad is not None]
 
+    def all_gradients(self) -> dict[int, Tensor]:
+        """What is in ``p.grad``, by parameter."""
+        return {p.index: p.parameter.grad for p in self.parameters if p.parameter.grad is not None}
+
     @property
     def has_gradients(self) -> bool:
         """Whether any parameter has a gradient."""
@@ -118,6 +122,12 @@ class ModelView:
         present = self.gradients(parameters)
         return parameters, present, [kept[p.index] if p.index in kept else torch.zeros_like(g)
                                      for p, g in zip(parameters, present, strict=True)]
+
+    def gradient_norm(self, loss_scale: Tensor | None) -> Tensor:
+        """‖·‖₂ of what is in ``p.grad``, the loss scale divided out."""
+        parameters = self.with_gradients()
+        norm = self.space(parameters).norm(self.gradients(parameters))
+        return norm if loss_scale is None else norm / loss_scale.to(norm)
 
     def write_inf(self) -> None:
         """Put an inf into ``p.grad`` on every device, where a scaler looks for it."""

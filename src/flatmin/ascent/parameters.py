@@ -95,8 +95,8 @@ def refuse_unsupported(model: nn.Module | None, parameters: Iterable[ParameterIn
     for info in parameters:
         p = info.parameter
         if p.requires_grad and not p.is_floating_point():
-            raise ValueError(f"{info.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep the "
-                             "real and imaginary parts as two parameters, or freeze it")
+            raise ValueError(f"{info.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep "
+                             "the real and imaginary parts as two parameters, or freeze it")
     for path, module in model.named_modules() if model is not None else ():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
             refuse_sparse(f"{path}.weight" if path else "weight")

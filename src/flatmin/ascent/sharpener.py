@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from .micro_batches import Forward, Loss, MicroBatch, micro_batches
 from .model_view import ModelView
 from .parameters import Groups, check_rho
 from .passes import Passes
-from .record import Outcome, StepRecord, accumulate, merged
+from .record import Outcome, StepRecord, warn_of_rounding, warn_of_skip
 from .rules import Plain, Rule
 from .step import Scope, Step
 
@@ -41,7 +40,8 @@ class Sharpener:
         cadence: when the second pass is paid for (default ``EveryStep()``).
         scope: whose gradient chooses ε: the whole ``"batch"``, each ``"micro_batch"``, each ``"rank"``, or the
             ``"first"`` micro-batch alone, for all: its pass at w is the only one, so that ``backward`` returns the loss
-            at w + ε, and BatchNorm sees the other micro-batches there.
+            at w + ε, and BatchNorm sees the other micro-batches there. A rule that combines two gradients (GSAM, WSAM)
+            takes each micro-batch's own pair at micro-batch scope, and the averages over ranks at rank scope.
         optimizer: the optimizer whose state a direction reads, or whose learning rate a schedule of ρ follows.
         scaler: a ``torch.amp.GradScaler``; both passes are scaled, an overflow of either is left as inf in ``p.grad``.
         backward: how a loss is back-propagated, such as ``accelerator.backward``; default ``loss.backward()``. If it
@@ -183,7 +183,7 @@ class Sharpener:
             step = self.begin()
             self.view.clear_gradients()
             if self.scope == "micro_batch" and step.pays:
-                outcome = self._each_micro_batch(step, batches)
+                outcome = step.run_each([(b.weight, self._passes([replace(b, weight=1.0)])) for b in batches])
             else:
                 outcome = step.run(self._passes(batches))
             # one micro-batch a call: the caller accumulates, and the framework's division is for that
@@ -236,6 +236,12 @@ class Sharpener:
         """Whether the gradient at w is kept until the step ends."""
         return self.rule.needs_gradient or self.cadence.reuse is not None
 
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether a step needs nothing of w, so that its only pass is at w + ε."""
+        rule = self.rule
+        return not (self.direction.needs_gradient or self.keeps_gradient or rule.second.needs_recorded or rule.third)
+
     # for callers that run the passes themselves
 
     def begin(self) -> Step:
@@ -249,17 +255,18 @@ class Sharpener:
         """Complete the step: read the outcome (the one host read), scale ``p.grad``, add the earlier gradients."""
         view = self.view
         if self.perturbed_norm:
-            outcome.perturbed_gradient_norm = self._gradient_norm()
+            outcome.perturbed_gradient_norm = view.gradient_norm(self.back_propagation.loss_scale(view.devices[0]))
         kept, memory = dict(outcome.memory), dict(self._memory)
         if outcome.gradients:
-            kept["component"] = self._component(outcome.gradients)
+            assert self._step is not None
+            kept["component"] = self._step.component(outcome.gradients)
             memory.pop("component", None)     # of the last full step alone
         skipped = bool(outcome.overflow)
         if factor is not None:
             vectors.scale(factor, view.gradients(view.with_gradients()))
         if skipped and self.scaler is None:
             view.clear_gradients()
-            self._warn_of_skip()
+            self._warned_of_skip = self._warned_of_skip or warn_of_skip()
         else:
             if skipped:
                 view.write_inf()
@@ -270,7 +277,7 @@ class Sharpener:
         self._number, self._memory, self._step = self._number + 1, memory, None
         self.last = StepRecord.of(outcome, skipped)
         if self.last.rounded:
-            self._warn_if_far()
+            self._warned_of_rounding = self._warned_of_rounding or warn_of_rounding(self.last)
 
     def abandon(self) -> None:
         """Give w back and forget the step in progress; without effect otherwise."""
@@ -281,54 +288,3 @@ class Sharpener:
     def _passes(self, batches: list[MicroBatch]) -> Passes:
         return Passes(batches, self.view.wrappers, self.back_propagation, self.view.devices if self.replay else None,
                       self.view.whole.parameters)
-
-    def _each_micro_batch(self, step: Step, batches: list[MicroBatch]) -> Outcome:
-        """A step of its own for every micro-batch from the same memory; sums of gradients, means of what is kept."""
-        totals: dict[int, Tensor] = {}
-        gradients: dict[int, Tensor] = {}
-        memory: dict[str, dict[str, Tensor]] = {}
-        outcomes = []
-        weight = sum(batch.weight for batch in batches) or 1.0
-        for batch in batches:
-            outcome = step.run(self._passes([replace(batch, weight=1.0)]))
-            with torch.no_grad():
-                found = {p.index: p.parameter.grad for p in self.view.parameters if p.parameter.grad is not None}
-                self.view.clear_gradients()
-                accumulate(totals, found, batch.weight)
-                accumulate(gradients, outcome.gradients, batch.weight)
-                for kind, tensors in outcome.memory.items():
-                    accumulate(memory.setdefault(kind, {}), tensors, batch.weight / weight)
-            outcomes.append((batch.weight, replace(outcome, gradients={}, memory={})))
-        for p in self.view.parameters:
-            p.parameter.grad = totals.get(p.index)
-        return replace(merged(outcomes), gradients=gradients, memory=memory)
-
-    def _component(self, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
-        """The sharpness component of the gradient in ``p.grad``, for the steps that re-use it."""
-        assert self.cadence.reuse is not None
-        parameters, perturbed, first = self.view.both(gradients)
-        with torch.no_grad():
-            component = self.cadence.reuse.component(self.view.space(parameters), perturbed, first)
-        return {p.name: c for p, c in zip(parameters, component, strict=True)}
-
-    def _gradient_norm(self) -> Tensor:
-        """‖·‖₂ of what is in ``p.grad``, the loss scale divided out."""
-        parameters = self.view.with_gradients()
-        norm = self.view.space(parameters).norm(self.view.gradients(parameters))
-        scale = self.back_propagation.loss_scale(self.view.devices[0])
-        return norm if scale is None else norm / scale.to(norm)
-
-    def _warn_of_skip(self) -> None:
-        if not self._warned_of_skip:
-            self._warned_of_skip = True
-            warnings.warn("a loss or gradient of this step is inf or NaN: every p.grad is None now and optimizers skip "
-                          "the step; last.skipped says so from here on. Look at the batch, the learning rate or the "
-                          "radius", stacklevel=4)
-
-    def _warn_if_far(self) -> None:
-        if not self._warned_of_rounding and self.last.cosine < 0.95:
-            self._warned_of_rounding = True
-            warnings.warn(
-                f"half-precision weights rounded the step away: radius {self.last.radius:.3g}, cosine "
-                f"{self.last.cosine:.2f} with the step asked for. Keep float32 weights and compute in half precision "
-                "(torch.autocast, or FSDP2's MixedPrecisionPolicy(param_dtype=...)).", stacklevel=4)

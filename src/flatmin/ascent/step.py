@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from .directions import Direction
 from .model_view import ModelView
 from .parameters import ParameterInfo
 from .passes import Runner
-from .record import Outcome
+from .record import MemoryMean, Outcome, accumulate, merged
 from .rules import Rule
 from .steepest import AscentInfo, Memory
 from .wrappers import in_bucket
@@ -39,6 +39,8 @@ class Parts(Protocol):
 
     @property
     def keeps_gradient(self) -> bool: ...
+    @property
+    def takes_one_pass(self) -> bool: ...
 
 
 @dataclass
@@ -106,9 +108,28 @@ class Step:
         self.view.choose_mover()
         return outcome
 
+    def run_each(self, passes: Sequence[tuple[float, Runner]]) -> Outcome:
+        """A step for every micro-batch from the same memory: weighted sums of gradients, means of what is kept."""
+        totals: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
+        memory, outcomes = MemoryMean(self._memory), []
+        whole = sum(weight for weight, _ in passes) or 1.0
+        for weight, one in passes:
+            outcome = self.run(one)
+            with torch.no_grad():
+                accumulate(totals, self.view.all_gradients(), weight)
+                self.view.clear_gradients()
+                accumulate(gradients, outcome.gradients, weight)
+                memory.add(outcome.memory, weight / whole)
+            outcomes.append((weight, replace(outcome, gradients={}, memory={})))
+        for p in self.view.parameters:
+            p.parameter.grad = totals.get(p.index)
+        with torch.no_grad():
+            return replace(merged(outcomes), gradients=gradients, memory=memory.result())
+
     def _run(self, passes: Runner) -> Outcome:
         parts, rule, view = self._parts, self._parts.rule, self.view
-        if not (parts.direction.needs_gradient or parts.keeps_gradient or rule.second.needs_recorded or rule.third):
+        if parts.takes_one_pass:
             return replace(self.combine(None, self._at_perturbed(passes, None)), passes=1)
         only_first = parts.scope == "first"
         start = RandomState(view.devices) if parts.replay else None
@@ -226,6 +247,15 @@ class Step:
         self.state = AtWeights()
         return Outcome(self._overflow(chosen.gradient_norm), 2, loss, perturbed_loss, chosen.gradient_norm, None,
                        chosen.radius, cosine, {} if parts.cadence.reuse is None else chosen.gradients, chosen.memory)
+
+    def component(self, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The sharpness component of the gradient in ``p.grad``, given g, for the steps that re-use it."""
+        reuse, view = self._parts.cadence.reuse, self.view
+        assert reuse is not None
+        parameters, perturbed, gradient = view.both(gradients)
+        with torch.no_grad():
+            component = reuse.component(view.space(parameters), perturbed, gradient)
+        return {p.name: c for p, c in zip(parameters, component, strict=True)}
 
     def _overflow(self, gradient_norm: Tensor | None = None) -> Tensor:
         """Whether inf or nan was met in either pass, on any rank."""
