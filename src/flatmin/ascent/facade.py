@@ -180,7 +180,7 @@ class SAM(Optimizer):
         is_perturbed = step.is_perturbed
         self.restore()
         if step.view.has_gradients:  # the caller ran the passes: their losses are not known here
-            self.sharpener.finish(step.combine(None, None) if is_perturbed else step.plain(None))
+            self.sharpener.finish(step, step.combine(None, None) if is_perturbed else step.plain(None))
         self._opt_called = True  # what an LR scheduler looks for
         self._step_base()
         if zero_grad:
@@ -234,7 +234,7 @@ class SAM(Optimizer):
                 for restore in undo:
                     restore()
             raise
-        self.sharpener.finish(outcome)
+        self.sharpener.finish(step, outcome)
         self._step_base()
         return passes.first
 

@@ -187,7 +187,7 @@ class Sharpener:
             else:
                 outcome = step.run(self._passes(batches))
             # one micro-batch a call: the caller accumulates, and the framework's division is for that
-            self.finish(outcome, earlier, self.back_propagation.division if len(batches) == 1 else None)
+            self.finish(step, outcome, earlier, self.back_propagation.division if len(batches) == 1 else None)
         except BaseException:
             self.abandon()
             earlier.put_back()
@@ -251,15 +251,15 @@ class Sharpener:
         self._step = Step(self, self.view, self._number, self._memory)
         return self._step
 
-    def finish(self, outcome: Outcome, earlier: EarlierGradients | None = None, factor: Tensor | None = None) -> None:
+    def finish(self, step: Step, outcome: Outcome, earlier: EarlierGradients | None = None,
+               factor: Tensor | None = None) -> None:
         """Complete the step: read the outcome (the one host read), scale ``p.grad``, add the earlier gradients."""
         view = self.view
         if self.perturbed_norm:
             outcome.perturbed_gradient_norm = view.gradient_norm(self.back_propagation.loss_scale(view.devices[0]))
         kept, memory = dict(outcome.memory), dict(self._memory)
         if outcome.gradients:
-            assert self._step is not None
-            kept["component"] = self._step.component(outcome.gradients)
+            kept["component"] = step.component(outcome.gradients)
             memory.pop("component", None)     # of the last full step alone
         skipped = bool(outcome.overflow)
         if factor is not None:
