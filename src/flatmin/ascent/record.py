@@ -162,7 +162,8 @@ class StepRecord:
 def warn_of_skip() -> bool:
     """Say that a step was skipped; True, for callers that say it once."""
     warnings.warn("a loss or gradient of this step is inf or NaN: every p.grad is None now and optimizers skip the "
-                  "step; last.skipped says so from here on. Look at the batch, the learning rate or the radius", stacklevel=4)
+                  "step; last.skipped says so from here on. Look at the batch, the learning rate or the radius",
+                  stacklevel=4)
     return True
 
 
