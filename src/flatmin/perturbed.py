@@ -1,7 +1,7 @@
 """Change weights, buffers, random state or mode, and always give them back.
 
 Weights are given back by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
-``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Weights`, whose
+``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Displacement`, whose
 originals are never written at all.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Displacement:
     scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated; with ``offload``, in
     the host's memory. ``spare`` holds the copy of one block of small tensors instead, and outlives the displacement.
     """
+
+    mode: AbstractContextManager[Any] = nullcontext()  # for passes at w + ε
 
     def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
         self._offload, self._spare = offload, spare
@@ -115,36 +117,54 @@ def realised_step(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Ten
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
 
 
-class Float32Weights:
-    """Half-precision weights replaced by float32 tensors w + ε while a pass runs; the originals are never written.
+class Float32Displacement:
+    """As :class:`Displacement`, but half-precision weights are replaced by float32 tensors w + ε; w is never written.
 
     Between w and w + ε there is often no bfloat16 number at all, so the step cannot be taken in the weights' own
-    precision. While active, operations that mix half and single precision run in single precision; what runs inside
-    ``backward`` is not reached.
+    precision. Inside ``mode``, operations that mix half and single precision run in single precision; what runs inside
+    ``backward`` is not reached. Weights of other precisions, and of a second half precision, are moved in place.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]):
-        self._parameters = list(parameters)
-        self._originals = [p.data for p in self._parameters]
-        self.mode = _MixedDtypePromotion(self._originals[0].dtype)
+    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
+        self._others = Displacement(offload, spare)
+        self._replaced: list[tuple[nn.Parameter, Tensor]] = []
 
-    def move(self, d: Sequence[Tensor], scale: Tensor, *, finite: bool = False) -> None:
-        for p, w, step in zip(self._parameters, self._originals, d, strict=True):
+    @property
+    def realised(self) -> list[Tensor]:
+        return self._others.realised
+
+    @property
+    def mode(self) -> AbstractContextManager[Any]:
+        """The context for passes at w + ε."""
+        return _MixedDtypePromotion(self._replaced[0][1].dtype) if self._replaced else nullcontext()
+
+    def move(self, w: Sequence[Tensor], d: Sequence[Tensor], scale: Tensor, *, own: bool = True,
+             finite: bool = False) -> None:
+        """w ← w + scale · d, for parameters of one dtype and device."""
+        dtype = w[0].dtype
+        if dtype not in vectors.HALF or (self._replaced and self._replaced[0][1].dtype != dtype):
+            self._others.move(w, d, scale, own=own, finite=finite)
+            return
+        for p, step in zip(w, d, strict=True):
+            assert isinstance(p, nn.Parameter)
             wide = step.float().mul_(scale.to(step.device))
             if finite:
                 wide.nan_to_num_(0.0, 0.0, 0.0)
             p.grad = None
-            p.data = wide.add_(w)
+            self._replaced.append((p, p.data))
+            p.data = wide.add_(p.data)
 
     def restore(self) -> None:
         """Give the weights back; may be called again after a Ctrl-C in the middle."""
-        for p, w in zip(self._parameters, self._originals, strict=True):
+        self._others.restore()
+        for p, w in self._replaced:
             if p.data.dtype == w.dtype:
                 continue
             gradient, p.grad = p.grad, None
             p.data = w
             if gradient is not None:
                 p.grad = gradient.to(w.dtype)
+        self._replaced = []
 
 
 _LIKE_SELF = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "addmm_",

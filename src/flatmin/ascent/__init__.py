@@ -9,7 +9,7 @@ façade      torch.optim.Optimizer       SAM, ASAM, LookSAM, EfficientSAM, Momen
 """
 
 from . import presets
-from .cadences import Every, EveryStep, LinearRho, Reuse, RhoFollowsLearningRate, WarmStart
+from .cadences import Every, EveryStep, Reuse, WarmStart
 from .directions import (
     Adaptive,
     Fisher,
@@ -25,6 +25,7 @@ from .directions import (
 from .facade import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
 from .parameters import by_depth
 from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
+from .schedules import LinearRho, RhoFollowsLearningRate
 from .sharpener import Sharpener
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..ascent.directions import Preconditioned
-from ..ascent.parameters import rows_of
+from ..ascent.parameters import list_parameters
 from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain
@@ -197,7 +197,8 @@ def _squares(space: vectors.Space, numels: list[int], logit: Tensor, func: Tenso
 def _layers(objective: Objective, squares: Tensor, total: Tensor, per_layer: bool | str) -> dict[str, LayerPaths]:
     if not per_layer:
         return {}
-    names = {id(row.parameter): row.name for row in rows_of(objective.model, None, {})}     # without what wrappers add
+    infos = list_parameters(objective.model, None, {})
+    names = {id(p.parameter): p.name for p in infos}     # without what wrappers add
     rows: dict[str, Tensor] = {}
     for p, column in zip(objective.parameters, squares.unbind(1), strict=True):
         name = names[id(p)]

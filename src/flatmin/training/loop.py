@@ -139,7 +139,7 @@ def gradient(sharpener: Sharpener | None, model: nn.Module, recipe: Recipe, x: T
         loss = recipe.loss(model(x), y)
         loss.backward()
         return loss.detach()
-    if sharpener.rule.second == "selected":
+    if sharpener.rule.second.needs_samples:
         options: dict[str, Any] = {"reduction": "none"}
         return sharpener.backward(lambda s: model(x[s]), lambda z, s: recipe.loss(z, y[s], **options))
     return sharpener.backward(lambda: model(x), lambda z: recipe.loss(z, y))
