@@ -25,7 +25,7 @@ from ..parallel import Ranks
 
 if TYPE_CHECKING:
     from ..objective import Objective
-    from .products import ObjectiveOperator
+    from .linearization import OverObjective as ObjectiveOperator
 
 SAMPLES = 4
 
@@ -151,7 +151,7 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: 
     with differences.at(v) as difference:
         first = difference(STEPS[0])
     try:
-        exact = twin._product(v).split(twin.numels)
+        exact = twin.matvec(v).split(twin.numels)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
@@ -277,7 +277,7 @@ def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
                                               **batches.each_tensor(f.keywords, _double))
     twin = copy.copy(operator)
     twin.objective = objective
-    twin = twin._again(operator.names)
+    twin = twin.restrict(operator.names)
     twin.product = "forward" if operator.product == "forward" else "recomputed"
     return twin
 

@@ -41,7 +41,7 @@ class Checkpoint:
         if self.file:
             seed = settings.get("seed")
             settings |= {"seed": seed if isinstance(seed, int) else None, "disk": on_disk, "dtype": operator.dtype,
-                         "size": (operator.size, operator.length), "of": type(operator).__name__}
+                         "size": (operator.size, operator.length), "of": operator.name}
             self._run = repr(sorted(settings.items())) + operator.fingerprint()
             self._saved = self._read(self.file)
         if self._saved and generator is not None:
@@ -61,7 +61,7 @@ class Checkpoint:
         """The state after a step; it must not change before the next ``tick`` or ``changing``."""
         if self.file:
             self._hold(state)
-            if self.operator.agree(int(time.monotonic() - self._written < self.every)) == 0:
+            if self.operator.smallest(int(time.monotonic() - self._written < self.every)) == 0:
                 self.write()
 
     def changing(self) -> None:
@@ -113,7 +113,7 @@ class Checkpoint:
         if self.basis and not os.path.exists(self.basis):
             state = None
         mark = zlib.crc32(repr((state["matvecs"], sorted(state))).encode()) if state else 0
-        if self.operator.agree(mark) != -self.operator.agree(-mark):
+        if self.operator.smallest(mark) != -self.operator.smallest(-mark):
             state = None
         if state is None:
             self._remove_basis()

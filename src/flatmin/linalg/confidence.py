@@ -204,7 +204,7 @@ def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], 
     for i in range(len(found), n):
         e = operator.empty().zero_()
         e[i] = 1
-        w, here = operator._product_with_forms(e)
+        w, here = operator.matvec_with_forms(e)
         forms = add(forms, here)
         found.append(take(w, i))
         keep.tick(state)

@@ -169,7 +169,7 @@ def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, pl
         where = operator.device if place == "device" else torch.device("cpu")
         vector = max(operator.length, 1) * torch.empty(0, dtype=operator.dtype).element_size()
         rows = min(rows, max(least + 6, memory.available(where) // (2 * vector) - k))
-    return operator.agree(min(rows, operator.size))
+    return operator.smallest(min(rows, operator.size))
 
 
 def wanted(theta: Tensor, k: int, which: Which) -> Tensor:

@@ -79,7 +79,7 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
             v, old = (saved[name].to(operator.device) for name in ("v", "old"))
             beta, scale, unit, checked = (saved[name] for name in ("beta", "scale", "unit", "checked"))
         while True:
-            w = operator._product(v)
+            w = operator.matvec(v)
             unit = unit if alphas else operator.unit_for(w)
             w.mul_(unit)
             scale = max(scale, operator.norm(w))

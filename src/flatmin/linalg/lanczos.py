@@ -123,12 +123,12 @@ class BandLanczos:
         if not self._waiting:
             ready = self.V.rows[self.count:min(self.rows, self.capacity)]
             if len(ready) > 1:
-                self._waiting = list(self.operator._products(ready.to(self.V.device)))
+                self._waiting = list(self.operator.matmat(ready.to(self.V.device)))
             elif self.matvecs == 0:
-                w, self.forms = self.operator._product_with_forms(v)
+                w, self.forms = self.operator.matvec_with_forms(v)
                 self._waiting = [w]
             else:
-                self._waiting = [self.operator._product(v)]
+                self._waiting = [self.operator.matvec(v)]
         w = self._waiting.pop(0)
         self.matvecs += 1
         if self.matvecs == 1:

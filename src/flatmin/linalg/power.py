@@ -78,7 +78,7 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
             v, start = (saved[name].to(operator.device) for name in ("v", "start"))
             value, residual, top, rate, used = (saved[name] for name in ("value", "residual", "top", "rate", "matvecs"))
         while used < max_matvecs:
-            w, forms = operator._product_with_forms(v)
+            w, forms = operator.matvec_with_forms(v)
             used += 1
             value, length, before = operator.dot(v, w), operator.norm(w), residual
             if not math.isfinite(length):

@@ -93,7 +93,7 @@ def _hutchinson(operator: CurvatureOperator, rtol: float, confidence: float, gen
         nonlocal forms
         z = operator.random(generator, "rademacher")
         Q.remove(z, size)
-        az, here = operator._product_with_forms(z)
+        az, here = operator.matvec_with_forms(z)
         forms = keep.fixed["forms"] = add(forms, here)
         return operator.dot(z, az)
 
@@ -118,12 +118,12 @@ def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, k
         return {"Q": Q.rows[:done], "parts": list(parts), "inside": forms, "matvecs": done + len(parts)}
 
     while done < size:
-        append(operator, Q, done, operator._product(operator.random(generator, "rademacher")), generator)
+        append(operator, Q, done, operator.matvec(operator.random(generator, "rademacher")), generator)
         done += 1
         keep.tick(state)
     while len(parts) < size:
         q = Q[len(parts)]
-        aq, here = operator._product_with_forms(q)
+        aq, here = operator.matvec_with_forms(q)
         forms = add(forms, here)
         parts.append(operator.dot(q, aq))
         keep.tick(state)
@@ -152,7 +152,7 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
 
         def sample() -> float:
             nonlocal unit
-            length = operator.norm(operator._product(operator.random(generator, "rademacher")))
+            length = operator.norm(operator.matvec(operator.random(generator, "rademacher")))
             unit = keep.fixed["unit"] = unit or length or 1.0       # squares must not over- or underflow
             return (length / unit) ** 2
 
@@ -217,7 +217,7 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
         while not exact:
             while used < goal:      # Welford's update
                 z = operator.random(generator, "rademacher")
-                sample = operator._product(z).mul_(z)
+                sample = operator.matvec(z).mul_(z)
                 keep.changing()
                 unit = unit if used else operator.unit_for(sample)      # squares must not over- or underflow
                 used += 1

@@ -55,10 +55,10 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         R, H, square = (torch.nn.functional.pad(t, (0, goal - len(t), 0, goal - len(t))) for t in (R, H, square))
         for i in range(len(probes), goal):
             z = operator.random(generator)
-            y, here = operator._product_with_forms(z)
+            y, here = operator.matvec_with_forms(z)
             square[i, i] = operator.dot(z, y)
             R[:i + 1, i] = append(operator, Q, i, y, generator)
-            az = operator._product(Q[i])
+            az = operator.matvec(Q[i])
             H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
             probes.append(z)
             forms = add(forms, here)

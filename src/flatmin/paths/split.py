@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import FunctionalPart
+from ..curvature.double_backward import differentiable_gradient
 from ..curvature.gauss_newton import loss_curvature
-from ..curvature.hessian import differentiable_gradient
-from ..curvature.outputs import outputs_and_loss
+from ..curvature.output_differences import outputs_and_loss
 from ..objective import Objective, WeightedBatch
 
 LinearMap = Callable[[Tensor], tuple[Tensor, Tensor]]
