@@ -268,7 +268,7 @@ def sharded_trace(kind, rank, dtype):
 def exact_is_refused(kind, rank, dtype):
     ours, _ = objectives(kind, rank, dtype)
     for make in (Hessian, GaussNewton, Fisher, FunctionalPart):
-        with pytest.raises(ValueError, match='no exact products under FSDP2.*product="auto" takes differences'):
+        with pytest.raises(ValueError, match='no exact matvecs under FSDP2.*product="auto" takes differences'):
             make(ours, product="cached")
     with pytest.raises(ValueError, match="no rank can hold the dense matrix"):
         Hessian(ours).dense()

@@ -1,4 +1,4 @@
-"""Long computations that go on after a kill: their state in a file, and a journal for what is rewritten in place."""
+"""Long computations that resume after a kill: their state in a file, and a journal for what is rewritten in place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from .operator import CurvatureOperator
 
 State = dict[str, Any]
-"""Tensors and plain values from which a run goes on to the same bits; "matvecs" are the products behind it."""
+"""Tensors and plain values from which a run resumes to the same bits; "matvecs" counts those already done."""
 
 
 class Checkpoint:
-    """The state of a run in a file: written each minute and on Ctrl-C, taken up by the same call, removed at the end.
+    """The state of a run in a file: written each minute and on Ctrl-C, resumed by the same call, removed at the end.
 
     On ranks each has its own file; they write together, and start over where their states are not of the same step.
     A basis on disk is a part of the state that has a file of its own, ``basis``. With a ``generator`` each state holds

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..curvature import Hessian
-from ..linalg.confidence import add, data_stderr
+from ..linalg.confidence import add_forms, data_stderr
 from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective
 from ..results import Scalar
@@ -115,7 +115,7 @@ def _estimate(H: CurvatureOperator, space: vectors.Space, c: Sequence[Tensor], s
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, c, strict=True)]
             product, here = H.matvec_with_forms(H.join(v))
-            forms = add(forms, here, 1 / samples)
+            forms = add_forms(forms, here, 1 / samples)
             row = [a * vectors.local(b) for a, b in zip(v, H.split(product), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
@@ -132,7 +132,7 @@ def _diagonal(H: CurvatureOperator, w: Sequence[Tensor] | None) -> tuple[list[Te
         for i, e in enumerate(torch.eye(H.size, dtype=H.dtype, device=H.device)):
             product, here = H.matvec_with_forms(e)
             diagonal[i] = product[i]
-            forms = add(forms, here and (here[0], here[1] * float(squares[i])))
+            forms = add_forms(forms, here and (here[0], here[1] * float(squares[i])))
     return H.split(diagonal), forms
 
 
