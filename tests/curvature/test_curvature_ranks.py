@@ -328,7 +328,7 @@ def goes_on_after_a_kill(kind, rank, dtype):
     dist.broadcast_object_list(folder)
     file = os.path.join(folder[0], "run.pt")
     operator = Hessian(objectives(kind, rank, dtype)[0])
-    multiply, calls = operator._multiply, []
+    multiply, calls = operator._matvec, []
 
     def dying(*v):
         calls.append(1)
@@ -340,7 +340,7 @@ def goes_on_after_a_kill(kind, rank, dtype):
         found = eigenpairs(operator, 2, tol=1e-2, checkpoint=checkpoint)
         return torch.cat([found.eigenvalues, found.residuals, torch.tensor([float(found.matvecs)])])
 
-    operator._multiply = dying
+    operator._matvec = dying
     whole, results = None, []
     for lost in (False, True):
         calls.clear()

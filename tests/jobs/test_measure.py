@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_a_folder_that_resume_continues(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("metric", ("spectrum", "trace", "density"))
 def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, monkeypatch):
     assert run("mine:objective", "--metrics", metric, "--out", "whole") == 0
-    calls, multiply = [], ObjectiveOperator._multiply
+    calls, multiply = [], ObjectiveOperator._matvec
 
     def dying(self, *v):
         calls.append(1)
@@ -262,7 +262,7 @@ def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, mo
             raise KeyboardInterrupt
         return multiply(self, *v)
 
-    monkeypatch.setattr(ObjectiveOperator, "_multiply", dying)
+    monkeypatch.setattr(ObjectiveOperator, "_matvec", dying)
     assert run("mine:objective", "--metrics", metric, "--out", "cut") == 130
     assert len(list((tmp_path / "cut" / "checkpoints").glob(f"{metric}-*.pt"))) == 1
     assert run("--resume", "cut") == 0

@@ -276,10 +276,10 @@ def test_no_run_takes_up_that_of_another(name, tmp_path):
 def test_products_of_a_model_go_on_to_the_same_bits(tmp_path, monkeypatch):
     """The graphs that a session kept are made anew."""
     whole = trace(Hessian(classification(split=True)), rtol=0.1)
-    operator, multiply = Hessian(classification(split=True)), ObjectiveOperator._multiply
+    operator, multiply = Hessian(classification(split=True)), ObjectiveOperator._matvec
     calls = iter(range(100))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ObjectiveOperator, "_multiply",
+        patch.setattr(ObjectiveOperator, "_matvec",
                       lambda self, *v: multiply(self, *v) if next(calls) != 7 else _interrupt())
         trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt"))
     assert trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt")) == whole

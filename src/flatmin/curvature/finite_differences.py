@@ -9,7 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Difference(NamedTuple):
 class Scheme(Protocol):
     """How one central difference is made of first derivatives."""
 
-    needs_loss: bool    # whether it is told L(w), to say how far it is off
+    needs_loss: ClassVar[bool]      # whether it is told L(w), to say how far it is off
 
     def __call__(self, v: Tensor, w: list[Tensor], h: float, eps: float, loss: float | None,
                  out: Tensor | None = None) -> Difference:
@@ -148,6 +149,7 @@ class Differences:
         return out
 
 
+@dataclass(frozen=True)
 class GradientDifference:
     """(∇L(w + hv) − ∇L(w − hv)) / 2h: the Hessian.
 
@@ -156,10 +158,9 @@ class GradientDifference:
     as soon as autograd has it, and freed.
     """
 
-    needs_loss = True
-
-    def __init__(self, operator: CurvatureOperator, objective: Objective):
-        self.operator, self.objective = operator, objective
+    operator: CurvatureOperator
+    objective: Objective
+    needs_loss: ClassVar[bool] = True
 
     def __call__(self, v: Tensor, w: list[Tensor], h: float, eps: float, loss: float | None,
                  out: Tensor | None = None) -> Difference:

@@ -167,19 +167,16 @@ class ObjectiveOperator(CurvatureOperator):
         self.product, self.vmap = "finite_difference", False
         self._forget()
 
-    def _matvec(self, v: Tensor) -> Tensor:
-        return self._multiply(v)
-
     def matmat(self, rows: Tensor) -> Tensor:
         with self.session():
-            return self._multiply(rows) if self.vmap and len(rows) > 1 else super().matmat(rows)
+            return self._matvec(rows) if self.vmap and len(rows) > 1 else super().matmat(rows)
 
     def matvec_with_forms(self, v: Tensor) -> tuple[Tensor, Forms | None]:
         forms: list[tuple[float, Tensor]] = []
-        out = self._multiply(v, forms)
+        out = self._matvec(v, forms)
         return out, self._of_all_ranks(forms)
 
-    def _multiply(self, v: Tensor, forms: list[tuple[float, Tensor]] | None = None) -> Tensor:
+    def _matvec(self, v: Tensor, forms: list[tuple[float, Tensor]] | None = None) -> Tensor:
         """Av for v of shape (n,) or a block (b, n); ``forms`` as for ``AutogradMatvec.matvec``."""
         with ExitStack() as stack:
             if not self._in_session:

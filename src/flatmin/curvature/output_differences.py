@@ -6,7 +6,8 @@ What the loss does with z is small and local, and differentiated exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -47,13 +48,14 @@ class BatchDifference(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class OutputDifference:
     """A difference along v that is made batch by batch, so that the outputs of one batch only are held."""
 
-    needs_loss = False
-
-    def __init__(self, operator: CurvatureOperator, objective: Objective, part: BatchDifference):
-        self.operator, self.objective, self.part = operator, objective, part
+    operator: CurvatureOperator
+    objective: Objective
+    part: BatchDifference
+    needs_loss: ClassVar[bool] = False
 
     def __call__(self, v: Tensor, w: list[Tensor], h: float, eps: float, loss: float | None,
                  out: Tensor | None = None) -> Difference:
@@ -98,14 +100,14 @@ class OutputDifference:
                 add(i, g.to_dense() if g.layout is not torch.strided else g, factor)
 
 
+@dataclass(frozen=True)
 class TangentDifference:
     """v ↦ Jᵀ M (z(w + hv) − z(w − hv)) / 2h, with M = ``curvature``.
 
     With r = ‖z₊ − 2z + z₋‖ / ‖z₊ − z₋‖ the difference is off by about ⅔r² (by just that where z is an exponential).
     """
 
-    def __init__(self, curvature: Curvature):
-        self.curvature = curvature
+    curvature: Curvature
 
     def add(self, batch: WeightedBatch, move_to: MoveTo, h: float, pull: Pull) -> tuple[float, float, float]:
         with torch.no_grad():
