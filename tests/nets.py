@@ -46,7 +46,7 @@ def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
 def only_samples(monkeypatch) -> None:
     """No exact values instead of samples, for matrices so small that they would take no more products."""
     for name in ("confidence", "density", "trace", "xtrace"):
-        monkeypatch.setattr(sys.modules[f"flatmin.linalg.{name}"], "worthwhile", lambda *_: False)
+        monkeypatch.setattr(sys.modules[f"flatmin.linalg.{name}"], "exact_is_cheaper", lambda *_: False)
 
 
 class Attention(nn.Module):

@@ -194,10 +194,10 @@ def test_torchs_own_losses_are_known():
 
 def test_samples_are_cut_out_only_where_every_tensor_has_a_row_for_each():
     x, y = torch.randn(6, 2), torch.randn(6)
-    cut = batches.rows({"x": x, "y": [y]}, slice(1, 3))
+    cut = batches.samples({"x": x, "y": [y]}, slice(1, 3))
     assert torch.equal(cut["x"], x[1:3]) and torch.equal(cut["y"][0], y[1:3])
     for other in (torch.tensor(1.0), torch.randn(4), torch.randn(1, 6)):
-        assert batches.rows((x, y, other), slice(1, 3)) is None
+        assert batches.samples((x, y, other), slice(1, 3)) is None
 
 
 @pytest.mark.parametrize("where", ("data", "weights"))

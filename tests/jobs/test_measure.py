@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatmin import Objective, cli, report
-from flatmin.curvature import Hessian
+from flatmin.curvature.objective_operator import ObjectiveOperator
 from flatmin.jobs import measure
 from flatmin.report import measure_figures
 from flatmin.training.weights import load_checkpoint
@@ -254,15 +254,15 @@ def test_ctrl_c_leaves_a_folder_that_resume_continues(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("metric", ("spectrum", "trace", "density"))
 def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, monkeypatch):
     assert run("mine:objective", "--metrics", metric, "--out", "whole") == 0
-    calls, product = [], Hessian._mean
+    calls, multiply = [], ObjectiveOperator._matvec
 
-    def dying(self, v):
+    def dying(self, *v):
         calls.append(1)
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return product(self, v)
+        return multiply(self, *v)
 
-    monkeypatch.setattr(Hessian, "_mean", dying)
+    monkeypatch.setattr(ObjectiveOperator, "_matvec", dying)
     assert run("mine:objective", "--metrics", metric, "--out", "cut") == 130
     assert len(list((tmp_path / "cut" / "checkpoints").glob(f"{metric}-*.pt"))) == 1
     assert run("--resume", "cut") == 0

@@ -198,9 +198,9 @@ def test_the_certificate_is_of_a_fresh_product():
     assert torch.allclose(found.residuals, residuals, atol=1e-13)
 
     class Drifting(Matrix):
-        def _product(self, v):
+        def _matvec(self, v):
             self.matrix = self.matrix + 0.003 * torch.eye(self.size)
-            return super()._product(v)
+            return super()._matvec(v)
 
     with pytest.warns(UserWarning, match="did not converge"):
         assert not eigenpairs(Drifting(torch.diag(torch.arange(1.0, 41.0))), 2, tol=1e-6).converged.any()
@@ -243,11 +243,11 @@ def test_resumes_after_a_kill(tmp_path):
     class Dying(Matrix):
         products = 0
 
-        def _product(self, v):
+        def _matvec(self, v):
             Dying.products += 1
             if Dying.products == 60:
                 raise KeyboardInterrupt
-            return super()._product(v)
+            return super()._matvec(v)
 
     with pytest.raises(KeyboardInterrupt):
         eigenpairs(Dying(symmetric(e)), 3, basis=25, checkpoint=file)

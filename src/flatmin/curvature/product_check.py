@@ -24,7 +24,7 @@ from ..linalg import memory
 
 if TYPE_CHECKING:
     from ..objective import Objective
-    from .products import ObjectiveOperator
+    from .linearization import OverObjective as ObjectiveOperator
 
 SAMPLES = 4
 
@@ -135,7 +135,7 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
     if not found.agrees and not bool(reached.all()):
         found, _ = _along(twin, v * reached, units, gradient, samples)
     right, error = True, 0.0
-    if not _near(float(gradient @ v), (losses[0] - losses[1]) / (2 * STEPS[0])):
+    if not losses or not _near(float(gradient @ v), (losses[0] - losses[1]) / (2 * STEPS[0])):
         right, error = _has_right_gradient(twin, v * reached, gradient)
     if right is False:
         return replace(found, agrees=False, gradient=False, error=error, samples=samples, reason="",
@@ -149,9 +149,9 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient:
     differences = twin.differences()
     assert differences is not None
     with differences.at(v) as difference:
-        first, losses = difference(STEPS[0]), differences.losses
+        first, _, _, losses = difference(STEPS[0])
     try:
-        exact = twin._product(v).split(twin.numels)
+        exact = twin.matvec(v).split(twin.numels)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
@@ -159,7 +159,7 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient:
     if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
         return ProductCheck(reason="a product or a gradient is not finite"), losses
     with differences.at(v) as difference:
-        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
+        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h).av).split(twin.numels),
                                   units, gradient.split(twin.numels))
     if verdict is None:
         return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
@@ -274,7 +274,7 @@ def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
                                     **batches.each_tensor(loss_fn.keywords, _double))
     twin = copy.copy(operator)
     twin.objective = objective.alone(data, loss_fn, _InDouble)
-    twin = twin._again(operator.names)
+    twin = twin.restrict(operator.names)
     twin.product = "forward" if operator.product == "forward" else "recomputed"
     return twin
 

@@ -1,4 +1,4 @@
-"""Long computations that go on after a kill: their state in a file, and a journal for what is rewritten in place."""
+"""Long computations that resume after a kill: their state in a file, and a journal for what is rewritten in place."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..files import remove_file, replace_file
 from .operator import CurvatureOperator
 
 State = dict[str, Any]
-"""Tensors and plain values from which a run goes on to the same bits; "matvecs" are the products behind it."""
+"""Tensors and plain values from which a run resumes to the same bits; "matvecs" counts those already done."""
 
 
 class Checkpoint:
-    """The state of a run in a file: written each minute and on Ctrl-C, taken up by the same call, removed at the end.
+    """The state of a run in a file: written each minute and on Ctrl-C, resumed by the same call, removed at the end.
 
     On ranks each has its own file; they write together, and start over where their states are not of the same step.
     A basis on disk is a part of the state that has a file of its own, ``basis``. With a ``generator`` each state holds
@@ -43,7 +43,7 @@ class Checkpoint:
         if self.file:
             seed = settings.get("seed")
             settings |= {"seed": seed if isinstance(seed, int) else None, "disk": on_disk, "dtype": operator.dtype,
-                         "size": (operator.size, operator.length), "of": type(operator).__name__}
+                         "size": (operator.size, operator.length), "of": operator.name}
             self._run = repr(sorted(settings.items())) + operator.fingerprint()
             self._saved = self._read(self.file)
         if self._saved and generator is not None:
@@ -63,7 +63,7 @@ class Checkpoint:
         """The state after a step; it must not change before the next ``tick`` or ``changing``."""
         if self.file:
             self._hold(state)
-            if self.operator.agree(int(time.monotonic() - self._written < self.every)) == 0:
+            if self.operator.smallest(int(time.monotonic() - self._written < self.every)) == 0:
                 self.write()
 
     def changing(self) -> None:
@@ -115,7 +115,7 @@ class Checkpoint:
         if self.basis and not os.path.exists(self.basis):
             state = None
         mark = zlib.crc32(repr((state["matvecs"], sorted(state))).encode()) if state else 0
-        if self.operator.agree(mark) != -self.operator.agree(-mark):
+        if self.operator.smallest(mark) != -self.operator.smallest(-mark):
             state = None
         if state is None:
             self._remove_basis()

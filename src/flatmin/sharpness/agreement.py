@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel, perturbed, vectors
-from ..curvature import Hessian, eigenpairs
+from ..curvature import CurvatureOperator, Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step
@@ -92,7 +92,7 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
                      settings={"rho": rho, "mode": objective.mode, "samples": at.samples})
 
 
-def _rises(objective: Objective, H: Hessian, g: list[Tensor], loss: float,
+def _rises(objective: Objective, H: CurvatureOperator, g: list[Tensor], loss: float,
            radii: Sequence[float]) -> tuple[float, list[float], list[float]]:
     """‖g‖, the rises S(ρ), and what the first two orders say of them."""
     w = objective.parameters

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import parallel, vectors
 from ..curvature import Hessian
-from ..linalg.confidence import add, data_stderr
-from ..linalg.operator import Forms
+from ..linalg.confidence import add_forms, data_stderr
+from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective
 from ..results import Scalar
 from .average_case import mean_and_error
@@ -105,7 +105,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
-def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: int,
+def _estimate(H: CurvatureOperator, space: vectors.Space, c: Sequence[Tensor], samples: int,
               generator: torch.Generator) -> tuple[list[Tensor], float, Forms | None]:
     """The diagonal of CHC from random signs, the standard error of its sum, and its sum by batches."""
     total = [torch.zeros_like(t) for t in c]
@@ -114,15 +114,15 @@ def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: in
         for _ in range(samples):
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, c, strict=True)]
-            product, here = H._product_with_forms(H.join(v))
-            forms = add(forms, here, 1 / samples)
+            product, here = H.matvec_with_forms(H.join(v))
+            forms = add_forms(forms, here, 1 / samples)
             row = [a * parallel.local(b) for a, b in zip(v, H.split(product), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
     return total, mean_and_error(sums)[1], forms
 
 
-def _diagonal(H: Hessian, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
+def _diagonal(H: CurvatureOperator, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
     """The diagonal of H by one product a parameter, and with w also Σ wᵢ² Hᵢᵢ by batches."""
     if w is None:
         return H.split(H.dense().diagonal()), None
@@ -130,9 +130,9 @@ def _diagonal(H: Hessian, w: Sequence[Tensor] | None) -> tuple[list[Tensor], For
     diagonal = torch.zeros_like(squares)
     with H.session():
         for i, e in enumerate(torch.eye(H.size, dtype=H.dtype, device=H.device)):
-            product, here = H._product_with_forms(e)
+            product, here = H.matvec_with_forms(e)
             diagonal[i] = product[i]
-            forms = add(forms, here and (here[0], here[1] * float(squares[i])))
+            forms = add_forms(forms, here and (here[0], here[1] * float(squares[i])))
     return H.split(diagonal), forms
 
 
