@@ -12,14 +12,14 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
-    {"vectors", "results", "errors", "progress"},
+    {"vectors", "results", "errors", "progress", "measures"},
     {"linalg"},
     {"objective", "evaluation", "batches", "checks", "perturbed", "parallel", "composite_norms"},  # how data are read
     {"ascent", "curvature", "presets"},
     {"sharpness", "landscape", "paths", "generalization"},
     {"training"},
     {"relevance", "recipes", "report"},
-    {"jobs", "integrations", "tensorscope"},
+    {"jobs", "integrations", "tensorscope", "compat"},
     {"cli"},
 ]
 LEVEL = {unit: level for level, units in enumerate(ORDER) for unit in units}

@@ -15,7 +15,7 @@ from ..curvature import Hessian
 from ..linalg.confidence import add, data_stderr
 from ..linalg.operator import Forms
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .average_case import mean_and_error
 from .cautions import warn_of
 
@@ -32,6 +32,12 @@ class NormalizedFlatness(Scalar):
     products: int
     clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
     batches: Forms | None = field(default=None, repr=False)     # weights and values of the batches, of "element"
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The value on each batch of all ranks."""
+        n, values = self.batches or (torch.empty(0), torch.empty(0))
+        return PerBatch(values=tuple(values.tolist()), weights=tuple(n.tolist()), of_all_ranks=True)
 
 
 def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples: int = 100,

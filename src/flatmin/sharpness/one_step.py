@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import perturbed, vectors
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 
 
@@ -31,6 +31,11 @@ class OneStep(Scalar):
     warnings: tuple[str, ...] = ()
     rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches
     weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The rise on each of this rank's batches."""
+        return PerBatch(values=self.rises, weights=self.weights)
 
     @property
     def remainder(self) -> float:

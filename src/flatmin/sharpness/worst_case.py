@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import perturbed, vectors
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 from .scaling import Adaptive, check_p, project, scaled, scales, steepest
 from .trust_region import trust_region
@@ -39,6 +39,11 @@ class WorstCase(Scalar):
     warnings: tuple[str, ...] = ()
     rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches, at the best point
     weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The rise on each of this rank's batches, at the best point."""
+        return PerBatch(values=self.rises, weights=self.weights)
 
 
 def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptive: Adaptive | bool = "none",
