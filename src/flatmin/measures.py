@@ -43,7 +43,7 @@ class Measure:
     cost: str               # passes over the data: forward (F), backward (B), Hessian-vector products (H)
     quick_cost: str = ""    # with Options(quick=True); empty where that changes nothing
     invariant: bool = False  # whether rescaling a ReLU network without changing its function leaves the value
-    random: bool = False    # whether it depends on the seed beyond its tolerance
+    random: bool = False    # whether the value may depend on the seed by more than the tolerance
     resumable: bool = False     # whether it keeps its state in Options.checkpoint
     radius: Radius = ""     # what rho is: the length of the step, the standard deviation of each coordinate; "": no rho
     users: tuple[User, ...] = ()    # "measure": flatmin measure; "monitor": SharpnessMonitor; "compare": compare
@@ -80,7 +80,7 @@ ALL = (
             radius="coordinate", users=("measure", "monitor")),
     Measure(name="largest_random", room="sharpness", label="largest random rise", cost="21 F", random=True,
             radius="length", users=("measure",)),
-    Measure(name="m_sharpness", room="sharpness", label="m-sharpness", cost="11 (F + B)", random=True, radius="length",
+    Measure(name="m_sharpness", room="sharpness", label="m-sharpness", cost="11 (F + B)", radius="length",
             users=("measure",)),
     Measure(name="normalized_flatness", room="sharpness", label="normalized flatness", cost="up to 100 H",
             quick_cost="up to 30 H", invariant=True, random=True, users=("measure", "monitor", "compare")),
