@@ -18,7 +18,7 @@ Generated from `flatmin.measures` by `python docs/make_measures.py`. Each packag
   of an objective takes two more F, to see whether it is deterministic.
 * **ρ** is the length of the step, or the standard deviation of each coordinate.
 * **Invariant**: rescaling a ReLU network without changing its function does not change the value.
-* **Random**: the value may depend on the seed by more than the tolerance.
+* **Random**: the value may depend on the seed, beyond the tolerance of an iteration.
 * **Offered by** `flatmin measure --metrics`, `SharpnessMonitor` (with its own cost, where that is smaller) and
   `sharpness.compare`. The `sharpness_methods` of `flatmin.tensorscope` are those of `flatmin measure`.
 

@@ -43,7 +43,7 @@ class Measure:
     cost: str               # passes over the data: forward (F), backward (B), Hessian-vector products (H)
     quick_cost: str = ""    # with Options(quick=True); empty where that changes nothing
     invariant: bool = False  # whether rescaling a ReLU network without changing its function leaves the value
-    random: bool = False    # whether the value may depend on the seed by more than the tolerance
+    random: bool = False    # whether the value may depend on the seed, beyond a tolerance
     resumable: bool = False     # whether it keeps its state in Options.checkpoint
     radius: Radius = ""     # what rho is: the length of the step, the standard deviation of each coordinate; "": no rho
     users: tuple[User, ...] = ()    # "measure": flatmin measure; "monitor": SharpnessMonitor; "compare": compare
