@@ -173,8 +173,7 @@ def test_signatures():
     assert list(inspect.signature(compute_sam_sharpness).parameters) == ["model", "loss_fn", "inputs", "targets", "rho"]
     for name in ("ASAM", "LookSAM", "EfficientSAM", "MomentumSAM", "MemoryEfficientSAM"):
         assert getattr(ascent, name) is getattr(compat, name) and issubclass(getattr(compat, name), flatmin.SAM)
-    with pytest.raises(AttributeError, match="XSAM"):
-        ascent.XSAM  # noqa: B018
+    assert not hasattr(ascent, "XSAM")
 
 
 def test_asam_is_the_adaptive_form_with_a_radius_of_two():
@@ -380,7 +379,10 @@ def test_the_functions_on_a_model():
 
 def test_the_top_eigenvalue_is_the_largest_and_not_the_largest_in_magnitude():
     model = nn.Linear(2, 1, bias=False)
-    loss = lambda z, y: 0.5 * (model.weight[0, 0] ** 2 - 5 * model.weight[0, 1] ** 2) + 0 * z.mean()  # noqa: E731
+
+    def loss(z, y):
+        return 0.5 * (model.weight[0, 0] ** 2 - 5 * model.weight[0, 1] ** 2) + 0 * z.mean()
+
     assert power_iteration_top_eigenvalue(model, loss, torch.ones(8, 2), torch.ones(8)) == pytest.approx(1.0)
 
 

@@ -230,7 +230,10 @@ def test_a_failed_sanity_check_warns():
     model, x = nn.Linear(1, 1, bias=False), torch.ones(8, 1)
     with torch.no_grad():
         model.weight.fill_(-0.03)
-    kinked = lambda z, y: (torch.relu(z) * 5 + z + z.square()).mean()  # noqa: E731
+
+    def kinked(z, y):
+        return (torch.relu(z) * 5 + z + z.square()).mean()
+
     with pytest.warns(DisagreementWarning, match="SAM and Hessian sharpness diverge: One-step"):
         found = UnifiedModelAnalysis().analyze_model(model, (x, x), {**config, "loss_fn": kinked})
     assert found["sanity_check"]["third_order"] is False

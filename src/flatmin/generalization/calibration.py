@@ -1,4 +1,4 @@
-"""Does a confidence of 0.8 mean right in 80 % of the cases? Calibration on samples or tokens, with intervals.
+"""Calibration errors on samples or tokens, with intervals: is a confidence of 0.8 right in 80 % of the cases?
 
 Functions of ``(confidence, correct)`` look at one probability a sample, those of ``(logits, targets)`` at all classes;
 ``top_label`` makes the former from the latter, and ``summary`` computes everything at once. Probabilities p stand in

@@ -1,4 +1,4 @@
-"""Two models side by side: every measure with its sign, and which of them may be compared at all."""
+"""Two models side by side: every measure with its sign, and whether plain measures may be compared."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Comparison(Scalar):
 
 def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence[str] = MEASURES,
             names: tuple[str, str] = ("A", "B"), adaptive_rho: float | None = None, seed: int = 0) -> Comparison:
-    """Measure two models alike and put the numbers side by side; disagreement is a result, not an error.
+    """Measure two models in the same way; measures that disagree are a result and not an error.
 
     Args:
         a, b: two objectives, on the same data if the models are to be compared rather than the data.

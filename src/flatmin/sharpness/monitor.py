@@ -1,4 +1,4 @@
-"""Sharpness while a model trains, every n steps, through whatever logger is there."""
+"""Sharpness while a model trains, every n steps, sent to a logger."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class SharpnessMonitor:
         return {"count": self._count, "history": [dict(row) for row in self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where a saved monitor stood; wall time is counted from here."""
+        """Resume counting from a saved monitor; wall time is counted from here."""
         self._count, self.history = int(state["count"]), [dict(row) for row in state["history"]]
         self._spent, self._begun = 0.0, time.perf_counter()
 
