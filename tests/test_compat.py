@@ -1,6 +1,7 @@
 """The classes and functions of notes and of the most used SAM class: their own code runs, and computes what it says."""
 
 import copy
+import gc
 import inspect
 import math
 import pickle
@@ -290,7 +291,8 @@ def test_momentum_sam_needs_no_momentum_of_the_base_and_resumes_bitwise(base, op
 
 
 def peak(step):
-    """The largest number of bytes held at once beyond those held before."""
+    """The largest number of bytes held at once beyond those held before; garbage of other tests is freed first."""
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -40,8 +40,8 @@ class SAM(ascent.SAM):
     """``flatmin.SAM`` for subclasses that override ``first_step`` in the way of the most used class.
 
     Such a subclass keeps w in ``self.state[p]["old_p"]``, moves the weights itself, scaled with ``_grad_norm()``, and
-    inherits ``second_step`` and ``step``. What else it keeps in ``self.state`` it shares with the base
-    optimizer.
+    inherits ``second_step`` and ``step``. ``step`` calls its closure twice, with gradients cleared before each call.
+    What else the subclass keeps in ``self.state`` it shares with the base optimizer.
     """
 
     @torch.no_grad()
