@@ -33,6 +33,7 @@ mutants: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python docs/make_methods.py
+	$(BIN)/python docs/make_measures.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

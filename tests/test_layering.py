@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
-    {"vectors", "results", "errors", "files", "progress", "parallel"},
+    {"vectors", "results", "errors", "files", "progress", "parallel", "measures"},
     {"linalg"},
     {"batches", "perturbed", "composite_norms", "gradient_sum", "evaluation", "determinism", "checks", "objective"},
     {"ascent", "curvature", "presets"},

@@ -59,6 +59,15 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float], *, fewest: 
     return mean, math.nan if count < fewest else math.sqrt(count / (count - 1)) * spread / n
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerBatch:
+    """A measure's values batch by batch and the terms that each averages; of this rank's batches or of all ranks'."""
+
+    values: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    of_all_ranks: bool = False
+
+
 def uncertain(value: float, error: float = math.nan) -> str:
     """``value ± error`` with as many digits as the error supports; the bare value where there is no error.
 

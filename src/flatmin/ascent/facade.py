@@ -14,9 +14,9 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import PerturbedStateError
 from ..parallel import local
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
-from .cadences import Cadence, Every, Reuse
+from .cadences import Cadence
 from .closures import ClosurePasses, ForeignGradients, GradientsBeforeClosure, NoGradient
-from .directions import Adaptive, Direction, Momentum, RandomFraction
+from .directions import Adaptive, Direction
 from .parameters import check_rho, devices_of
 from .rules import Rule
 from .sharpener import Sharpener
@@ -317,44 +317,3 @@ def _version(tensor: Tensor) -> int:
 
 def _contents(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
     return [(group, list(group["params"])) for group in groups]
-
-
-def ASAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.5, eta: float = 0.01,
-         biases: bool = False, **options: Any) -> SAM:
-    """:class:`SAM` with the paper's adaptive direction, T = |w| + η on weights (arXiv:2102.11600).
-
-    With bare parameters, tensors of one dimension count as biases; pass the module to tell normalization weights
-    apart. ``biases=True`` scales those too, for which the radius is usually larger (2.0).
-    """
-    return SAM(params, base_optimizer, rho, direction=Adaptive(eta, biases=biases), **options)
-
-
-def LookSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, k: int = 5, alpha: float = 0.7,
-            **options: Any) -> SAM:
-    """:class:`SAM` every k steps, re-using its sharpness component between (arXiv:2203.02714).
-
-    ``step(closure)`` evaluates once on the steps between; ``first_step``/``second_step`` cannot save the pass.
-    """
-    return SAM(params, base_optimizer, rho, cadence=Every(k, Reuse(alpha)), **options)
-
-
-def EfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05,
-                 perturbation_ratio: float = 0.5, **options: Any) -> SAM:
-    """:class:`SAM` moving a random fraction of the tensors, scaled by its inverse (ESAM's SWP, arXiv:2110.03141).
-
-    Its data selection needs per-sample losses: ``flatmin.presets.esam``.
-    """
-    return SAM(params, base_optimizer, rho, direction=RandomFraction(beta=perturbation_ratio), **options)
-
-
-def MomentumSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 3.0, **options: Any) -> SAM:
-    """:class:`SAM` along minus the base optimizer's momentum: ``step(closure)`` evaluates once (arXiv:2401.12033)."""
-    return SAM(params, base_optimizer, rho, direction=Momentum(), **options)
-
-
-def MemoryEfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, **options: Any) -> SAM:
-    """:class:`SAM` that keeps its copy of w in the host's memory: an accelerator holds weights and one gradient.
-
-    Works with activation checkpointing in the model, which is what saves the rest.
-    """
-    return SAM(params, base_optimizer, rho, offload=True, **options)

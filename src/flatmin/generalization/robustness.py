@@ -1,7 +1,7 @@
-"""What the loss gains when weights are disturbed as they are in use: noise, rounding, pruning, low rank.
+"""The rise of the loss when weights are changed as in deployment: noise, rounding, pruning, low rank.
 
-Each function returns the rise L(w + δ) − L(w) and gives the weights back bit for bit. Beside the measured rise stands
-what curvature predicts of it: gᵀδ + ½ δᵀHδ for the δ that was made, ½ tr(HΣ) for noise of covariance Σ.
+Each function returns the rise L(w + δ) − L(w) and restores the weights bit for bit. Beside the measured rise is
+the one predicted from curvature: gᵀδ + ½ δᵀHδ for the δ that was made, ½ tr(HΣ) for noise of covariance Σ.
 
 ``quantized``, ``pruned`` and ``truncated`` act on all weights with two dimensions or more, frozen ones included, except
 those of embeddings (and what is tied to one): as tools for deployment do, biases, normalization and embeddings stay.
@@ -107,7 +107,7 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
         draws: independent draws; each is a pair δ, −δ (two passes over the data) unless ``antithetic`` is off, so that
             the first-order term cancels.
         predict: whether to compute ½ tr(HΣ), by random probes to a relative error of ``rtol``, with at
-            most ``max_matvecs`` products.
+            most ``max_matvecs`` matvecs.
         metric: ``metric(outputs, batch)``, a mean over the batch like the loss, such as ``accuracy``.
         seed: of the draws.
 
@@ -165,7 +165,7 @@ def quantized(objective: Objective, bits: int = 4, *, group: int | None = None, 
         bits: 2 to 16.
         group: None for a scale an output channel; 128 is usual below 8 bits.
         parameters: names of parameters or modules; by default all matrices but embeddings.
-        predict: whether to compute gᵀδ + ½ δᵀHδ, one gradient and one product with the Hessian.
+        predict: whether to compute gᵀδ + ½ δᵀHδ, one gradient and one Hessian-vector product.
         metric: ``metric(outputs, batch)``, a mean over the batch like the loss, such as ``accuracy``.
 
     Raises:

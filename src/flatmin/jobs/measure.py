@@ -22,34 +22,23 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..curvature import Hessian, eigenpairs, spectral_density, trace
 from ..errors import RunFolderError
 from ..files import digest
-from ..landscape import line, surface
+from ..landscape import line
+from ..measures import METRICS as OFFERED
+from ..measures import Options, find_metrics
 from ..objective import Objective
 from ..progress import Display
 from ..results import plain
-from ..sharpness import (
-    agreement,
-    average_case,
-    compare,
-    critical_sharpness,
-    largest_random,
-    m_sharpness,
-    normalized_flatness,
-    one_step,
-    worst_case,
-)
+from ..sharpness import compare
 from ..sharpness.cautions import samples_in
 from ..tensorscope import objective_for
 from ..training.folder import RunFolder
 from ..training.recipe import Recipe
 from ..training.user_code import load_object, said
 from ..training.weights import load_checkpoint
+from .measures import MEASURES
 from .settings import MeasureSettings
-
-TRACE_ERROR, TRACE_PRODUCTS = 0.05, 1000
-"""The standard error that the trace is measured to, relative, and the most matvecs spent on it."""
 
 
 class Measurement:
@@ -171,32 +160,28 @@ class Measurement:
         return record
 
 
-def _spectrum(job: Measurement) -> Any:
-    return eigenpairs(Hessian(job.objective), job.settings.k, tol=job.settings.tol, seed=job.settings.seed,
-                      progress=job.show, checkpoint=job.file("spectrum"))
+def _take(name: str, job: Measurement) -> Any:
+    """One measure with the settings of the run, as it goes into the record."""
+    measure, settings = MEASURES[name], job.settings
+    # a radius of each coordinate: perturbations then have the length rho in the root mean square
+    rho = settings.rho / (math.sqrt(job.record["model"]["parameters"]) if measure.radius == "coordinate" else 1)
+    file = job.file(name) if measure.resumable else None
+    found = measure(job.objective, Options(rho=rho, k=settings.k, tol=settings.tol, seed=settings.seed,
+                                           progress=job.show, checkpoint=file))
+    return _RECORDED[name](found) if name in _RECORDED else found
 
 
-def _trace(job: Measurement) -> Any:
-    return trace(Hessian(job.objective), rtol=TRACE_ERROR, max_matvecs=TRACE_PRODUCTS, seed=job.settings.seed,
-                 progress=job.show, checkpoint=job.file("trace"))
-
-
-def _density(job: Measurement) -> Any:
-    found = spectral_density(Hessian(job.objective), seed=job.settings.seed, progress=job.show,
-                             checkpoint=job.file("density"))
+def _density(found: Any) -> dict[str, Any]:
     x, density, error = found.density()
     return plain(found) | {"x": x, "density": density, "density_stderr": error, "nodes": found.nodes,
                            "weights": found.weights}
 
 
-def _m_sharpness(job: Measurement) -> Any:
-    m = max(1, min(128, math.ceil(job.record["data"]["samples"] / 4)))
-    return m_sharpness(job.objective, m, job.settings.rho, iterations=10, restarts=0, seed=job.settings.seed)
-
-
-def _surface(job: Measurement) -> Any:
-    found = surface(job.objective, seed=job.settings.seed, checkpoint=job.file("surface"))
+def _surface(found: Any) -> dict[str, Any]:
     return plain(found) | {"names": found.plane.names, "units": found.units}
+
+
+_RECORDED: dict[str, Callable[[Any], dict[str, Any]]] = {"density": _density, "surface": _surface}
 
 
 def _comparison(job: Measurement) -> Any:
@@ -216,38 +201,7 @@ def _comparison(job: Measurement) -> Any:
     return found | {"path": {"x": path.x.tolist(), "values": plain(path.values), "models": plain(path.models)}}
 
 
-METRICS: dict[str, Callable[[Measurement], Any]] = {
-    "one_step": lambda job: one_step(job.objective, job.settings.rho),
-    "spectrum": _spectrum,
-    "trace": _trace,
-    "density": _density,
-    "worst_case": lambda job: worst_case(job.objective, job.settings.rho, seed=job.settings.seed),
-    "adaptive_worst_case": lambda job: worst_case(job.objective, job.settings.rho, adaptive="element",
-                                                  seed=job.settings.seed),
-    "average_case": lambda job: average_case(job.objective, job.settings.rho
-                                             / math.sqrt(job.record["model"]["parameters"]), seed=job.settings.seed),
-    "largest_random": lambda job: largest_random(job.objective, job.settings.rho, seed=job.settings.seed),
-    "m_sharpness": _m_sharpness,
-    "normalized_flatness": lambda job: normalized_flatness(job.objective, seed=job.settings.seed),
-    "critical_sharpness": lambda job: critical_sharpness(job.objective),
-    "agreement": lambda job: agreement(job.objective, job.settings.rho, seed=job.settings.seed),
-    "line": lambda job: line(job.objective, "filter", draws=3, seed=job.settings.seed),
-    "surface": _surface,
-}
-
-
-def find_metrics(text: str) -> list[str]:
-    """The names in ``a,b,c`` or "all", in the order in which they are measured.
-
-    Raises:
-        ValueError: an unknown name; the message lists the choices.
-    """
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in METRICS and name != "all"]
-    if unknown or not names:
-        raise ValueError(f"unknown metric {', '.join(map(repr, unknown)) or repr(text)}: choose from "
-                         f"{', '.join(METRICS)}, or all")
-    return [name for name in METRICS if name in names or "all" in names]
+METRICS: dict[str, Callable[[Measurement], Any]] = {name: functools.partial(_take, name) for name in OFFERED}
 
 
 def find_objective(name: str, seed: int = 0) -> Objective:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..measures import DEFAULT_METRICS
 from ..training.methods import find_methods
 
 
@@ -64,7 +65,7 @@ class MeasureSettings:
     """what is measured, from your own code: module:attribute"""
     checkpoint: str | None = None
     """file of weights for its model (default: as your code made them)"""
-    metrics: str = "one_step,spectrum,trace,density"
+    metrics: str = DEFAULT_METRICS
     """measures with commas between, or all"""
     k: int = 5
     """how many of the largest eigenvalues"""

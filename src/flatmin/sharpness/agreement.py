@@ -1,4 +1,4 @@
-"""Whether sharpness measures and the Hessian tell the same story, asked only where they should."""
+"""Whether sharpness measures and the Hessian agree, and how measures correlate over checkpoints."""
 
 from __future__ import annotations
 

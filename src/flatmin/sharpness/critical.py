@@ -1,4 +1,4 @@
-"""How far one can go along an update before the loss is back where it was, and how near the edge of stability is."""
+"""Critical sharpness along an update, and the distance to the edge of stability."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .. import parallel, perturbed, vectors
+from ..curvature import Hessian, eigenpairs
 from ..evaluation import Pass
 from ..objective import Objective
 from ..results import Scalar
@@ -186,8 +187,6 @@ def edge_of_stability(objective: Objective, lr: float, *, momentum: float = 0.0,
 
     J. Cohen et al., arXiv 2103.00065; P. Long, P. Bartlett, arXiv 2309.12488 (SAM).
     """
-    from ..curvature import Hessian, eigenpairs
-
     if not lr > 0 or not 0 <= momentum < 1 or rho < 0 or rho and momentum:
         raise ValueError(f"lr must be positive, momentum in [0, 1), rho at least 0 and not together with momentum; got "
                          f"lr={lr}, momentum={momentum}, rho={rho}")

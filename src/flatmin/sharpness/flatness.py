@@ -15,7 +15,7 @@ from ..curvature import Hessian
 from ..linalg.confidence import add_forms, data_stderr
 from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .average_case import mean_and_error
 from .cautions import warn_of
 
@@ -28,10 +28,16 @@ class NormalizedFlatness(Scalar):
 
     data_stderr: float = math.nan   # over batches, of "element" alone; nan where there are fewer than five
     layers: dict[str, float]
-    exact: bool         # the diagonal of H by one product a parameter, rather than from random vectors
+    exact: bool         # the diagonal of H by one matvec a parameter, rather than from random vectors
     products: int
     clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
     batches: Forms | None = field(default=None, repr=False)     # weights and values of the batches, of "element"
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The value on each batch of all ranks."""
+        n, values = self.batches or (torch.empty(0), torch.empty(0))
+        return PerBatch(values=tuple(values.tolist()), weights=tuple(n.tolist()), of_all_ranks=True)
 
 
 def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples: int = 100,
@@ -52,7 +58,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
 
     Args:
         objective: L.
-        samples: products with H at most. Where there are no more parameters than that, the diagonal is exact.
+        samples: Hessian-vector products at most. Where there are no more parameters than that, the diagonal is exact.
         seed: of the random signs z in c² ∘ h ≈ mean (c∘z) ∘ H(c∘z). "element" takes c = w: its sum is unbiased and has
             a standard error. The relatives take for c the size of w by row and column (its geometric means, or the one
             of them that ``kind`` has), so that the estimate is invariant to just what they are; they set its negative

@@ -1,4 +1,4 @@
-"""The same measures of a part of the data at a time."""
+"""m-sharpness: a measure of chunks of m samples, averaged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .one_step import one_step
 from .worst_case import worst_case
 
 Measure = Callable[..., Scalar]
-MEASURES: dict[str, Measure] = {"one_step": one_step, "worst_case": worst_case, "average_case": average_case}
+CHUNK_MEASURES: dict[str, Measure] = {"one_step": one_step, "worst_case": worst_case, "average_case": average_case}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     """
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
-    if isinstance(measure, str) and measure not in MEASURES:
-        raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(MEASURES)}, or pass a function")
-    function = MEASURES[measure] if isinstance(measure, str) else measure
+    if isinstance(measure, str) and measure not in CHUNK_MEASURES:
+        raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(CHUNK_MEASURES)}, or pass a function")
+    function = CHUNK_MEASURES[measure] if isinstance(measure, str) else measure
     if function is one_step:
         options = {"second_order": False} | options
     world = _world(objective)
