@@ -19,9 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import parallel, vectors
 
-READABLE = ("cpu",)
-"""Devices on which reading a number to the host waits for nothing."""
-
 
 class Spare:
     """Memory for a copy of many small tensors, kept from step to step: new pages cost more than the copying."""
@@ -70,7 +67,7 @@ class Displacement:
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in vectors.HALF
-            if len(ws) > 1 and not half and ws[0].device.type in READABLE:
+            if len(ws) > 1 and not half and ws[0].device.type in vectors.READABLE:
                 self._move_small(ws, ds, cs, float(scale))
                 continue
             step = scratch.scaled([t.float() for t in ds] if half else ds, scale.to(ws[0].device), finite)
@@ -94,7 +91,7 @@ class Displacement:
 
     def _borrowed(self, w: Sequence[Tensor]) -> list[Tensor]:
         """Spare memory for a copy of one block of small tensors on the CPU; nothing for other weights."""
-        if self._spare is None or len(w) < 2 or w[0].device.type not in READABLE or (
+        if self._spare is None or len(w) < 2 or w[0].device.type not in vectors.READABLE or (
                 sum(map(Tensor.numel, w)) > vectors.BLOCK):
             return []
         self._lent = self._spare.take(w)

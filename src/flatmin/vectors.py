@@ -24,6 +24,9 @@ _NORM_BLOCK = 1 << 16
 
 HALF = (torch.float16, torch.bfloat16)
 
+READABLE = ("cpu",)
+"""Devices on which reading a number to the host waits for nothing."""
+
 
 def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[list[Tensor], ...]]:
     """Walk equally shaped lists of tensors in lockstep, about ``limit`` numbers at a time.
@@ -156,8 +159,11 @@ _SMALLEST = 1e-20
 
 
 def _exact_where_lost(found: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner products of tensors, in float64 where products left the range of float32, on the CPU; in place."""
-    if found.device.type != "cpu":
+    """Inner products of tensors, in float64 where products left the range of float32; in place.
+
+    Not on devices where reading a number makes the host wait.
+    """
+    if found.device.type not in READABLE:
         return found
     size = found.abs()
     low, high = torch.aminmax(size)

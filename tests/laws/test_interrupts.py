@@ -19,6 +19,13 @@ from rows import cut
 SOURCE = str(Path(flatmin.__file__).parent)
 
 
+@pytest.fixture(autouse=True)
+def grad_mode():
+    """CPython skips the exit of a with statement that is interrupted on its own line: the mode may stay off."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 def traced(step, at=0):
     """Run ``step``, with a KeyboardInterrupt at its ``at``-th line inside the library; the lines that were seen."""
     lines = []
@@ -40,6 +47,7 @@ def traced(step, at=0):
         pass
     finally:
         sys.settrace(None)
+        torch.set_grad_enabled(True)
     return lines
 
 

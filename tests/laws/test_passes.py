@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import problems
-from flatmin import perturbed
+from flatmin import vectors
 from problems import batch, build, loss_fn
 from rows import ROWS, case_id, parts_for, start, warm_up
 
@@ -63,7 +63,7 @@ def test_backward_passes_are_what_the_row_says(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=case_id)
 def test_the_host_reads_one_flag_a_step(row, monkeypatch):
-    monkeypatch.setattr(perturbed, "READABLE", ())      # as on an accelerator
+    monkeypatch.setattr(vectors, "READABLE", ())      # as on an accelerator
     model = build()
     optimizer, sharpener = start(row, row.bases[-1], model)
     warm_up(row, sharpener, optimizer, model, 3 if row.stateful else 1)
