@@ -13,9 +13,10 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "flatmin"
 ORDER = [
-    {"vectors", "results", "errors", "files", "progress", "parallel", "measures"},
+    {"vectors", "results", "errors", "files", "progress", "parallel", "measures", "memory"},
     {"linalg"},
-    {"batches", "perturbed", "composite_norms", "gradient_sum", "evaluation", "determinism", "checks", "objective"},
+    {"batches", "perturbed", "composite_norms", "gradient_sum", "evaluation", "determinism", "objective_checks",
+     "objective"},
     {"ascent", "curvature", "presets"},
     {"sharpness", "landscape", "paths", "generalization"},
     {"training"},

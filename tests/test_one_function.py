@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
-from flatmin import Objective
+from flatmin import Objective, memory
 from flatmin.curvature import GaussNewton, Hessian, eigenpairs
-from flatmin.linalg import memory
 from flatmin.sharpness import (
     agreement,
     average_case,

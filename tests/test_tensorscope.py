@@ -11,7 +11,7 @@ from torch import nn
 from flatmin import Objective
 from flatmin.curvature import Hessian
 from flatmin.sharpness import average_case, largest_random, m_sharpness, one_step, worst_case
-from flatmin.sharpness.cautions import DisagreementWarning
+from flatmin.sharpness.sharpness_warnings import DisagreementWarning
 from flatmin.tensorscope import (
     ICLRMetrics,
     ModularityMetrics,

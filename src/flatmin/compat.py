@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from . import ascent
+from .ascent.direction import Ascent, AscentInfo
 from .ascent.directions import Gradient
-from .ascent.steepest import Ascent, AscentInfo
 from .curvature import Hessian, compute_hessian_sharpness, eigenpairs
 from .generalization.pac_bayes import compute_pac_bayes_bound
 from .objective import Objective

@@ -87,7 +87,7 @@ class WeightedBatch:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Evaluation:
     """One pass over the data: L(w), L_b(w) and n_b of this rank's batches, and the number of samples on all ranks.
 
     ``eps`` is that of the least precise numbers among the weights, the outputs and the losses. Where it was asked for,
@@ -240,7 +240,7 @@ class EvaluationSession:
         finally:
             self.ranks.reshard()
 
-    def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Pass:
+    def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Evaluation:
         """One pass over the data, as ``Objective.evaluate`` describes it."""
         w = self.parameters
         sums = GradientSum(w)
@@ -267,7 +267,7 @@ class EvaluationSession:
             g = self._mean_gradient(sums, first / normalizer(weights, self.ranks, self.sums)) if gradient else []
             loss = self.mean(zip(losses, weights, strict=True))
         eps = max((torch.finfo(kind).eps for kind in (*kinds, *(t.dtype for t in losses))), default=0.0)
-        return Pass(loss, each, tuple(weights), samples, eps, g, self._without(sums) if gradient else ())
+        return Evaluation(loss, each, tuple(weights), samples, eps, g, self._without(sums) if gradient else ())
 
     def _mean_gradient(self, sums: GradientSum, share: float) -> list[Tensor]:
         g = sums.totals()

@@ -11,8 +11,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from . import batches, checks, parallel
-from .evaluation import EvaluationSession, Pass, WeightedBatch, devices_of, normalizer
+from . import batches, parallel
+from . import objective_checks as checks
+from .evaluation import Evaluation, EvaluationSession, WeightedBatch, devices_of, normalizer
 from .parallel import Ranks
 from .results import FEWEST_BATCHES, weighted_mean
 
@@ -136,7 +137,7 @@ class Objective:
         return [parallel.like(found[id(p)], p) if id(p) in found else torch.zeros_like(p)
                 for p in self.model.parameters()]
 
-    def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Pass:
+    def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Evaluation:
         """L(w), each batch's own loss, and with ``gradient`` ∇L(w), in one pass over the data.
 
         With and without a gradient, autograd records every batch, so that the model computes the same; the graph of a
@@ -154,7 +155,7 @@ class Objective:
         other data, if the batches are independent draws. Where the loss is a sum, the error of Σ d_b.
 
         Args:
-            changes: d_b of this rank's batches, in the order of ``Pass.losses``.
+            changes: d_b of this rank's batches, in the order of ``Evaluation.losses``.
             weights: n_b.
         """
         pairs = [(d, n) for d, n in zip(changes, weights, strict=True) if n > 0]

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from . import batches, parallel
 from .curvature import Hessian, condition_number, eigenpairs, trace
-from .curvature.measures import MEASURES as CURVATURE
-from .landscape.measures import MEASURES as LANDSCAPE
+from .curvature.measure_functions import MEASURES as CURVATURE
+from .landscape.measure_functions import MEASURES as LANDSCAPE
 from .measures import METRICS as OFFERED
 from .measures import Options
 from .objective import Objective
 from .results import Scalar, plain
 from .sharpness import Agreement, agreement, compare, first_order, one_step, scaled_radius
-from .sharpness.cautions import DisagreementWarning
-from .sharpness.measures import MEASURES as SHARPNESS
+from .sharpness.measure_functions import MEASURES as SHARPNESS
+from .sharpness.sharpness_warnings import DisagreementWarning
 
 __all__ = ["ICLRMetrics", "ModularityMetrics", "UnifiedModelAnalysis", "compare_model_sharpness",
            "compute_hessian_eigenvalues", "compute_hessian_eigenvalues_lanczos", "compute_sam_sharpness",

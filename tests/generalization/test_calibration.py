@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.generalization import calibration as c
-from flatmin.generalization import intervals, predictions
+from flatmin.generalization import calibration_intervals as intervals
+from flatmin.generalization import top_label as predictions
 from flatmin.training.metrics import classification
 
 ERRORS = [c.expected_calibration_error, c.adaptive_calibration_error, c.maximum_calibration_error,

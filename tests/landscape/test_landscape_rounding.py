@@ -9,7 +9,7 @@ from torch import nn
 from flatmin import Objective
 from flatmin.landscape import line, surface
 from flatmin.sharpness import agreement, average_case, critical_sharpness, largest_random, worst_case
-from flatmin.sharpness.cautions import RoundingWarning
+from flatmin.sharpness.sharpness_warnings import RoundingWarning
 
 
 def objective(dtype):

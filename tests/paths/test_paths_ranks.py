@@ -14,7 +14,7 @@ import two_ranks
 from flatmin import Objective
 from flatmin.curvature import Hessian
 from flatmin.paths import preconditioned_spectrum, sharpness_paths
-from flatmin.paths.spread import NAMES
+from flatmin.paths.standard_errors import NAMES
 from two_ranks import wrap
 
 DIFFERENCES = 1e-4      # what products under FSDP2 are

@@ -20,7 +20,7 @@ from flatmin import Objective, presets
 from flatmin.ascent.directions import Preconditioned
 from flatmin.curvature import FunctionalPart, GaussNewton, Hessian
 from flatmin.paths import sharpness_paths
-from flatmin.paths.spread import NAMES
+from flatmin.paths.standard_errors import NAMES
 from flatmin.results import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")

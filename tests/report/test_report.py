@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 
 from flatmin import report
 from flatmin.errors import RunFolderError
-from flatmin.report import compare_figures, compare_findings, fields, formatting, spread
+from flatmin.report import compare_figures, compare_findings, fields, formatting
+from flatmin.report import seed_statistics as spread
 from flatmin.report.compare_record import CompareRecord
 from flatmin.report.figures import line_style
 from flatmin.report.measure_findings import sentence
 from flatmin.report.measure_record import MeasureRecord
 from flatmin.report.page import policy
-from flatmin.report.spread import Gap, Stat, plus_minus
+from flatmin.report.seed_statistics import Gap, Stat, plus_minus
 
 BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31, 0.25, 0.052, 0.008, 12.0, 1.93),
           "asam": (0.785, 1.42, 0.23, 0.071, 0.011, 9.5, 2.11)}

@@ -14,7 +14,7 @@ from torch import nn
 from flatmin import Objective
 from flatmin.sharpness import agreement, compare, correlation, normalized_flatness, one_step
 from flatmin.sharpness.agreement import _sentence, observed_order
-from flatmin.sharpness.cautions import DifferentScaleWarning
+from flatmin.sharpness.sharpness_warnings import DifferentScaleWarning
 from problems import NoisyNet, Vector, batch, build, flat, loss_fn
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")

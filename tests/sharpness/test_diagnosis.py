@@ -15,16 +15,7 @@ from flatmin.jobs.compare import steps_of
 from flatmin.recipes import Recipe, find_recipe
 from flatmin.sharpness import diagnose, next_radius
 from flatmin.sharpness.diagnosis import LARGER, SMALLER, TABLE, WITHOUT_RHO, Finding, consistent
-from flatmin.training.loop import (
-    RECORDED,
-    Diverged,
-    Plan,
-    batches,
-    gradient,
-    optimizer_for,
-    sharpener_for,
-    train,
-)
+from flatmin.training.loop import RECORDED, Diverged, Plan, batches, gradient, optimizer_for, sharpener_for, train
 from flatmin.training.methods import METHODS
 from problems import NoisyNet, Vector, batch, build, loss_fn
 

@@ -171,7 +171,7 @@ def test_flatness_in_closed_form_and_by_sampling():
 
 
 def test_row_column_is_the_least_of_its_form():
-    from flatmin.sharpness.flatness import _row_column
+    from flatmin.sharpness.normalized_flatness import _row_column
 
     h, q = torch.rand(4, 5), torch.rand(4, 5)
     value = _row_column(h, q)

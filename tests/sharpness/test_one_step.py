@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from flatmin import Objective
-from flatmin.sharpness import cautions, first_order, one_step, scaled_radius
+from flatmin.sharpness import first_order, one_step, scaled_radius
+from flatmin.sharpness import sharpness_warnings as cautions
 from problems import NoisyNet, TiedNet, Vector, assert_same, batch, build, flat, loss_fn
 
 A = torch.tensor([[10.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, -1.0]], dtype=torch.float64)

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from flatmin import Objective
-from flatmin.sharpness import average_case, cautions, critical_sharpness, m_sharpness, one_step, worst_case
+from flatmin.sharpness import (
+    average_case,
+    critical_sharpness,
+    m_sharpness,
+    one_step,
+    worst_case,
+)
+from flatmin.sharpness import (
+    sharpness_warnings as cautions,
+)
 from problems import Vector
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")

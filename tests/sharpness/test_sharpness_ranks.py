@@ -24,7 +24,6 @@ from flatmin.sharpness import (
     SharpnessMonitor,
     agreement,
     average_case,
-    compare,
     critical_sharpness,
     first_order,
     largest_random,
@@ -33,6 +32,9 @@ from flatmin.sharpness import (
     one_step,
     update_of,
     worst_case,
+)
+from flatmin.sharpness import (
+    two_models as compare,
 )
 from two_ranks import WORLD, wrap
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..parallel import local, matched
 from ..vectors import Space
-from .inspection import Inspection
+from .graph_inspection import Inspection
 from .passes import Pass
 from .step import Step
 

@@ -1,7 +1,7 @@
-"""Where is uphill? Each direction turns the gradient into ε/ρ = d/norm, of length 1 in its own norm.
+"""Ascent directions: each turns the gradient into ε/ρ = d/norm, of length 1 in its own norm.
 
-A direction is a frozen dataclass called with an :class:`~flatmin.ascent.steepest.AscentInfo`; it returns an
-:class:`~flatmin.ascent.steepest.Ascent`. It says what it needs: a gradient at w, the optimizer, the number of the step.
+A direction is a frozen dataclass. Called with an ``AscentInfo`` it returns an ``Ascent``, and it says what it needs: a
+gradient at w, the optimizer, the number of the step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel, vectors
-from .steepest import Ascent, AscentInfo, DiagonalNorm, Direction, steepest
+from .direction import Ascent, AscentInfo, DiagonalNorm, Direction, steepest
 
 
 @final

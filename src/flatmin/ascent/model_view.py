@@ -12,16 +12,8 @@ from .. import parallel, vectors
 from ..parallel import Wrappers, local, wrapped_name
 from ..perturbed import Displacement, Float32Displacement, Spare, buffer_registries
 from ..vectors import Space
-from .inspection import Inspection
-from .parameters import (
-    Groups,
-    ParameterInfo,
-    check_rho,
-    devices_of,
-    list_parameters,
-    refuse_sparse,
-    refuse_unsupported,
-)
+from .graph_inspection import Inspection
+from .parameters import Groups, ParameterInfo, check_rho, devices_of, list_parameters, refuse_sparse, refuse_unsupported
 
 
 class ModelView:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..parallel import Wrappers, local
 from ..perturbed import RandomState
 from .back_propagation import BackPropagation, check_loss
-from .inspection import Inspection
+from .graph_inspection import Inspection
 from .micro_batches import Loss, MicroBatch, describe
 
 

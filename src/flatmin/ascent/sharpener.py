@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .. import parallel, vectors
 from ..errors import PerturbedStateError
 from ..parallel import local
-from .accumulation import EarlierGradients
 from .back_propagation import BackPropagation
 from .cadences import Cadence, EveryStep
 from .directions import Direction, Gradient
+from .earlier_gradients import EarlierGradients
 from .micro_batches import Forward, Loss, MicroBatch, micro_batches
 from .model_view import ModelView
 from .parameters import Groups, check_rho

@@ -15,13 +15,13 @@ from ..parallel import in_bucket
 from ..perturbed import Buffers, Displacement, Float32Displacement, RandomState, buffer_versions, undone
 from .back_propagation import BackPropagation
 from .cadences import Cadence
+from .direction import AscentInfo, Memory
 from .directions import Direction
 from .model_view import ModelView
 from .parameters import ParameterInfo
 from .passes import Runner
 from .record import MemoryMean, Outcome, accumulate, merged
 from .rules import Rule
-from .steepest import AscentInfo, Memory
 
 Scope = Literal["batch", "micro_batch", "rank", "first"]
 

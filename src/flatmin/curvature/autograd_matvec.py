@@ -11,7 +11,7 @@ from .. import vectors
 from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
 from .graph_cache import GraphCache
-from .linearization import Linearize, LinearMap, Parts
+from .linear_map import Linearize, LinearMap, Parts
 
 
 class AutogradMatvec:

@@ -15,8 +15,8 @@ from ..linalg.operator import CurvatureOperator, require_operator
 from ..objective import Objective
 from ..results import Scalar
 from .double_backward import second_derivatives
-from .functional import of_parameters
 from .hessian import Hessian
+from .pure_function import of_parameters
 
 SMALL = 2000
 

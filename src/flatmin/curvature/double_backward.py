@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import unwrapped
 from ..objective import Objective
-from .linearization import ZERO, LinearMap, Parts
+from .linear_map import ZERO, LinearMap, Parts
 
 
 class NoSecondDerivative(RuntimeError):

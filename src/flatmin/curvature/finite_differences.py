@@ -15,10 +15,9 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import parallel, vectors
+from .. import memory, parallel, vectors
 from ..evaluation import WeightedBatch
 from ..gradient_sum import GradientSum
-from ..linalg import memory
 from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
 

@@ -14,9 +14,9 @@ from ..evaluation import WeightedBatch
 from ..objective import Objective
 from .finite_differences import Differences
 from .gauss_newton import loss_curvature, sandwich
-from .linearization import Linearization, LinearMap
+from .gauss_newton_differences import OutputDifference, OutputHessian, TangentDifference, outputs_and_loss
+from .linear_map import Linearization, LinearMap
 from .objective_operator import ObjectiveOperator, Parameters, Product, require_objective
-from .output_differences import OutputDifference, OutputHessian, TangentDifference, outputs_and_loss
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 Likelihood = Literal["softmax", "gaussian", "bernoulli"]

@@ -11,16 +11,16 @@ from ..evaluation import WeightedBatch
 from ..objective import Objective
 from .double_backward import derivative_of_gradient, differentiable_gradient
 from .finite_differences import Differences
-from .functional import of_parameters
-from .linearization import ZERO, Linearization, LinearMap, Parts
-from .objective_operator import ObjectiveOperator, Parameters, Product
-from .output_differences import (
+from .gauss_newton_differences import (
     FrozenDifference,
     OutputDifference,
     OutputHessian,
     TangentDifference,
     outputs_and_loss,
 )
+from .linear_map import ZERO, Linearization, LinearMap, Parts
+from .objective_operator import ObjectiveOperator, Parameters, Product
+from .pure_function import of_parameters
 
 
 def GaussNewton(objective: Objective, *, parameters: Parameters = None, product: Product = "auto") -> ObjectiveOperator:

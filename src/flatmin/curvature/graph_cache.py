@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import memory
 from ..batches import equal
 from ..evaluation import WeightedBatch
-from ..linalg import memory
 from ..objective import Objective
-from .linearization import Linearize, LinearMap
+from .linear_map import Linearize, LinearMap
 
 
 class GraphCache:

@@ -13,9 +13,9 @@ from ..evaluation import WeightedBatch
 from ..objective import Objective
 from .double_backward import derivative_of_gradient
 from .finite_differences import Differences, GradientDifference
-from .functional import of_parameters
-from .linearization import Linearization, LinearMap, Parts
+from .linear_map import Linearization, LinearMap, Parts
 from .objective_operator import ObjectiveOperator, Parameters, Product, require_objective
+from .pure_function import of_parameters
 
 
 def Hessian(objective: Objective, *, parameters: Parameters = None, product: Product = "auto",

@@ -16,8 +16,8 @@ from ..objective import Objective
 from .autograd_matvec import AutogradMatvec
 from .double_backward import NoSecondDerivative, second_derivatives
 from .finite_differences import Differences
-from .linearization import Linearization
-from .product_check import ProductCheck, check_product
+from .linear_map import Linearization
+from .matvec_check import MatvecCheck, check_matvec
 
 Product = Literal["auto", "cached", "recomputed", "forward", "finite_difference"]
 Parameters = str | nn.Module | Sequence[str | nn.Module] | None
@@ -51,7 +51,7 @@ class ObjectiveOperator(CurvatureOperator):
                              'is differentiated again): product="auto" takes differences there, "finite_difference"')
         self.requested = self.product
         self.vmap = vmap and self.exact and objective.mode not in ("train", "as_is")   # which may draw inside the graph
-        self.checked: ProductCheck | None = None
+        self.checked: MatvecCheck | None = None
         linearize = linearization.forward if product == "forward" else None
         self._autograd = AutogradMatvec(self, objective, self.parameters, linearize or linearization.reverse)
         self._differences = linearization.differences(self, objective)
@@ -149,8 +149,8 @@ class ObjectiveOperator(CurvatureOperator):
         key = self.name, self.product == "forward", tuple(self.names), repr(self.linearization.settings)
         known = self.objective.product_checks
         if key not in known:
-            known[key] = check_product(self)
-        found: ProductCheck = known[key]
+            known[key] = check_matvec(self)
+        found: MatvecCheck = known[key]
         self.checked = found
         if not found.agrees and self.product == "auto" and found.gradient:
             self._use_differences(f"{found}. So matvecs are differences of gradients")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..results import uncertain
-from .intervals import (
+from .calibration_intervals import (
     Bootstrap,
     Calibration,
     Interval,
@@ -30,8 +30,8 @@ from .intervals import (
     interval_of_smooth,
     mean_over_groups,
 )
-from .predictions import IGNORE, TopLabel, in_chunks, top_label, valid_rows
 from .temperature import Temperature, fit_temperature
+from .top_label import IGNORE, TopLabel, in_chunks, top_label, valid_rows
 
 __all__ = ["Brier", "Calibration", "Interval", "Reliability", "RiskCoverage", "Summary", "Temperature", "TopLabel",
            "adaptive_calibration_error", "brier", "classwise_calibration_error", "expected_calibration_error",

@@ -23,7 +23,7 @@ from .. import batches, parallel, perturbed, vectors
 from ..curvature import Hessian, trace
 from ..objective import Objective
 from ..results import Scalar, uncertain, weighted_mean
-from ..sharpness.cautions import warn_of_rounded_step
+from ..sharpness.sharpness_warnings import warn_of_rounded_step
 from .corruptions import corrupt
 
 __all__ = ["Curve", "Rise", "accuracy", "corrupt", "curve", "pruned", "quantized", "truncated", "weight_noise"]

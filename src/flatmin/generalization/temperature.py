@@ -9,8 +9,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from .intervals import Calibration, distinct, mean_over_groups
-from .predictions import IGNORE, in_chunks, valid_rows
+from .calibration_intervals import Calibration, distinct, mean_over_groups
+from .top_label import IGNORE, in_chunks, valid_rows
 
 
 @dataclass(frozen=True, kw_only=True)

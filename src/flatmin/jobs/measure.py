@@ -31,7 +31,7 @@ from ..objective import Objective
 from ..progress import Display
 from ..results import plain
 from ..sharpness import compare
-from ..sharpness.cautions import samples_in
+from ..sharpness.sharpness_warnings import samples_in
 from ..tensorscope import objective_for
 from ..training.folder import RunFolder
 from ..training.recipe import Recipe

@@ -17,7 +17,7 @@ from ..errors import RunFolderError
 from ..files import digest, replace_file
 from ..objective import Objective
 from ..parallel import Group
-from ..sharpness.cautions import warn_of_rounded_step
+from ..sharpness.sharpness_warnings import warn_of_rounded_step
 from .plane import BatchNorm, Plane, PlaneModel
 
 FORMAT = "flatmin.landscape 1"

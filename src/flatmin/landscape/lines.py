@@ -13,9 +13,9 @@ from torch import Tensor
 from ..objective import Objective
 from .directions import Kind
 from .grid import evaluate
-from .layout import Layout, Planner, check_arguments, span
 from .models import Model
 from .plane import BatchNorm, batch_norm_policy
+from .planner import Layout, Planner, check_arguments, span
 from .trajectories import Trajectory
 
 

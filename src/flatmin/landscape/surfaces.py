@@ -14,11 +14,11 @@ from .. import vectors
 from ..objective import Objective
 from .directions import Kind
 from .grid import evaluate
-from .layout import Planner, check_arguments, span
 from .lines import extent, sample, several
 from .models import Model, read
-from .pictures import Picture
 from .plane import BatchNorm, Plane, batch_norm_policy
+from .planner import Planner, check_arguments, span
+from .plots import Picture
 from .trajectories import Trajectory, project
 
 

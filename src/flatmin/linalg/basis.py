@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import memory
+from .. import memory
 from .checkpoint import Journal
 from .operator import CurvatureOperator
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import memory, vectors
 from ..progress import Progress, Report, left, reporter
-from . import certificate, memory
+from . import certificate
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, Journal, State
 from .confidence import about_data, data_stderr

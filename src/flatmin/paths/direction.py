@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import parallel, vectors
+from ..ascent.direction import AscentInfo
 from ..ascent.directions import Preconditioned
 from ..ascent.parameters import list_parameters
-from ..ascent.steepest import AscentInfo
 from ..curvature import CurvatureOperator
 from ..objective import Objective
 

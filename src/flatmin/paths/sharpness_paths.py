@@ -16,11 +16,11 @@ from ..ascent.parameters import list_parameters
 from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain
-from ..sharpness.cautions import warn_of
+from ..sharpness.sharpness_warnings import warn_of
 from .direction import along, inverse_metric
-from .loss_of_outputs import checked
-from .split import Split
-from .spread import NAMES, influences, numbers
+from .output_dependence import checked
+from .split_matvec import Split
+from .standard_errors import NAMES, influences, numbers
 
 LEAST_BATCHES = 8
 """Fewer batches say little about the spread between batches, and get no standard error."""

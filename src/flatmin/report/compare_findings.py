@@ -10,7 +10,7 @@ from typing import Any
 from .compare_record import METRICS, CompareRecord
 from .fields import items, number, section
 from .formatting import joined
-from .spread import Gap, Stat, gap, over_seeds, plus_minus
+from .seed_statistics import Gap, Stat, gap, over_seeds, plus_minus
 
 
 def findings(record: Mapping[str, Any]) -> list[str]:

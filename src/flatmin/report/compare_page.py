@@ -14,7 +14,7 @@ from .compare_table import parts, power, step_time
 from .fields import details, items, number, numbers, section
 from .figures import Figure, LineStyle, line_style
 from .formatting import count, joined
-from .spread import gap
+from .seed_statistics import gap
 from .surface import turnable
 
 

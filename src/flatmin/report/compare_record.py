@@ -9,7 +9,7 @@ from typing import Any
 
 from .fields import items, number, numbers, section
 from .formatting import printable
-from .spread import Stat, over_seeds, plus_minus
+from .seed_statistics import Stat, over_seeds, plus_minus
 
 LABELS = {
     "sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "sam": "SAM", "asam": "ASAM", "esam": "ESAM", "gsam": "GSAM",

@@ -14,7 +14,7 @@ from .. import parallel, perturbed, vectors
 from ..curvature import CurvatureOperator, Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of, warn_of_rounded_step
+from .sharpness_warnings import warn_of, warn_of_rounded_step
 from .worst_case import worst_case
 
 SMALL_SLOPE = 0.1

@@ -11,8 +11,8 @@ from .. import perturbed, vectors
 from ..linalg.confidence import moments
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
-from .scaling import Adaptive, check_p, scaled, scales
+from .norm_ball import Adaptive, check_p, scaled, scales
+from .sharpness_warnings import warn_of, warn_of_rounded_step, warn_of_rounding
 
 
 @dataclass(frozen=True, kw_only=True)

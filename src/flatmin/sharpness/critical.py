@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from .. import parallel, perturbed, vectors
 from ..curvature import Hessian, eigenpairs
-from ..evaluation import Pass
+from ..evaluation import Evaluation
 from ..objective import Objective
 from ..results import Scalar
-from .cautions import warn_of, warn_of_rounded_step
+from .sharpness_warnings import warn_of, warn_of_rounded_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
         loss, length, realised = float(at.loss), float(vectors.Space(w).norm(direction)), []
         if not (math.isfinite(length) and length > 0):
             raise ValueError(f"the update has length {length}")
-        seen: dict[float, Pass] = {0.0: at}
+        seen: dict[float, Evaluation] = {0.0: at}
 
         def rise(eta: float) -> float:
             nonlocal realised
@@ -95,7 +95,7 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
                                        "update": "gradient" if update is None else "given"})
 
 
-def _data_stderr(objective: Objective, seen: Mapping[float, Pass], low: float, high: float) -> float:
+def _data_stderr(objective: Objective, seen: Mapping[float, Evaluation], low: float, high: float) -> float:
     """The standard error of 2/η_c over batches: that of the rise at η_c by the slope of the rise there."""
     if not (0 < low and math.isfinite(high)):
         return math.nan

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..curvature.measures import MEASURES as OF_CURVATURE
+from ..curvature.measure_functions import MEASURES as OF_CURVATURE
 from ..measures import Options, offered
 from ..objective import Objective
-from .measures import MEASURES as OF_SHARPNESS
-from .measures import learning_rate
+from .measure_functions import MEASURES as OF_SHARPNESS
+from .measure_functions import learning_rate
 
 Measure = Callable[[Objective], Any]
 _TABLE = {**OF_CURVATURE, **OF_SHARPNESS}

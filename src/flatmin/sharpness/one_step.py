@@ -14,7 +14,7 @@ from .. import parallel, perturbed, vectors
 from ..curvature import Hessian
 from ..objective import Objective
 from ..results import PerBatch, Scalar
-from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
+from .sharpness_warnings import warn_of, warn_of_rounded_step, warn_of_rounding
 
 
 @dataclass(frozen=True, kw_only=True)

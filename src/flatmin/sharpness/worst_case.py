@@ -13,8 +13,8 @@ from .. import parallel, perturbed, vectors
 from ..curvature import Hessian
 from ..objective import Objective
 from ..results import PerBatch, Scalar
-from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
-from .scaling import Adaptive, check_p, project, scaled, scales, steepest
+from .norm_ball import Adaptive, check_p, project, scaled, scales, steepest
+from .sharpness_warnings import warn_of, warn_of_rounded_step, warn_of_rounding
 from .trust_region import trust_region
 
 Start = Literal["gradient", "random"]

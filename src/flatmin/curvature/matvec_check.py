@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .. import batches, perturbed
-from ..linalg import memory
+from .. import batches, memory, perturbed
 
 if TYPE_CHECKING:
     from ..objective import Objective
-    from .linearization import OverObjective as ObjectiveOperator
+    from .linear_map import OverObjective
 
 SAMPLES = 4
 
@@ -42,7 +41,7 @@ COPIES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductCheck:
+class MatvecCheck:
     """What became of the comparison of one product with differences of gradients.
 
     ``error`` is their relative difference, nan where nothing was compared and ``reason`` says why. ``agrees`` is False
@@ -73,7 +72,7 @@ class ProductCheck:
                 "there is detached")
 
 
-def check_product(operator: ObjectiveOperator) -> ProductCheck:
+def check_matvec(operator: OverObjective) -> MatvecCheck:
     """Compare a product with central differences at two step sizes, on a few samples in float64.
 
     The parameters are replaced by float64 copies at a random point close by, where no kink is met exactly, while the
@@ -91,17 +90,17 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     return found
 
 
-def _checked(operator: ObjectiveOperator) -> ProductCheck:
+def _checked(operator: OverObjective) -> MatvecCheck:
     objective = operator.objective
     numbers = sum(p.numel() for p in objective.model.parameters())
     needed, free = 8 * COPIES * numbers, memory.available(operator.device) / 2
     if needed > free:
-        return ProductCheck(reason=f"a float64 copy takes {memory.size(needed)}, half of the free memory is "
+        return MatvecCheck(reason=f"a float64 copy takes {memory.size(needed)}, half of the free memory is "
                                    f"{memory.size(free)}")
     try:
         batch = next((batch for batch in objective.batches() if objective.weight(batch) > 0), None)
         if batch is None:
-            return ProductCheck(reason="this rank has no batch")
+            return MatvecCheck(reason="this rank has no batch")
         n = batches.samples_in(batch)
         over_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
                          for m in objective.model.modules())
@@ -110,10 +109,10 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         # of one sample a loss that compares samples says nothing
         return _on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
     except Exception as error:      # whatever stops it is a reason, not a failure
-        return ProductCheck(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return MatvecCheck(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _on(operator: ObjectiveOperator, batch: Any, k: int) -> ProductCheck:
+def _on(operator: OverObjective, batch: Any, k: int) -> MatvecCheck:
     objective = operator.objective
     few, samples = _few(batch, k, objective.weight)
     modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
@@ -121,7 +120,7 @@ def _on(operator: ObjectiveOperator, batch: Any, k: int) -> ProductCheck:
         return _compared(_twin(operator, few), samples)
 
 
-def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
+def _compared(twin: OverObjective, samples: int) -> MatvecCheck:
     generator = torch.Generator().manual_seed(0)
     w = [p.detach() for p in twin.parameters]
     units = _units(w)
@@ -143,8 +142,8 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
     return found if found.agrees else replace(found, layer=_layer(twin), gradient=right is True)
 
 
-def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient: Tensor,
-           samples: int) -> tuple[ProductCheck, tuple[float, ...]]:
+def _along(twin: OverObjective, v: Tensor, units: Sequence[float], gradient: Tensor,
+           samples: int) -> tuple[MatvecCheck, tuple[float, ...]]:
     """What became of the comparison along v, and the losses at w ± STEPS[0] v."""
     differences = twin.differences()
     assert differences is not None
@@ -155,16 +154,16 @@ def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
-        return ProductCheck(impossible=str(error).splitlines()[0]), losses
+        return MatvecCheck(impossible=str(error).splitlines()[0]), losses
     if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
-        return ProductCheck(reason="a product or a gradient is not finite"), losses
+        return MatvecCheck(reason="a product or a gradient is not finite"), losses
     with differences.at(v) as difference:
         verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h).av).split(twin.numels),
                                   units, gradient.split(twin.numels))
     if verdict is None:
-        return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
+        return MatvecCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
                                    "digits)"), losses
-    return ProductCheck(error=error, samples=samples, agrees=verdict), losses
+    return MatvecCheck(error=error, samples=samples, agrees=verdict), losses
 
 
 def _near(slope: float, difference: float) -> bool:
@@ -172,7 +171,7 @@ def _near(slope: float, difference: float) -> bool:
     return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
 
 
-def _has_right_gradient(twin: ObjectiveOperator, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
+def _has_right_gradient(twin: OverObjective, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
     """Whether the gradient's component along v is a difference of the loss, and their relative difference.
 
     None where the differences do not agree with each other either (kinks), or have too few digits.
@@ -202,7 +201,7 @@ def _has_right_gradient(twin: ObjectiveOperator, v: Tensor, gradient: Tensor) ->
 
 
 @torch.enable_grad()
-def _gradient(twin: ObjectiveOperator) -> Tensor:
+def _gradient(twin: OverObjective) -> Tensor:
     rows = [torch.autograd.grad(batch.loss(batch.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
             for batch in twin.objective.weighted_batches()]
     return torch.cat([t.to_dense().reshape(-1) for t in rows[0]])
@@ -265,7 +264,7 @@ def _double(t: Tensor) -> Tensor:
     return t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t
 
 
-def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
+def _twin(operator: OverObjective, batch: Any) -> OverObjective:
     """The same operator on one batch and on the parameters that the model has now."""
     objective = operator.objective
     data, loss_fn = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))], objective.loss_fn
@@ -330,7 +329,7 @@ def in_double(modules: Iterable[nn.Module]) -> Iterator[None]:
             raise
 
 
-def _layer(twin: ObjectiveOperator) -> str:
+def _layer(twin: OverObjective) -> str:
     """Which module's second derivative is wrong, deepest first."""
     objective, calls = twin.objective, {}
     names = {m: name for name, m in objective.model.named_modules()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..parallel import Ranks
 from .direction import Unit
-from .split import Split
+from .split_matvec import Split
 
 NAMES = ("tau_logit", "tau_func", "tau_cross", "ratio", "cosine", "logit_norm", "func_norm", "norm")
 

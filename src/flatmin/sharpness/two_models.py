@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from .. import parallel, vectors
-from ..curvature.measures import MEASURES as OF_CURVATURE
+from ..curvature.measure_functions import MEASURES as OF_CURVATURE
 from ..linalg.confidence import data_stderr
 from ..measures import Options, offered
 from ..objective import Objective
 from ..results import PerBatch, Scalar
-from .cautions import DifferentScaleWarning
-from .measures import MEASURES as OF_SHARPNESS
+from .measure_functions import MEASURES as OF_SHARPNESS
+from .sharpness_warnings import DifferentScaleWarning
 
 _TABLE = {**OF_CURVATURE, **OF_SHARPNESS}
 MEASURES = offered("compare")

@@ -14,8 +14,8 @@ from ..batches import samples_in
 from ..objective import Objective
 from ..results import FEWEST_BATCHES, Scalar, weighted_mean
 from .average_case import average_case
-from .cautions import SmallBatchWarning
 from .one_step import one_step
+from .sharpness_warnings import SmallBatchWarning
 from .worst_case import worst_case
 
 Measure = Callable[..., Scalar]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..curvature import FunctionalPart
 from ..curvature.double_backward import differentiable_gradient
 from ..curvature.gauss_newton import loss_curvature
-from ..curvature.output_differences import outputs_and_loss
+from ..curvature.gauss_newton_differences import outputs_and_loss
 from ..evaluation import WeightedBatch
 from ..objective import Objective
 

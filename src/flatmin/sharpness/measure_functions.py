@@ -11,9 +11,9 @@ from ..objective import Objective
 from .agreement import agreement
 from .average_case import average_case, largest_random
 from .critical import critical_sharpness, edge_of_stability, update_of
-from .flatness import normalized_flatness
+from .m_sharpness import m_sharpness
+from .normalized_flatness import normalized_flatness
 from .one_step import first_order, one_step
-from .variants import m_sharpness
 from .worst_case import WorstCase, worst_case
 
 QUICK_ASCENT: dict[str, Any] = {"iterations": 10, "restarts": 0}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..results import Scalar
-from .predictions import CHUNK
+from .top_label import CHUNK
 
 Interval = tuple[float, float]
 

@@ -17,7 +17,7 @@ from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective
 from ..results import PerBatch, Scalar
 from .average_case import mean_and_error
-from .cautions import warn_of
+from .sharpness_warnings import warn_of
 
 Kind = Literal["element", "row", "column", "row_column"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batches import samples_in
-from ..evaluation import Pass
+from ..evaluation import Evaluation
 from ..objective import Objective
 from ..results import FEWEST_BATCHES, uncertain
 
@@ -55,7 +55,7 @@ FEWEST_SAMPLES = 8
 NEAR_ZERO = 1e-4
 
 
-def warn_of(objective: Objective, at: Pass, *, value: float = math.nan, data_stderr: float = math.nan,
+def warn_of(objective: Objective, at: Evaluation, *, value: float = math.nan, data_stderr: float = math.nan,
             stacklevel: int = 3) -> list[str]:
     """Warn of everything that applies to a number measured with the pass ``at``; the names, for the record.
 
@@ -89,7 +89,7 @@ def warn_of(objective: Objective, at: Pass, *, value: float = math.nan, data_std
     return [kind.__name__ for kind, _ in found]
 
 
-def data_size(objective: Objective, at: Pass) -> tuple[float, str]:
+def data_size(objective: Objective, at: Evaluation) -> tuple[float, str]:
     """How many data a number was measured on and in what: tokens of a causal language model, else samples."""
     if objective.counts_tokens:
         return objective.ranks.total(math.fsum(at.weights))[0], "tokens"
@@ -116,7 +116,7 @@ def warn_of_rounded_step(objective: Objective, realised: Sequence[Tensor], stack
     return ratio, ["RoundingWarning"]
 
 
-def warn_of_rounding(at: Pass, rise: float, expected: float = 0.0, stacklevel: int = 3) -> list[str]:
+def warn_of_rounding(at: Evaluation, rise: float, expected: float = 0.0, stacklevel: int = 3) -> list[str]:
     """Warn where the rounding of two losses may be more than one per cent of their difference.
 
     No rise at all is nothing to warn of, unless one was ``expected``.
