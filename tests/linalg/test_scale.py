@@ -43,13 +43,16 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("billion")
     command = [sys.executable, str(SCRIPT), "--parameters", "20M", "--folder", str(folder), "--batch", "2", "--length",
                "16", "--threads", "1"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "billion-20M.pt").exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    _, log = first.communicate()
-    assert first.returncode == -signal.SIGKILL, log
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with open(log, "w") as stderr:
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        deadline = time.monotonic() + 120
+        while not ((folder / "billion-20M.pt").exists() and "product 3," in log.read_text()) and \
+                first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    assert first.returncode == -signal.SIGKILL, log.read_text()
     left = sorted(os.listdir(folder))
     second = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
