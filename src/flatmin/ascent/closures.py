@@ -99,7 +99,7 @@ class ClosureRunner:
         self.first: Any = None
         self._calls = 0
 
-    def __call__(self, pass_: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor:
         view = self._step.view
         view.clear_gradients()

@@ -14,10 +14,11 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import PerturbedStateError
 from ..parallel import local
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
+from ..vectors import devices_of
 from .cadences import Cadence
 from .closures import ClosureRunner, ForeignGradients, GradientsBeforeClosure, NoGradient
 from .directions import Adaptive, Direction
-from .parameters import check_rho, devices_of
+from .parameters import check_rho
 from .rules import Rule
 from .sharpener import Sharpener
 from .step import Step

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .. import parallel, vectors
 from ..parallel import Wrappers, local, wrapped_name
 from ..perturbed import Displacement, Float32Displacement, TensorPool, buffer_registries
-from ..vectors import Space
+from ..vectors import Space, devices_of
 from .graph_inspection import Inspection
-from .parameters import Groups, ParameterInfo, check_rho, devices_of, list_parameters, refuse_sparse, refuse_unsupported
+from .parameters import Groups, ParameterInfo, check_rho, list_parameters, refuse_sparse, refuse_unsupported
 
 
 class ModelView:

@@ -52,7 +52,7 @@ class PassRunner(Protocol):
 
     inspection: Inspection | None
 
-    def __call__(self, pass_: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor: ...
 
 
@@ -71,18 +71,18 @@ class MicroBatchRunner:
         self._batches, self._wrappers = batches, wrappers
         self._recorded = [Recorded() for _ in batches]
 
-    def __call__(self, pass_: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor:
         """Σ weight · loss of a pass.
 
-        ``alone``: gradients are not averaged over ranks. ``only_first``: the first micro-batch, without its weight.
-        ``after_first`` is called after the first micro-batch.
+        ``on_this_rank``: gradients are not averaged over ranks. ``only_first``: only the first micro-batch, without
+        its weight. ``after_first`` is called after the first micro-batch.
         """
         batches = [replace(self._batches[0], weight=1.0)] if only_first else self._batches
         total: Tensor | None = None
         for i, (batch, recorded) in enumerate(zip(batches, self._recorded, strict=False)):
             last = i == len(batches) - 1
-            with self._wrappers.unsynchronised(last, alone), torch.enable_grad():
+            with self._wrappers.unsynchronised(last, on_this_rank), torch.enable_grad():
                 value = pass_(batch, recorded, self)
             value = value.detach() * batch.weight
             total = value if total is None else total + value

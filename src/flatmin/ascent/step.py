@@ -95,28 +95,28 @@ class Step:
         """Whether the weights are at w + ε."""
         return isinstance(self.stage, Perturbed)
 
-    def run(self, passes: PassRunner) -> Outcome:
+    def run(self, run_pass: PassRunner) -> Outcome:
         """The step, with gradients cleared on entry and left in ``p.grad``."""
         rule, inspection = self._config.rule, self.view.inspection
         if not self.takes_second_pass:
-            return self.plain(passes(rule.first))
+            return self.plain(run_pass(rule.first))
         if inspection.done:
-            return self._run(passes)
+            return self._run(run_pass)
         inspection.begin()
-        passes.inspection = inspection
-        outcome = self._run(passes)
+        run_pass.inspection = inspection
+        outcome = self._run(run_pass)
         inspection.finish()
         self.view.choose_displacement()
         return outcome
 
-    def run_each(self, passes: Sequence[tuple[float, PassRunner]]) -> Outcome:
+    def run_each(self, runners: Sequence[tuple[float, PassRunner]]) -> Outcome:
         """A step for every micro-batch from the same state: weighted sums of gradients, means of the new states."""
         totals: dict[int, Tensor] = {}
         gradients: dict[int, Tensor] = {}
         states, outcomes = StateMean(self._earlier_state), []
-        whole = sum(weight for weight, _ in passes) or 1.0
-        for weight, one in passes:
-            outcome = self.run(one)
+        whole = sum(weight for weight, _ in runners) or 1.0
+        for weight, run_pass in runners:
+            outcome = self.run(run_pass)
             with torch.no_grad():
                 accumulate(totals, self.view.all_gradients(), weight)
                 self.view.clear_gradients()
@@ -128,37 +128,37 @@ class Step:
         with torch.no_grad():
             return replace(merged(outcomes), gradients=gradients, state=states.result())
 
-    def _run(self, passes: PassRunner) -> Outcome:
+    def _run(self, run_pass: PassRunner) -> Outcome:
         config, rule, view = self._config, self._config.rule, self.view
         if config.takes_one_pass:
-            return replace(self.combine(None, self._at_perturbed(passes, None)), passes=1)
+            return replace(self.combine(None, self._at_perturbed(run_pass, None)), passes=1)
         only_first = config.scope == "first"
         start = RandomState(view.devices) if config.replay else None
         versions = buffer_versions(view.registries)
-        loss = passes(rule.first, alone=config.scope == "rank", only_first=only_first)
+        loss = run_pass(rule.first, on_this_rank=config.scope == "rank", only_first=only_first)
         after = RandomState(view.devices) if config.replay else None
         view.clear_weight_caches()
-        if passes.inspection is not None:
-            passes.inspection.begin_second()
+        if run_pass.inspection is not None:
+            run_pass.inspection.begin_second()
             view.choose_displacement()
         buffers = Buffers(view.registries, versions)
         # with only_first the other micro-batches are evaluated only at w + ε: there they move buffers and generators
         after_first = buffers.restore if only_first else None
         with undone(buffers.restore, only_first), undone(_nothing if after is None else after.set, only_first):
-            perturbed_loss = self._at_perturbed(passes, start, after_first)
+            perturbed_loss = self._at_perturbed(run_pass, start, after_first)
             if rule.third is not None:
                 if start is not None:
                     start.set()
-                passes(rule.third, after_first=after_first)
+                run_pass(rule.third, after_first=after_first)
         return self.combine(None if only_first else loss, perturbed_loss)
 
-    def _at_perturbed(self, passes: PassRunner, start: RandomState | None,
+    def _at_perturbed(self, run_pass: PassRunner, start: RandomState | None,
                       after_first: Callable[[], None] | None = None) -> Tensor:
         """The second pass, with the weights at w + ε; they are restored whatever happens."""
         with undone(self.restore), self.perturb():
             if start is not None:
                 start.set()
-            return passes(self._config.rule.second, after_first=after_first)
+            return run_pass(self._config.rule.second, after_first=after_first)
 
     def plain(self, loss: Tensor | None) -> Outcome:
         """The outcome of a step without a second pass: ``p.grad`` holds g, plus a re-used sharpness component."""

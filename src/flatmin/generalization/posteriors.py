@@ -236,7 +236,7 @@ def risk(objective: Objective, posterior: Gaussian, *, draws: int = 200, delta: 
     with objective.session(), torch.no_grad():
         for _ in range(draws):
             noise = space.random(generator)
-            shift = [parallel.part(m, p) - parallel.local(p.detach()) + xi * parallel.part(s, p).sqrt()
+            shift = [parallel.shard_of(m, p) - parallel.local(p.detach()) + xi * parallel.shard_of(s, p).sqrt()
                      for m, p, xi, s in zip(posterior.mean, parameters, noise, posterior.variance, strict=True)]
             with perturbed.displaced(parameters, shift):
                 wrong, n = _error_rate(objective, error)

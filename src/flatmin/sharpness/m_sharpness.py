@@ -94,7 +94,7 @@ def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[
     while True:
         chunk = next(found, None)
         n = 0 if chunk is None else sum(map(samples_in, chunk))
-        total, least = objective.ranks.total(n)[0], objective.ranks.least(n)
+        total, least = objective.ranks.total(n)[0], objective.ranks.min_over_ranks(n)
         if total != least * world:
             raise ValueError("the ranks hold different numbers of samples, so that they cannot share chunks of m: give "
                              "each as many")
