@@ -282,7 +282,7 @@ def enable_running_stats(model: nn.Module) -> None:
 def disable_running_stats(model: nn.Module) -> None:
     """Keep BatchNorm layers in training mode from updating their running statistics, as in a second pass.
 
-    Momentum is not touched, ``num_batches_tracked`` stands still too, and calling it twice does no harm.
+    Momentum is unchanged, ``num_batches_tracked`` is not updated either, and calling it twice has no further effect.
     """
     for module in _with_running_statistics(model):
         module.track_running_stats = False

@@ -1,8 +1,8 @@
 """Calibration errors on samples or tokens, with intervals: is a confidence of 0.8 right in 80 % of the cases?
 
 Functions of ``(confidence, correct)`` look at one probability a sample, those of ``(logits, targets)`` at all classes;
-``top_label`` makes the former from the latter, and ``summary`` computes everything at once. Probabilities p stand in
-for logits as log p. Logits have the classes last: (N, K) with targets (N,), or (B, T, K) with targets (B, T), where
+``top_label`` makes the former from the latter, and ``summary`` computes everything at once. Logits may be log p
+for probabilities p. Logits have the classes last: (N, K) with targets (N,), or (B, T, K) with targets (B, T), where
 positions whose target is ``ignore_index`` are left out and a sequence is resampled as a whole.
 
 ``intervals`` says how the intervals are made.

@@ -19,7 +19,7 @@ _STREAM = 1 << 20
 
 
 class Basis:
-    """Storage for ``count`` vectors of an operator: ``rows`` (count, n), contiguous. Coefficients are float64 on the CPU.
+    """``count`` vectors of an operator as ``rows`` (count, n), contiguous; coefficients are float64 on the CPU.
 
     Where vectors are sharded over ranks so are the rows, and coefficients are sums over the ranks.
     """
@@ -91,7 +91,7 @@ class Basis:
         return c.to("cpu", torch.float64)
 
     def rotate(self, s: Tensor, count: int, rest: int = 0, journal: Journal | None = None) -> None:
-        """In place: the first p rows ← sᵀ · first ``count`` rows for s (count, p), and the next ``rest`` rows after them.
+        """In place: the first p rows ← sᵀ · first ``count`` rows, for s (count, p); then the next ``rest`` rows.
 
         With a ``journal`` the same call resumes where a killed one stopped.
         """

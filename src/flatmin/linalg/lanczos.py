@@ -3,7 +3,9 @@
 A V_m = V_m T + V_b R, with V orthonormal rows in the operator's dtype, V_b the next b of them (b = 1 is the usual
 Lanczos recurrence; b start vectors see b copies of a multiple eigenvalue) and T, R small float64 matrices. Where the
 Krylov space is exhausted (R = 0) it continues from a random vector orthogonal to V, which finds further copies of
-multiple eigenvalues. K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616; A. Ruhe, Math. Comp. 33 (1979) 680-687.
+multiple eigenvalues.
+
+K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602-616; A. Ruhe, Math. Comp. 33 (1979) 680-687.
 """
 
 from __future__ import annotations
