@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=0.05, help="residual relative to the eigenvalue")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=16)
-    parser.add_argument("--basis", type=int, help="size on disk (default: 20, or what the disk holds)")
+    parser.add_argument("--basis", type=int, help="vectors on disk (default: 20, or what the disk holds)")
     parser.add_argument("--most", type=int, default=100, help="matvecs at most")
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()

@@ -23,7 +23,10 @@ class NoGradient(Exception):
 
 
 class GradientsBeforeClosure:
-    """Gradients found before a closure's first call: whether it clears them or computes the same."""
+    """Gradients found before a closure's first call: whether it clears them or computes the same.
+
+    ``EarlierGradients`` are those to which a step of ``Sharpener.backward`` is added.
+    """
 
     def __init__(self, found: list[tuple[nn.Parameter, Tensor]]):
         self.found = found

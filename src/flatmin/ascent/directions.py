@@ -144,6 +144,7 @@ class Fisher:
 
     η = 0 is SAM. Depends on the scale of the gradient; a loss scale is taken out. No official code exists and
     implementations disagree on the norm: this is the dual norm, which belongs to the paper's constraint eᵀF e ≤ ρ².
+    The Fisher matrix of a model is ``flatmin.curvature.Fisher``.
     """
 
     eta: float = 1.0
@@ -174,7 +175,8 @@ class Preconditioned:
 
     ``norm`` "l2": ε = ρ M⁻¹g/‖M⁻¹g‖; "dual": ρ M⁻¹g/√(gᵀM⁻¹g), the maximiser over eᵀM e ≤ ρ²; "raw": ρ M⁻¹g/‖g‖.
     v̂ is the one before this step's update; before the optimizer's first step M = 1. Power, bias correction and norm
-    are not stated in any text that was available; the defaults are this library's.
+    are not stated in any text that was available; the defaults are this library's. The preconditioned matrix
+    D^½ A D^½ of an operator is ``flatmin.curvature.CurvatureOperator.preconditioned``.
     """
 
     power: float = 0.5

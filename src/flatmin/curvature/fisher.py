@@ -47,6 +47,8 @@ def Fisher(objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood
     Raises:
         ValueError: where the likelihood cannot be found from the loss.
 
+    The ascent direction of Fisher SAM is ``flatmin.ascent.Fisher``.
+
     J. Martens, JMLR 21(146), 2020; F. Kunstner et al., NeurIPS 2019 (on the empirical one).
     """
     if kind not in ("exact", "monte_carlo", "empirical"):

@@ -360,7 +360,10 @@ class Scaled(_Combination):
 
 
 class Preconditioned(_Combination):
-    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor."""
+    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor.
+
+    The preconditioned ascent direction is ``flatmin.ascent.Preconditioned``.
+    """
 
     def __init__(self, operator: CurvatureOperator, diagonal: Tensor):
         super().__init__(operator)
