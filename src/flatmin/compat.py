@@ -379,7 +379,7 @@ def train_sam_distributed(model: nn.Module, train_loader: Iterable[Any], optimiz
     """
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(f"the model must be wrapped in DistributedDataParallel, and is a {type(model).__name__}: wrap "
-                         "it, or use flatmin.Sharpener, which knows other wrappers")
+                         "it, or use flatmin.Sharpener, which supports other wrappers")
     model.train()
     losses, count = 0.0, 0
     for inputs, targets in (_moved(batch, model, device) for batch in train_loader):

@@ -101,7 +101,7 @@ class Objective:
 
     @property
     def single(self) -> bool:
-        """Whether the data are one batch, as far as can be told without reading them."""
+        """Whether the data are one batch, as far as is known without reading them."""
         return isinstance(self.data, (list, batches.Single)) and len(self.data) == 1
 
     @property

@@ -318,7 +318,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15, *, groups: 
                 resamples: int = 200, level: float = 0.95, seed: int | torch.Generator = 0) -> Reliability:
     """The table behind the reliability diagram, with bootstrap intervals of the accuracy in each bin.
 
-    Where all samples of a bin are right, or all wrong, the bootstrap knows no spread, and the end is the exact one for
+    Where all samples of a bin are right, or all wrong, the bootstrap has no spread, and the end is the exact one for
     as many independent groups as the bin holds. Arguments as for ``expected_calibration_error``.
     """
     s = Sample(confidence, correct, groups)

@@ -45,7 +45,7 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
             chunk takes m / ranks samples from each rank, which must hold equally many.
         rho: the radius.
         measure: "worst_case", "one_step", "average_case", or a function ``(objective, rho, **options) -> Scalar``.
-        options: of the measure. ``one_step`` is taken without its second-order part unless told otherwise.
+        options: of the measure. ``one_step`` is taken without its second-order part by default.
 
     Raises:
         ValueError: m < 1, an unknown measure, batches that cannot be cut, or ranks that cannot share a chunk.
