@@ -2,13 +2,12 @@
 
     python benchmarks/billion.py --parameters 1.5B --folder billion
 
-GPT-2's shapes, tied embeddings and initialisation, random tokens, the mean cross-entropy. Products are differences of
-gradients, of which each parameter's leaves memory as soon as autograd has it; the weights and one result are in memory,
-the Lanczos basis and the exact weights in files. Called again with the same arguments after a kill, it goes on where
-it was.
+GPT-2's shapes, tied embeddings and initialisation, random tokens, the mean cross-entropy. Matvecs are differences of
+gradients, of which each parameter's is freed as soon as it is added; the weights and one result are in memory,
+the Lanczos basis and the exact weights in files. Called again with the same arguments after a kill, it resumes.
 
-Prints one line of JSON at the end: the eigenvalue, its residual by a fresh product that shares nothing with the run,
-the error of that product (against a second one with twice the step), time, products and peak memory: ``peak_rss`` as
+Prints one line of JSON at the end: the eigenvalue, its residual by a fresh matvec that shares no work with the run,
+the error of that matvec (against a second one with twice the step), time, matvecs and peak memory: ``peak_rss`` as
 the kernel counts it, which includes pages of the files that it can drop at any time, and ``peak_anonymous`` without.
 """
 
@@ -97,13 +96,13 @@ class Peak(threading.Thread):
     def run(self) -> None:
         while True:
             with open("/proc/self/status") as f:
-                rows = dict(line.split(":", 1) for line in f)
-            self.bytes = max(self.bytes, 1024 * int(rows["RssAnon"].split()[0]))
+                lines = dict(line.split(":", 1) for line in f)
+            self.bytes = max(self.bytes, 1024 * int(lines["RssAnon"].split()[0]))
             time.sleep(0.1)
 
 
 class Line:
-    """Progress with the time that is left at most; the text says how many products it may take."""
+    """Progress with the largest remaining time."""
 
     def __init__(self, most: int):
         self.start, self.first, self.most = time.monotonic(), None, most
@@ -112,7 +111,7 @@ class Line:
         now = time.monotonic()
         self.first = done - 1 if self.first is None else self.first
         pace = (now - self.start) / (done - self.first)
-        print(f"{now - self.start:7.0f} s: product {done}, {pace:.0f} s each, {text}; at most "
+        print(f"{now - self.start:7.0f} s: matvec {done}, {pace:.0f} s each, {text}; at most "
               f"{(self.most - done) * pace / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
@@ -122,25 +121,25 @@ def largest(name: str, folder: str, *, tol: float, batch: int, length: int, basi
     peak.start()
     model = gpt(name)
     n = sum(p.numel() for p in model.parameters())
-    room = shutil.disk_usage(folder).free // (4 * n) - 5     # the exact weights, a second result, the answer, slack
+    fitting = shutil.disk_usage(folder).free // (4 * n) - 5     # the exact weights, a second result, the answer, slack
     checkpoint = os.path.join(folder, f"billion-{name}.pt")
     if os.path.exists(f"{checkpoint}.basis"):
-        room += os.stat(f"{checkpoint}.basis").st_blocks * 512 // (4 * n)
-    rows = basis or max(min(20, room), 4)
-    print(f"{n / 1e6:.1f} M parameters, {4 * n / 2**30:.2f} GiB a vector, basis of {rows} in {folder}", file=sys.stderr)
+        fitting += os.stat(f"{checkpoint}.basis").st_blocks * 512 // (4 * n)
+    size = basis or max(min(20, fitting), 4)
+    print(f"{n / 1e6:.1f} M parameters, {4 * n / 2**30:.2f} GiB a vector, basis of {size} in {folder}", file=sys.stderr)
     tokens = torch.randint(0, VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(1))
     objective = Objective(model, F.cross_entropy, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
     H = Hessian(objective, product="finite_difference", place="disk", folder=folder)
     made = time.monotonic()
-    spectrum = eigenpairs(H, 1, tol=tol, basis=rows, place="disk", folder=folder, max_matvecs=most, progress=Line(most),
-                          checkpoint=checkpoint)
+    spectrum = eigenpairs(H, 1, tol=tol, basis=size, place="disk", folder=folder, max_matvecs=most,
+                          progress=Line(most), checkpoint=checkpoint)
     residual = float(spectrum.residuals[0])
     return {"parameters": n, "eigenvalue": spectrum.largest, "residual": residual,
             "relative_residual": residual / abs(spectrum.largest), "certified": spectrum.certified,
-            "converged": bool(spectrum.converged[0]), "product_error": H.error, "products": spectrum.matvecs,
+            "converged": bool(spectrum.converged[0]), "product_error": H.error, "matvecs": spectrum.matvecs,
             "seconds": round(time.monotonic() - made, 1), "seconds_for_the_model": round(made - start, 1),
             "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "peak_anonymous_gib": peak.bytes / 2**30, "weights_gib": 4 * n / 2**30, "basis": rows,
+            "peak_anonymous_gib": peak.bytes / 2**30, "weights_gib": 4 * n / 2**30, "basis": size,
             "tokens": batch * length, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "machine": platform.machine()}
 
@@ -153,7 +152,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--basis", type=int, help="vectors on disk (default: 20, or what the disk holds)")
-    parser.add_argument("--most", type=int, default=100, help="products at most")
+    parser.add_argument("--most", type=int, default=100, help="matvecs at most")
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     os.makedirs(a.folder, exist_ok=True)

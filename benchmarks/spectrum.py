@@ -171,7 +171,7 @@ def spectra(name: str, ks: list[int], rounds: int, slow: bool) -> None:
         ours = eigenpairs(H, k, tol=TARGET, certify=False)
         assert residual(H, ours.eigenvalues, ours.eigenvectors) <= TARGET
         runs: dict[str, Callable[[], Any]] = {
-            f"flatmin ({ours.matvecs} products)": lambda k=k: eigenpairs(H, k, tol=TARGET, certify=False),
+            f"flatmin ({ours.matvecs} matvecs)": lambda k=k: eigenpairs(H, k, tol=TARGET, certify=False),
             # a new objective each time: what was checked once would not be checked again
             "flatmin, certified": lambda k=k: eigenpairs(Hessian(Objective(model, loss, batch)), k, tol=TARGET)}
         makers: list[Callable[[], tuple[str, Run]]] = [
@@ -202,8 +202,8 @@ def traces(name: str, rounds: int) -> None:
     peer = he.HessianOperator(model, [batch], he.supervised_loss(loss))
     probes, pp = plain.matvecs, 3 * -(-clever.matvecs // 3)
     show(f"{name}: trace {plain} / {clever}", {
-        f"flatmin, Hutchinson ({probes} products)": lambda: trace(H, rtol=0.05),
-        f"flatmin, Hutch++ ({clever.matvecs} products)": lambda: trace(H, rtol=0.05, method="hutch++"),
+        f"flatmin, Hutchinson ({probes} matvecs)": lambda: trace(H, rtol=0.05),
+        f"flatmin, Hutch++ ({clever.matvecs} matvecs)": lambda: trace(H, rtol=0.05, method="hutch++"),
         f"hessian-eigenthings, Hutchinson ({probes})": lambda: he.hutchinson(peer, num_samples=probes, seed=0),
         f"curvlinops, Hutchinson ({probes})": lambda: hutchinson_trace(other, num_matvecs=probes),
         f"curvlinops, Hutch++ ({pp})": lambda: hutchpp_trace(other, num_matvecs=pp)}, rounds, "flatmin")

@@ -34,7 +34,7 @@ def small_tensors() -> nn.Module:
 
 
 class Stub:
-    """Stands for forward and backward: hands out gradients and counts the time that takes."""
+    """Represents forward and backward: returns gradients and counts the time that takes."""
 
     def __init__(self, model: nn.Module):
         self.parameters = list(model.parameters())

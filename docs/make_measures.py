@@ -30,7 +30,7 @@ Generated from `flatmin.measures` by `python docs/make_measures.py`. Each packag
 def row(measure: Measure) -> str:
     """One line of the table."""
     monitored = measure.cost_for("monitor") if "monitor" in measure.users else ""
-    cells = (f"`{measure.name}`", measure.label, measure.room, measure.cost, monitored, measure.radius,
+    cells = (f"`{measure.name}`", measure.label, measure.package, measure.cost, monitored, measure.radius,
              "yes" if measure.invariant else "", "yes" if measure.random else "", ", ".join(measure.users))
     return f"| {' | '.join(cells)} |"
 

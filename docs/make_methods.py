@@ -15,9 +15,9 @@ PAGE = Path(__file__).with_name("methods.md")
 
 HEAD = """# The SAM family
 
-Generated from `flatmin.presets` by `make docs`; every method is a point in the product of a direction (where is
-uphill?), a rule (which gradient is kept?) and a cadence (when is it paid for?). Cost is in plain training steps, a
-backward counted as two forwards; what is measured stands in the README.
+Generated from `flatmin.presets` by `make docs`; every method is a combination of a direction (of the perturbation
+ε), a rule (how the gradients at w and w + ε are combined) and a cadence (which steps perturb). Cost is in plain
+training steps, a backward counted as two forwards; measured times are in the README.
 
 | preset | ε and gradient | direction | rule | cadence | defaults | cost | paper |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -29,7 +29,7 @@ Each takes every option of `flatmin.Sharpener` besides its own: `scope`, `optimi
 `RandomFraction` by entry, `WithWeightDecay`, `WarmStart`, p = 1 and p = ∞ among them, are in `flatmin.ascent`.
 
 SAMPa (arXiv:2410.10683) is not here: it needs two devices to save anything, and its update mixes gradients taken around
-an extrapolated SGD step, which is no gradient that another optimizer could be handed.
+an extrapolated SGD step, so that it is no gradient for another optimizer.
 """
 
 PLAIN = 3.0  # a forward, and a backward counted as two

@@ -36,7 +36,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mean_that_cannot_be_seen_asks_for_weights(name):
     objective = Objective(nn.Linear(FEATURES, 3), WRONG[name], cut(X, Y, *UNEQUAL))
-    with pytest.raises(ValueError, match="together is not their mean.*Pass weight="):
+    with pytest.raises(ValueError, match="merged is not their mean.*Pass weight="):
         objective.check()
     Objective(objective.model, WRONG[name], (X, Y)).check()                                     # one batch: no mean
     Objective(objective.model, WRONG[name], cut(X, Y, *UNEQUAL), weight=lambda b: 1).check()    # as the user says

@@ -18,7 +18,7 @@ from flatmin.measures import ALL, METRICS, Options
 from flatmin.sharpness import compare, monitor
 
 ROOT = Path(__file__).parents[1]
-NUMBERS = [m.name for m in ALL if m.room != "landscape" and m.name not in ("spectrum", "density", "agreement")]
+NUMBERS = [m.name for m in ALL if m.package != "landscape" and m.name not in ("spectrum", "density", "agreement")]
 pytestmark = pytest.mark.filterwarnings("ignore::flatmin.sharpness.SharpnessWarning")
 
 

@@ -31,8 +31,8 @@ def test_every_python_block_runs(capsys):
 
 
 def test_the_three_line_change_comes_early():
-    assert README.splitlines().index("    loss = sharpener.backward(lambda: loss_fn(model(x), y))  # 2. where "
-                                     "loss.backward() stood") < 20
+    assert README.splitlines().index("    loss = sharpener.backward(lambda: loss_fn(model(x), y))  # 2. replaces "
+                                     "loss.backward()") < 20
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^flatmin (?:compare|measure|report)[^\n]*?(?=  |$)", README,

@@ -132,9 +132,9 @@ def generators(data: Any) -> list[torch.Generator]:
     """The generators that a loader, its samplers and its data set hold as attributes."""
     found: dict[int, torch.Generator] = {}
     seen: dict[int, Any] = {}
-    waiting = [data]
-    while waiting:
-        owner = waiting.pop()
+    pending = [data]
+    while pending:
+        owner = pending.pop()
         if id(owner) in seen:
             continue
         seen[id(owner)] = owner
@@ -142,7 +142,7 @@ def generators(data: Any) -> list[torch.Generator]:
             if isinstance(value, torch.Generator):
                 found[id(value)] = value
             elif isinstance(value, (DataLoader, Sampler, Dataset)):
-                waiting.append(value)
+                pending.append(value)
     return list(found.values())
 
 
@@ -158,7 +158,7 @@ def base_function(loss_fn: Any) -> Any:
     return base_function(loss_fn.func) if isinstance(loss_fn, functools.partial) else loss_fn
 
 
-def terms(batch: Any, loss_fn: Callable[..., Any] | None, shift: bool) -> float:
+def count_loss_terms(batch: Any, loss_fn: Callable[..., Any] | None, shift: bool) -> float:
     """How many terms the mean loss of a batch is over, by the rule that ``Objective`` states."""
     ignore = option(loss_fn, "ignore_index")
     ignore = -100 if ignore is None else ignore

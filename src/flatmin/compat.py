@@ -282,7 +282,7 @@ def enable_running_stats(model: nn.Module) -> None:
 def disable_running_stats(model: nn.Module) -> None:
     """Keep BatchNorm layers in training mode from updating their running statistics, as in a second pass.
 
-    Momentum is not touched, ``num_batches_tracked`` stands still too, and calling it twice does no harm.
+    Momentum is unchanged, ``num_batches_tracked`` is not updated either, and calling it twice has no further effect.
     """
     for module in _with_running_statistics(model):
         module.track_running_stats = False
@@ -379,7 +379,7 @@ def train_sam_distributed(model: nn.Module, train_loader: Iterable[Any], optimiz
     """
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(f"the model must be wrapped in DistributedDataParallel, and is a {type(model).__name__}: wrap "
-                         "it, or use flatmin.Sharpener, which knows other wrappers")
+                         "it, or use flatmin.Sharpener, which supports other wrappers")
     model.train()
     losses, count = 0.0, 0
     for inputs, targets in (_moved(batch, model, device) for batch in train_loader):

@@ -82,7 +82,7 @@ class WeightedBatch:
                     handle.remove()
 
     def with_data(self, data: Any) -> WeightedBatch:
-        """Other data evaluated as this batch is, with the same random draws; evaluated by this rank alone."""
+        """Other data evaluated as this batch is, with the same random draws; evaluated by this rank only."""
         return WeightedBatch(self.session, data, self.session.weight(data), self.index)
 
 
@@ -108,7 +108,7 @@ class Evaluation:
 class EvaluationSession:
     """What the evaluations inside ``Objective.session()`` share, so that all compute one function of the weights.
 
-    The data's order, the random draws of the model, the buffers that a batch finds and the kernels are the same in
+    The data's order, the random draws of the model, the buffers at the start of a batch and the kernels are the same in
     every evaluation; modes, buffers, hooks and random states are restored at the end of ``open()``.
 
     Attributes:
@@ -133,7 +133,7 @@ class EvaluationSession:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.devices = devices_of(self.model)
+        self.devices = vectors.devices_of(self.model.parameters())
         self.model_seed = self.seed
         self._reentrant = self._had_loss = False
 
@@ -164,11 +164,11 @@ class EvaluationSession:
             stack.enter_context(self.ranks.evaluating())
             yield
 
-    def alone(self, data: Any, loss_fn: Callable[..., Any] | None,
+    def on_this_rank(self, data: Any, loss_fn: Callable[..., Any] | None,
               around: Callable[[], AbstractContextManager[Any]]) -> EvaluationSession:
-        """This session on other data, with another loss and inside ``around()``, evaluated by this rank alone.
+        """This session on other data, with another loss and inside ``around()``, evaluated by this rank only.
 
-        Buffers that evaluations find are those the model has now.
+        Evaluations start from the buffers that the model has now.
         """
         other = copy.copy(self)
         other.data, other.loss_fn, other.around = data, loss_fn, around
@@ -190,7 +190,7 @@ class EvaluationSession:
         return self._had_loss
 
     def batches(self) -> Iterator[Any]:
-        """The batches as the data give them, in every pass in the same order."""
+        """The batches as yielded by the data, in every pass in the same order."""
         _seed(self.seed, self.devices)
         for generator in self._generators:
             generator.manual_seed(self.seed)
@@ -218,7 +218,7 @@ class EvaluationSession:
             raise ValueError(EMPTY)
 
     def _batch(self, index: int, data: Any, n: float, total: float) -> WeightedBatch:
-        of_all = index * self.ranks.world + self.ranks.rank     # no two batches of a pass draw alike
+        of_all = index * self.ranks.world + self.ranks.rank     # each batch has its own seed
         return WeightedBatch(self, batches.move(data, self.device), n, of_all, total)
 
     def _in_step(self) -> Iterator[WeightedBatch]:
@@ -276,7 +276,7 @@ class EvaluationSession:
         return g if self.ranks.in_step else [self.ranks.sum_(t) for t in g]
 
     def _without(self, sums: GradientSum) -> tuple[str, ...]:
-        """The names of the parameters that no gradient came for."""
+        """The names of the parameters that received no gradient."""
         missing = {id(sums.parameters[i]) for i in sums.missing}
         return tuple(name for name, p in self.model.named_parameters() if id(p) in missing) if missing else ()
 
@@ -289,7 +289,7 @@ class EvaluationSession:
         return total / normalizer((n for _, n in pairs), self.ranks, self.sums)
 
     def outputs(self, batch: Any, index: int) -> Any:
-        """What the model returns for a batch, with the random draws and the buffers that batch ``index`` always has."""
+        """What the model returns for a batch, with the random draws and the buffers of batch ``index``."""
         state = perturbed.RandomState(self.devices)
         _seed(self.model_seed + index, self.devices)
         self._set_buffers()
@@ -302,9 +302,9 @@ class EvaluationSession:
             state.set()
 
     def _set_buffers(self) -> None:
-        """Modules in training mode find their buffers as they were, whatever was evaluated before: L is one function.
+        """Reset the buffers of modules in training mode, so that L does not depend on what was evaluated before.
 
-        By new tensors in their place: a graph that is kept may need the values of those there.
+        The buffers are replaced by new tensors: a saved graph may need the values of the old ones.
         """
         copies = {id(b): b.clone() for _, _, b in self._buffers}
         for module, name, b in self._buffers:
@@ -339,7 +339,7 @@ class EvaluationSession:
         return self.loss_fn(outputs, batch)
 
     def needs_composites(self) -> bool:
-        """Whether what was seen makes it necessary to evaluate again, from now on with composite norms."""
+        """Whether the evaluation must be repeated with composite norms, which are used from now on."""
         if self.composite or self._watch is None or not self._watch.needs_composites:
             return False
         self.composite = True
@@ -362,11 +362,6 @@ def normalizer(weights: Iterable[float], ranks: Ranks, sums: bool) -> float:
     if total <= 0:
         raise ValueError(NO_TERMS)
     return 1.0 if sums else total
-
-
-def devices_of(model: nn.Module) -> list[torch.device]:
-    """The devices of the parameters, each once."""
-    return list({p.device: None for p in model.parameters()})
 
 
 def moving_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -64,7 +64,7 @@ def digest(*parts: str | Tensor) -> str:
             continue
         t = part.detach().cpu().contiguous()
         found.update(f"{tuple(t.shape)} {t.dtype}".encode())
-        if t.numel():   # the bytes are read in place: .numpy() would need NumPy, and knows no bfloat16
+        if t.numel():   # the bytes are read in place: .numpy() would need NumPy, which has no bfloat16
             found.update((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
     return found.hexdigest()
 

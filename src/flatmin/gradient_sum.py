@@ -1,4 +1,4 @@
-"""One sum of gradients over batches, which takes each gradient out of the backward pass."""
+"""A sum of gradients over batches, which takes each gradient out of the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class GradientSum:
     """Σ factor · gradient for each of some parameters, as local tensors; half precisions are summed in float32.
 
     ``hook`` takes each gradient out of the backward pass as soon as autograd has it, so that one tensor more than the
-    sums is held. ``into`` gives the memory of the sums: one tensor of any shape a parameter, whose content is replaced.
+    sums is held. ``into`` are tensors to hold the sums, one of any shape for each parameter; their content is replaced.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], into: Sequence[Tensor] | None = None):
@@ -38,8 +38,8 @@ class GradientSum:
     def hook(self, i: int, factor: float) -> Callable[[Tensor], Tensor | None]:
         """A hook for parameter i that adds its gradient, and leaves a zero that takes no memory in its place."""
         def take(g: Tensor) -> Tensor | None:
-            row = local(matched(g, self.parameters[i])).detach()
-            self.add(i, row.to_dense() if row.layout is not torch.strided else row, factor)
+            gradient = local(matched(g, self.parameters[i])).detach()
+            self.add(i, gradient.to_dense() if gradient.layout is not torch.strided else gradient, factor)
             plain = g.layout is torch.strided and not is_sharded(g)
             return g.new_zeros(()).expand_as(g) if plain else None
 

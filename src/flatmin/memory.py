@@ -1,4 +1,4 @@
-"""How much memory there is, how much a computation takes, and the sentence that predicts it."""
+"""How much memory is free, and how much a computation takes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.utils._pytree import tree_leaves
 
 
 def available(device: torch.device) -> int:
-    """Free bytes on a device; on the CPU what Linux says can be had without swapping, within the container's limit."""
+    """Free bytes on a device; on the CPU, those available without swapping, within the container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as f:
-            rows = dict(line.split(":", 1) for line in f)
-        free = int(rows["MemAvailable"].split()[0]) * 1024
+            lines = dict(line.split(":", 1) for line in f)
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(free, _container_room())
+    return min(free, _container_free())
 
 
-def _container_room() -> int:
+def _container_free() -> int:
     try:
         with open("/sys/fs/cgroup/memory.max") as a, open("/sys/fs/cgroup/memory.current") as b, \
                 open("/sys/fs/cgroup/memory.stat") as c:
@@ -52,10 +52,10 @@ class Meter(TorchDispatchMode):
 
 
 def mapped(numel: int, dtype: torch.dtype, folder: str | None = None, file: str | None = None) -> Tensor:
-    """A flat tensor in a file, of which only what is looked at is in memory.
+    """A flat memory-mapped tensor.
 
-    The file has no name: it is gone with the tensor, after a kill too. With ``file`` it stays, and an existing one of
-    this size is used as it is.
+    The file has no name: it is removed with the tensor, after a kill too. With ``file`` it stays, and an existing
+    file of this size is used unchanged.
     """
     needed = numel * torch.empty(0, dtype=dtype).element_size()
     folder = os.path.dirname(os.path.abspath(file)) if file else folder or tempfile.gettempdir()
@@ -78,7 +78,7 @@ def mapped(numel: int, dtype: torch.dtype, folder: str | None = None, file: str 
 
 
 def size(count: float) -> str:
-    """Bytes for people.
+    """Format a byte count.
 
     >>> size(3 * 2**30)
     '3.0 GiB'

@@ -1,4 +1,4 @@
-"""Objective: a model and a loss bound to data, as the one function of the weights that every measurement consumes."""
+"""Objective: a model and a loss bound to data, as the function of the weights that all measurements use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import batches, parallel
 from . import objective_checks as checks
-from .evaluation import Evaluation, EvaluationSession, WeightedBatch, devices_of, normalizer
+from .evaluation import Evaluation, EvaluationSession, WeightedBatch, normalizer
 from .parallel import Ranks
 from .results import FEWEST_BATCHES, weighted_mean
+from .vectors import devices_of
 
 ORDER = "write Objective(model, loss_fn, data)"
 
@@ -43,10 +44,11 @@ class Objective:
             a mapping counts its ``labels``, without the first of each sequence where the model is a causal language
             model, which predicts labels[..., 1:]; batches without targets count samples.
         mode: "eval" (the default: running statistics, no dropout), "train" (batch statistics, dropout with one fixed
-            mask a batch, and buffers that each batch finds as they are now), "batch_statistics" (eval, but with the
-            batch statistics of normalization layers) or "as_is" (the flags of the modules at the moment of the call).
-        seed: for whatever the model or the data draw from torch's generators, so that every evaluation draws the same.
-        check: whether measurements first make sure that two evaluations agree.
+            mask a batch, and buffers reset to their current values before each batch), "batch_statistics" (eval, but
+            with the batch statistics of normalization layers) or "as_is" (the flags of the modules at the moment of the
+            call).
+        seed: of torch's generators, from which the model or the data draw, so that every evaluation draws the same.
+        check: whether measurements first check that two evaluations agree.
 
     Raises:
         TypeError: for a model that is no module, or swapped arguments.
@@ -82,7 +84,7 @@ class Objective:
         self._session: EvaluationSession | None = None
         self._composite = False             # whether normalization is computed by composite_norms
         self._loss_checks: tuple[Callable[[Any, Tensor], None], ...] = ()
-        self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
+        self.product_checks: dict[Any, Any] = {}    # results of matvec checks, by matrix
 
     def __repr__(self) -> str:
         loss = "the model's own loss" if self.loss_fn is None else getattr(self.loss_fn, "__name__", None) or \
@@ -99,7 +101,7 @@ class Objective:
 
     @property
     def single(self) -> bool:
-        """Whether the data are one batch, as far as can be told without reading them."""
+        """Whether the data are one batch, as far as is known without reading them."""
         return isinstance(self.data, (list, batches.Single)) and len(self.data) == 1
 
     @property
@@ -108,8 +110,8 @@ class Objective:
         return self._shift and self._weight is None and not self.sums
 
     @property
-    def weighs_itself(self) -> bool:
-        """Whether n_b is counted by the rule stated for ``weight``, rather than by the caller's function."""
+    def uses_default_weight(self) -> bool:
+        """Whether n_b is counted by the default rule of ``weight``, not by a function of the caller."""
         return self._weight is None
 
     @property
@@ -119,7 +121,7 @@ class Objective:
 
     @property
     def devices(self) -> list[torch.device]:
-        return devices_of(self.model) if self._session is None else self._session.devices
+        return devices_of(self.model.parameters()) if self._session is None else self._session.devices
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +148,7 @@ class Objective:
         ``.grad`` is not touched. ``watch`` is called with each batch before it is evaluated.
         """
         with self.session():
-            return self._inside.evaluate(gradient=gradient, watch=watch)
+            return self._open_session.evaluate(gradient=gradient, watch=watch)
 
     def data_stderr(self, changes: Sequence[float], weights: Sequence[float]) -> float:
         """The standard error, over batches, of a mean over batches; nan where there are fewer than five.
@@ -169,7 +171,7 @@ class Objective:
         if self._weight is not None:
             n = float(self._weight(batch))
         else:
-            n = batches.terms(batch, self.loss_fn, self._shift)
+            n = batches.count_loss_terms(batch, self.loss_fn, self._shift)
         if not (math.isfinite(n) and n >= 0):
             raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
         return 1.0 if self.sums and n > 0 else n
@@ -180,18 +182,18 @@ class Objective:
 
     def mean(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
         """Σ n_b L_b / Σ n_b over all ranks, for this rank's pairs (L_b, n_b), inside ``session()``: 0-d float64."""
-        return self._inside.mean(losses)
+        return self._open_session.mean(losses)
 
     def batches(self) -> Iterator[Any]:
-        """The batches as the data give them, in every pass of a session in the same order. Use inside ``session()``."""
-        return self._inside.batches()
+        """The batches as yielded by the data, in the same order in every pass. Use inside ``session()``."""
+        return self._open_session.batches()
 
     def weighted_batches(self) -> Iterator[WeightedBatch]:
         """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
-        return self._inside.weighted_batches()
+        return self._open_session.weighted_batches()
 
     @property
-    def _inside(self) -> EvaluationSession:
+    def _open_session(self) -> EvaluationSession:
         assert self._session is not None, "used outside session()"
         return self._session
 
@@ -220,7 +222,7 @@ class Objective:
                 self._session, self._composite = None, session.composite
 
     def check(self) -> None:
-        """Raise a ValueError that names the cause where L is not one function of the weights, or not the mean stated.
+        """Raise a ValueError that names the cause where L is not one function of the weights, or not the stated mean.
 
         Two evaluations at the same weights must agree and leave the weights as they are; and where two batches can be
         concatenated and the model treats samples independently, the loss of both together must be their mean by
@@ -230,13 +232,13 @@ class Objective:
         if not self._check:
             return
         with self.session():
-            checks.check(self._inside, mean=self.weighs_itself)
+            checks.check(self._open_session, mean=self.uses_default_weight)
         self._check = False
 
     def evaluate_once(self) -> None:
         """Evaluate one batch where this session has evaluated none: an error of the user's code is raised here."""
-        if self._inside.evaluated:
-            self._inside.refuse_reentrant()
+        if self._open_session.evaluated:
+            self._open_session.refuse_reentrant()
         else:
             with torch.enable_grad():
                 for batch in self.weighted_batches():
@@ -258,9 +260,10 @@ class Objective:
             other._session.loss_checks = other._loss_checks
         return other
 
-    def alone(self, data: Any, loss_fn: Callable[..., Tensor] | None,
+    def on_this_rank(self, data: Any, loss_fn: Callable[..., Tensor] | None,
               around: Callable[[], AbstractContextManager[Any]]) -> Objective:
-        """Inside a session: the objective on other data and with another loss, run by this rank alone."""
+        """Inside a session: the objective on other data and with another loss, evaluated by this rank only."""
         other = copy.copy(self)
-        other.data, other.loss_fn, other._session = data, loss_fn, self._inside.alone(data, loss_fn, around)
+        other.data, other.loss_fn = data, loss_fn
+        other._session = self._open_session.on_this_rank(data, loss_fn, around)
         return other

@@ -1,4 +1,4 @@
-"""Why a loss cannot be measured: two evaluations differ, the mean is not the one stated, or the weights change."""
+"""Checks that a loss can be measured: evaluations agree, its mean is the stated one, and the weights do not change."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def refuse_parameters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise ValueError(f"module {name!r} ({type(module).__name__}) has max_norm={module.max_norm}, with which "
-                             "every forward pass changes the weights, and no gradient knows of it. Set its max_norm "
-                             "to None to measure the weights as they are")
+                             "every forward pass changes the weights, which the gradient does not include. Set its "
+                             "max_norm to None to measure the weights as they are")
         if getattr(module, "scale_grad_by_freq", False):
             raise ValueError(f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True, with which its "
                              "gradient is not that of the loss. Set its scale_grad_by_freq to False to measure")
@@ -42,10 +42,10 @@ def check(session: EvaluationSession, *, mean: bool) -> None:
 
     ``mean``: also where it is not the mean over the data that its weights state.
     """
-    stated, seen = _MeanCheck(session, mean), []
+    mean_check, seen = _MeanCheck(session, mean), []
 
     def watch(batch: WeightedBatch) -> None:
-        stated.see(batch)
+        mean_check.see(batch)
         seen.append(batch.index)
 
     with _unmoved_weights(session):
@@ -59,7 +59,7 @@ def check(session: EvaluationSession, *, mean: bool) -> None:
     if not same(first, second, session.parameters):
         raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
                          f"{find_nondeterminism(session)}")
-    stated.check()
+    mean_check.check()
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _not_finite(session: EvaluationSession, index: int | None) -> str:
 
 
 class _MeanCheck:
-    """Two batches, of unequal weight where the data have such, and whether their loss together is their mean.
+    """Two batches, of unequal weight if the data have such, and whether the loss of both merged is their mean.
 
     Where no two can be concatenated (padded to their own longest sequence), two parts of the first.
     """
@@ -120,13 +120,13 @@ class _MeanCheck:
             self.second = batch
 
     def check(self) -> None:
-        """Raise or warn where the loss of both together is not their mean by weight."""
+        """Raise or warn where the loss of both merged is not their weighted mean."""
         found = self._found()
         wrong, unequal = self.session.ranks.total(float(found is not None), float(bool(found and found[1])))
         if not wrong:
             return
         text = found[0] if found is not None else "on another rank"
-        what = ("the loss of parts of the data together is not their mean, weighted by the terms that each is "
+        what = ("the loss of two parts of the data merged is not their mean, weighted by the terms that each is "
                 f"taken to average: {text}. A reduction, ignore_index or class weights inside a function cannot be "
                 "seen, and a loss that compares the samples of a batch is no mean over them")
         if unequal:
@@ -135,17 +135,17 @@ class _MeanCheck:
                       "pass weight= to say so", stacklevel=2)
 
     def _found(self) -> tuple[str, bool] | None:
-        """What was found as a text, and whether the mean over these batches is wrong for certain."""
+        """The values that disagree, as text, and whether the mean over these batches is certainly wrong."""
         if self.first is None or not self.several:
             return None
-        for a, b in ((0.6, 0.4), (0.3, 0.7), (-0.5, -0.5)):     # parts: no more is held than for one batch
+        for a, b in ((0.6, 0.4), (0.3, 0.7), (-0.5, -0.5)):     # of parts, so that the memory of one batch is enough
             pair = _cut(self.first, a) if self.second is None else (_part(self.first, a), _part(self.second, b))
-            found = self._apart_and_together(*pair)
+            found = self._compare_merged(*pair)
             if found is not None:
                 return found
         return None
 
-    def _apart_and_together(self, a: WeightedBatch | None, b: WeightedBatch | None) -> tuple[str, bool] | None:
+    def _compare_merged(self, a: WeightedBatch | None, b: WeightedBatch | None) -> tuple[str, bool] | None:
         session = self.session
         if a is None or b is None or not (a.weight > 0 and b.weight > 0):
             return None
@@ -153,14 +153,14 @@ class _MeanCheck:
         z, loss = _evaluated(a.with_data(batches.merged(a.data, b.data)))
         kinds = {t.dtype for t in (*session.parameters, *batches.tensors(z)) if t.is_floating_point()}
         tolerance = max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
-        if not _rows_agree(za, zb, z, tolerance):
+        if not _samples_match(za, zb, z, tolerance):
             return None
         mean = (a.weight * la + b.weight * lb) / (1.0 if session.sums else a.weight + b.weight)
         if _near(loss, mean, tolerance, abs(la) + abs(lb)):
             return None
         twice = _evaluated(a.with_data(batches.merged(a.data, a.data)))[1]
-        text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
-                f"{loss:.6g} together")
+        text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) separately, whose mean is {mean:.6g}, "
+                f"and {loss:.6g} merged")
         return text, self.unequal or _near(twice, la, tolerance, abs(la))
 
 
@@ -191,8 +191,8 @@ def _near(a: float, b: float, tolerance: float, size: float) -> bool:
     return abs(a - b) <= tolerance * size or not math.isfinite(a - b)
 
 
-def _rows_agree(a: Any, b: Any, both: Any, tolerance: float) -> bool:
-    """Whether a model gives for two batches together what it gives for each, sample by sample."""
+def _samples_match(a: Any, b: Any, both: Any, tolerance: float) -> bool:
+    """Whether the outputs for two merged batches are those of each, sample by sample."""
     columns = [[t.detach() for t in batches.tensors(z) if t.dim()] for z in (a, b, both)]
     if not columns[0] or len({len(column) for column in columns}) > 1:
         return False

@@ -54,7 +54,7 @@ def full(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
-def part(whole: Tensor, parameter: Tensor) -> Tensor:
+def shard_of(whole: Tensor, parameter: Tensor) -> Tensor:
     """What this rank holds of a whole tensor that is sharded like ``parameter``, sharing its memory."""
     if not is_sharded(parameter) or is_sharded(whole):
         return local(whole)
@@ -89,8 +89,8 @@ def all_reduce(t: Tensor, groups: Iterable[Any], op: str = "sum") -> Tensor:
 def in_bucket(gradient: Tensor) -> bool:
     """Whether a gradient is a view of a DDP bucket, into which the next backward pass writes.
 
-    Asked of the gradient itself: with ``gradient_as_bucket_view=True`` a wrapper may stand around a model, or
-    parameters, that were handed over without it.
+    Asked of the gradient itself: with ``gradient_as_bucket_view=True`` a wrapper may wrap a model, or
+    parameters, that were passed without it.
     """
     return gradient._is_view() and not is_sharded(gradient)
 
@@ -186,8 +186,8 @@ class Ranks:
         return self.sum_(torch.tensor(numbers, dtype=torch.float64, device=self._device())).tolist() \
             if self._groups else list(numbers)
 
-    def least(self, number: int) -> int:
-        """The smallest over the ranks: what all of them can agree on."""
+    def min_over_ranks(self, number: int) -> int:
+        """The smallest ``number`` over the ranks."""
         return int(all_reduce(torch.tensor(number, device=self._device()), self._groups, "min"))
 
     def _device(self) -> torch.device:

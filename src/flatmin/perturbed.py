@@ -1,6 +1,6 @@
-"""Change weights, buffers, random state or mode, and always give them back.
+"""Change weights, buffers, random state or mode, and always restore them.
 
-Weights are given back by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
+Weights are restored by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
 ``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Displacement`, whose
 originals are never written at all.
 """
@@ -20,38 +20,38 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import parallel, vectors
 
 
-class Spare:
-    """Memory for a copy of many small tensors, kept from step to step: new pages cost more than the copying."""
+class TensorPool:
+    """Tensors for a copy of many small ones, reused in every step: new memory would cost more than the copying."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._free: list[Tensor] = []
         self._layout: tuple[list[torch.Size], list[torch.dtype]] = [], []
 
     def take(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors of the same shapes and dtypes, unwritten; nobody else gets them before they are put back."""
+        """Tensors of the same shapes and dtypes, uninitialized; reserved until ``put_back``."""
         layout = [t.shape for t in like], [t.dtype for t in like]
-        out, self._kept = self._kept, []
+        out, self._free = self._free, []
         if not out or layout != self._layout:
             out, self._layout = [torch.empty_like(t) for t in like], layout
         return out
 
     def put_back(self, tensors: list[Tensor]) -> None:
-        self._kept = tensors
+        self._free = tensors
 
 
 class Displacement:
     """Weights moved by ε = scale · d, and back, bit for bit.
 
-    With ``own=True`` the memory of ``d`` is taken over to hold the copy of w: no allocation beyond one block of
-    scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated; with ``offload``, in
-    the host's memory. ``spare`` holds the copy of one block of small tensors instead, and outlives the displacement.
+    With ``own=True`` the copy of w is written into ``d``: no allocation beyond one block of scratch, two reads and two
+    writes per number. Otherwise one copy is allocated; with ``offload``, in the host's memory. With ``pool`` the copy
+    of one block of small tensors is in the tensors of the pool.
     """
 
     mode: AbstractContextManager[Any] = nullcontext()  # for passes at w + ε
 
-    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
-        self._offload, self._spare = offload, spare
-        self._lent: list[Tensor] = []  # from ``spare``
+    def __init__(self, offload: bool = False, pool: TensorPool | None = None) -> None:
+        self._offload, self._pool = offload, pool
+        self._taken: list[Tensor] = []  # of ``pool``
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
         self.realised: list[Tensor] = []
 
@@ -63,7 +63,7 @@ class Displacement:
         elif not own:
             copies = [torch.empty_like(t) for t in w]
         else:
-            copies = self._borrowed(w) or d
+            copies = self._take_from_pool(w) or d
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in vectors.HALF
@@ -89,27 +89,27 @@ class Displacement:
         else:
             torch._foreach_copy_(w, list(moved))
 
-    def _borrowed(self, w: Sequence[Tensor]) -> list[Tensor]:
-        """Spare memory for a copy of one block of small tensors on the CPU; nothing for other weights."""
-        if self._spare is None or len(w) < 2 or w[0].device.type not in vectors.READABLE or (
+    def _take_from_pool(self, w: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the pool for a copy of one block of small tensors on the CPU; an empty list for other weights."""
+        if self._pool is None or len(w) < 2 or w[0].device.type not in vectors.READABLE or (
                 sum(map(Tensor.numel, w)) > vectors.BLOCK):
             return []
-        self._lent = self._spare.take(w)
-        return self._lent
+        self._taken = self._pool.take(w)
+        return self._taken
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the weights back, the last move first; may be called again after a Ctrl-C in the middle."""
+        """Restore the weights, the last move first; may be called again after a Ctrl-C in the middle."""
         for ws, cs in reversed(self._copies):
             torch._foreach_copy_(ws, cs)
         self._copies = []
-        if self._spare is not None and self._lent:
-            self._spare.put_back(self._lent)
-            self._lent = []
+        if self._pool is not None and self._taken:
+            self._pool.put_back(self._taken)
+            self._taken = []
 
 
 def realised_step(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
-    """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
+    """Squared norm of the requested step, of the step after rounding, and their inner product, as one 3-vector."""
     done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
 
@@ -122,8 +122,8 @@ class Float32Displacement:
     ``backward`` is not reached. Weights of other precisions, and of a second half precision, are moved in place.
     """
 
-    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
-        self._others = Displacement(offload, spare)
+    def __init__(self, offload: bool = False, pool: TensorPool | None = None) -> None:
+        self._others = Displacement(offload, pool)
         self._replaced: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
@@ -152,7 +152,7 @@ class Float32Displacement:
             p.data = wide.add_(p.data)
 
     def restore(self) -> None:
-        """Give the weights back; may be called again after a Ctrl-C in the middle."""
+        """Restore the weights; may be called again after a Ctrl-C in the middle."""
         self._others.restore()
         for p, w in self._replaced:
             if p.data.dtype == w.dtype:
@@ -208,7 +208,7 @@ def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
 
 
 def buffer_registries(module: nn.Module | None) -> list[dict[str, Any]]:
-    """The places where a module and its submodules keep their buffers."""
+    """The dictionaries in which a module and its submodules hold their buffers."""
     return [m._buffers for m in module.modules() if m._buffers] if module is not None else []
 
 
@@ -225,8 +225,8 @@ class Buffers:
     """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
 
     ``versions`` are those before an earlier pass of the same step: a buffer of more than 65 536 numbers that it has not
-    written to is not copied, since the next pass will leave it alone too. Torch counts no write through ``.data``, so
-    such a write to so large a buffer keeps the value of the last pass: write under ``torch.no_grad()`` instead.
+    written to is not copied, since the next pass does not write to it either. Torch does not count writes through
+    ``.data``: after such a write a buffer of this size keeps its last value. Write under ``torch.no_grad()`` instead.
     Measurements (no ``versions``) copy every buffer.
     """
 
@@ -246,13 +246,13 @@ class Buffers:
             if key in self._copies:
                 parallel.local(buffer).copy_(parallel.local(self._copies[key]))
             elif buffer._version != self._same[key]:
-                warnings.warn("a buffer that the pass at w left alone was written in the pass at w + ε and keeps that "
+                warnings.warn("the pass at w + ε wrote to a large buffer to which the pass at w did not: it keeps that "
                               "value", stacklevel=2)
 
 
 @contextmanager
 def undone(undo: Callable[[], None], only_on_error: bool = False) -> Iterator[None]:
-    """``undo()`` at the end, whatever happens: once more if a Ctrl-C arrives while it runs, so it must bear that."""
+    """``undo()`` at the end, whatever happens: again if a Ctrl-C interrupts it, so undo must be safe to call twice."""
     try:
         yield
         if not only_on_error:
@@ -314,7 +314,7 @@ def without_hooks(*tensors: Tensor) -> Iterator[None]:
 
 @contextmanager
 def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """``module.train(training)`` inside; afterwards every submodule's own flag is back."""
+    """``module.train(training)`` inside; afterwards every submodule's own flag is restored."""
     flags = [(m, m.training) for m in module.modules()]
     module.train(training)
     try:
@@ -327,7 +327,7 @@ def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
 @contextmanager
 def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor],
               scale: float | Tensor = 1.0) -> Iterator[Displacement]:
-    """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
+    """Weights are at w + scale · direction inside and are restored bit for bit; ``direction`` is not changed."""
     w = [parallel.local(p.detach()) for p in parameters]
     d = [parallel.local(t) for t in direction]
     displacement = Displacement()

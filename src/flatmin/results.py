@@ -1,4 +1,4 @@
-"""Frozen records: a value never travels without its error, its cost and its settings."""
+"""Frozen result classes: a value with its standard error and settings."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float], *, fewest: 
 
 @dataclass(frozen=True, kw_only=True)
 class PerBatch:
-    """A measure's values batch by batch and the terms that each averages; of this rank's batches or of all ranks'."""
+    """A measure's value on each batch and the number of terms it averages; of this rank's batches or of all ranks'."""
 
     values: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()

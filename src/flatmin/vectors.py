@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .parallel import all_reduce, local, part, shard_groups
+from .parallel import all_reduce, local, shard_groups, shard_of
 
 BLOCK = 1 << 18
 """Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
@@ -26,6 +26,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
+
+
+def devices_of(tensors: Iterable[Tensor]) -> list[torch.device]:
+    """The distinct devices of tensors."""
+    return list({t.device: None for t in tensors})
 
 
 def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[list[Tensor], ...]]:
@@ -105,7 +110,7 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Per tensor, the sum of squares of its local part: a float64 vector of ``len(tensors)``.
+    """Per tensor, the sum of squares of its local shard: a float64 vector of ``len(tensors)``.
 
     Float32 sums run over blocks of 65 536 and the blocks are added in float64: as fast as a float32 norm and accurate
     to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3. On the CPU, tensors whose squares
@@ -269,7 +274,7 @@ class Space:
     def random(self, generator: torch.Generator, kind: str = "normal") -> list[Tensor]:
         """A random vector, ``kind`` "normal", "rademacher" or "uniform" on [0, 1).
 
-        The same on every sharding: drawn on the generator's device for the whole tensor, then cut to the local part.
+        The same on every sharding: drawn on the generator's device for the whole tensor, then cut to the local shard.
         """
         return [_random(p, generator, kind) for p in self.parameters]
 
@@ -314,7 +319,7 @@ def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
         whole = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
     else:
         raise ValueError(f'kind must be "normal", "rademacher" or "uniform", got {kind!r}')
-    return part(whole, parameter).to(parameter.device, parameter.dtype).contiguous()
+    return shard_of(whole, parameter).to(parameter.device, parameter.dtype).contiguous()
 
 
 def seeded(seed: int | torch.Generator) -> torch.Generator:

@@ -306,7 +306,7 @@ def test_one_graph_a_session_and_one_pass_over_the_data():
 
 
 @pytest.mark.parametrize("make", (GaussNewton, FunctionalPart, Fisher, Hessian))
-@pytest.mark.filterwarnings("ignore:autograd sees no parameter")
+@pytest.mark.filterwarnings("ignore:the loss does not depend on any parameter")
 def test_outputs_that_no_parameter_reaches(make):
     """A matrix of zeros, for a detached model, and where one batch of two does not reach the parameters."""
     class Detached(nn.Module):

@@ -100,7 +100,7 @@ def test_later_steps_do_not_look():
     sharpener = presets.sam(model)
     for _ in range(2):
         sharpener.backward(lambda: model(x).square().mean())
-    assert sharpener.view.inspection.done and not sharpener.view.inspection._met
+    assert sharpener.view.inspection.done and not sharpener.view.inspection._seen_leaves
 
 
 # --- parameters that cannot be perturbed -----------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_a_buffer_that_begins_to_be_written_moves_once_a_step():
 def test_a_buffer_written_at_the_perturbed_weights_alone_is_reported():
     model, (x, y) = build(Buffered, written=(5,)), batch(0)       # the second pass of the 3rd step
     sharpener = presets.sam(model)
-    with pytest.warns(UserWarning, match="a buffer that the pass at w left alone"):
+    with pytest.warns(UserWarning, match="wrote to a large buffer to which the pass at w did not"):
         for _ in range(3):
             sharpener.backward(lambda: loss_fn(model(x), y))
 

@@ -77,8 +77,8 @@ def test_the_largest_eigenvalue_of_a_language_model_from_files(finished, billion
 def test_it_goes_on_after_a_kill(finished):
     _, log, left, after = finished
     assert left == ["billion-20M.pt", "billion-20M.pt.basis"] and after == []
-    first = next(line for line in log.splitlines() if ": product " in line)
-    assert int(first.split("product ")[1].split(",")[0]) > 1, log      # the first run began with product 1
+    first = next(line for line in log.splitlines() if ": matvec " in line)
+    assert int(first.split("matvec ")[1].split(",")[0]) > 1, log      # the first run began with matvec 1
 
 
 def test_files_and_memory_give_the_same_spectrum(tmp_path):

@@ -1,10 +1,10 @@
-"""Sharpness-aware gradients: a product of small parts.
+"""Sharpness-aware gradients: each method is a combination of a direction, a rule and a cadence.
 
-direction   where is uphill?            Gradient, Adaptive, Layerwise, Fisher, Preconditioned, Momentum, Friendly,
+direction   of the perturbation ε       Gradient, Adaptive, Layerwise, Fisher, Preconditioned, Momentum, Friendly,
                                         Random, RandomFraction, WithWeightDecay
-rule        which gradient is kept?     Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
-cadence     when is it paid for?        EveryStep, Every (with Reuse), WarmStart
-rho         how far?                    a number, LinearRho, RhoFollowsLearningRate; by_depth for groups
+rule        the gradient descended on   Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
+cadence     which steps perturb         EveryStep, Every (with Reuse), WarmStart
+rho         the radius of ε             a number, LinearRho, RhoFollowsLearningRate; by_depth for groups
 façade      torch.optim.Optimizer       SAM; its relatives, ASAM, LookSAM, ..., are in flatmin.compat
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The classes that live in ``flatmin.compat``, which stands above this package, under their earlier address."""
+    """The classes that live in ``flatmin.compat``, which imports this package, under their earlier address."""
     if name in ("ASAM", "EfficientSAM", "LookSAM", "MemoryEfficientSAM", "MomentumSAM"):
         return getattr(importlib.import_module("flatmin.compat"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,8 @@ from .micro_batches import describe
 class BackPropagation:
     """How a loss is back-propagated: plainly, times a ``GradScaler``'s factor, or by a framework's own ``backward``.
 
-    A framework may divide the loss by its number of accumulation steps, and may scale it. Passes see neither: what it
-    divides by is ``division`` afterwards, for a caller that accumulates over several calls.
+    A framework may divide the loss by its number of accumulation steps, and may scale it. Both are undone: what it
+    multiplied by is ``division`` afterwards, for a caller that accumulates over several calls.
     """
 
     def __init__(self, scaler: Any, custom: Callable[[Tensor], Any] | None):
@@ -39,8 +39,8 @@ class BackPropagation:
         calls: list[Any] = []
         if value.requires_grad:
             value = value.view_as(value)
-            value.register_hook(lambda g: self._given(g, calls))
-        with self._noted(calls):
+            value.register_hook(lambda g: self._normalize_gradient(g, calls))
+        with self._detect_scaling(calls):
             self._custom(value)
 
     def seed(self, value: Tensor, weight: float) -> Tensor:
@@ -49,25 +49,25 @@ class BackPropagation:
         return out if scale is None else out * scale.to(value)
 
     @contextmanager
-    def _noted(self, calls: list[Any]) -> Iterator[None]:
-        """Until it is known: notes whether the framework calls the scaler, and so scales the loss itself."""
+    def _detect_scaling(self, calls: list[Any]) -> Iterator[None]:
+        """Detects, once, whether the framework calls the scaler and so scales the loss itself."""
         if self._scaler is None or self._scales is not None:
             yield
             return
         scale = self._scaler.scale
 
-        def noted(outputs: Any) -> Any:
+        def counted(outputs: Any) -> Any:
             calls.append(outputs)
             return scale(outputs)
 
-        self._scaler.scale = noted
+        self._scaler.scale = counted
         try:
             yield
         finally:
             del self._scaler.scale
 
-    def _given(self, g: Tensor, calls: list[Any]) -> Tensor:
-        """The gradient that arrives at the loss from the framework, made into the one that goes on."""
+    def _normalize_gradient(self, g: Tensor, calls: list[Any]) -> Tensor:
+        """The framework's gradient at the loss, normalized to 1 (times the loss scale) before it propagates."""
         if self._scales is None:
             self._scales = bool(calls)
         scale = self.loss_scale(g.device)

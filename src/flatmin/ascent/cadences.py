@@ -1,4 +1,4 @@
-"""When is the second pass paid for?"""
+"""Cadences: which steps evaluate the gradient at w + ε."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..vectors import Space
 @final
 @dataclass(frozen=True)
 class Reuse:
-    """What the steps between two full ones do with the sharpness component of the last (LookSAM, arXiv:2203.02714).
+    """The steps between two full ones add the sharpness component of the last full one (LookSAM, arXiv:2203.02714).
 
     At a full step g_v = g_s − (⟨g, g_s⟩/‖g‖²) g is kept; the others use g + α (‖g‖/‖g_v‖) g_v. ``per_tensor`` takes
-    these products and norms tensor by tensor, as some implementations do; the paper's are over the whole vector.
+    these inner products and norms tensor by tensor, as some implementations do; the paper's are over the whole vector.
     """
 
     alpha: float = 0.7
@@ -27,16 +27,16 @@ class Reuse:
     def component(self, space: Space, perturbed: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
         """g_v, the part of g_s orthogonal to g."""
         out = [t.clone() for t in perturbed]
-        for one, g, v in self._parts(space, gradient, out):
-            vectors.combine(1.0, v, -one.share(v, g), g)
+        for subspace, g, v in self._spaces(space, gradient, out):
+            vectors.combine(1.0, v, -subspace.share(v, g), g)
         return out
 
     def add(self, space: Space, gradient: Sequence[Tensor], component: Sequence[Tensor]) -> None:
         """g ← g + α (‖g‖/‖g_v‖) g_v."""
-        for one, g, v in self._parts(space, gradient, component):
-            vectors.combine(1.0, g, self.alpha * vectors.ratio(one.norm(g), one.norm(v)), v)
+        for subspace, g, v in self._spaces(space, gradient, component):
+            vectors.combine(1.0, g, self.alpha * vectors.ratio(subspace.norm(g), subspace.norm(v)), v)
 
-    def _parts(self, space: Space, a: Sequence[Tensor], b: Sequence[Tensor]
+    def _spaces(self, space: Space, a: Sequence[Tensor], b: Sequence[Tensor]
                ) -> Iterator[tuple[Space, Sequence[Tensor], Sequence[Tensor]]]:
         if not self.per_tensor:
             yield space, a, b
@@ -48,7 +48,7 @@ class Reuse:
 class Cadence(Protocol):
     """``cadence(t)`` says whether step t, counted from 0, takes the second pass.
 
-    ``reuse`` says what the other steps do with the last full one; None: they are plain steps. ``counts_steps`` says
+    ``reuse`` says what the other steps take from the last full one; None: they are plain steps. ``counts_steps`` says
     whether the number of the step has to be saved.
     """
 

@@ -1,4 +1,4 @@
-"""Passes made by a closure, in the convention of ``torch.optim.Optimizer.step``."""
+"""MicroBatchRunner made by a closure, in the convention of ``torch.optim.Optimizer.step``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ class NoGradient(Exception):
 
 
 class GradientsBeforeClosure:
-    """Gradients found before a closure's first call: does the closure clear them, and if not, are they its own?"""
+    """Gradients found before a closure's first call: whether it clears them or computes the same.
+
+    ``EarlierGradients`` are those to which a step of ``Sharpener.backward`` is added.
+    """
 
     def __init__(self, found: list[tuple[nn.Parameter, Tensor]]):
         self.found = found
         self._reached: set[nn.Parameter] = set()
-        self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._uncleared: list[tuple[nn.Parameter, Tensor]] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around the first call: what the closure has not cleared is set aside before it would be added to."""
+        """Around the first call: gradients that the closure has not cleared are moved out of ``p.grad`` first."""
         self.put_back()
-        self._reached, self._kept = set(), []
-        hooks = [p.register_hook(partial(self._set_aside, p)) for p, _ in self.found if p.requires_grad]
+        self._reached, self._uncleared = set(), []
+        hooks = [p.register_hook(partial(self._before_accumulation, p)) for p, _ in self.found if p.requires_grad]
         try:
             yield
         finally:
@@ -43,53 +46,55 @@ class GradientsBeforeClosure:
                 hook.remove()
         for p, gradient in self.found:
             if p not in self._reached and p.grad is gradient:  # nothing was added to it through autograd
-                self._keep(p)
+                self._move_out(p)
 
     def put_back(self) -> None:
         """The gradients as they were found."""
         for p, gradient in self.found:
             p.grad = gradient
 
-    def _set_aside(self, parameter: nn.Parameter, _: Tensor) -> None:
+    def _before_accumulation(self, parameter: nn.Parameter, _: Tensor) -> None:
         if parameter not in self._reached:
-            self._keep(parameter)
+            self._move_out(parameter)
         self._reached.add(parameter)
 
-    def _keep(self, parameter: nn.Parameter) -> None:
+    def _move_out(self, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None and bool(local(gradient).any()):
-            self._kept.append((parameter, gradient))
+            self._uncleared.append((parameter, gradient))
 
     @property
     def unsettled(self) -> bool:
         """Whether gradients were there that the closure has not cleared."""
-        return bool(self._kept)
+        return bool(self._uncleared)
 
     def check(self) -> None:
-        """With the closure's own gradient at w in ``p.grad``: raise if there were others, or else forget them."""
-        if self._kept:
-            space = Space([p for p, _ in self._kept])
-            earlier = [local(g) for _, g in self._kept]
+        """With the closure's own gradient at w in ``p.grad``: raise if there were others, else discard them."""
+        if self._uncleared:
+            space = Space([p for p, _ in self._uncleared])
+            earlier = [local(g) for _, g in self._uncleared]
             own = [torch.zeros_like(g) if p.grad is None else local(matched(p.grad, p))
-                   for (p, _), g in zip(self._kept, earlier, strict=True)]
-            size, off = float(space.norm(own)), float(space.norm([a - b for a, b in zip(earlier, own, strict=True)]))
+                   for (p, _), g in zip(self._uncleared, earlier, strict=True)]
+            size = float(space.norm(own))
+            difference = float(space.norm([a - b for a, b in zip(earlier, own, strict=True)]))
             rounding = max(torch.finfo(g.dtype).eps for g in earlier) ** (2 / 3)
-            if math.isfinite(size) and not off <= rounding * size:  # inf and nan: the step is skipped, nothing is lost
+            # with inf or nan the step is skipped, so that nothing is lost
+            if math.isfinite(size) and not difference <= rounding * size:
                 raise ForeignGradients(
                     f"step(closure) found gradients (norm {float(space.norm(earlier)):.3g}) that the closure neither "
-                    f"clears nor computes itself (norm {size:.3g}, difference {off:.3g}), and would lose them. Let "
-                    "the closure call zero_grad, or clear them before; to accumulate micro-batches use "
-                    "flatmin.Sharpener, which takes a list of them; to go on from the gradients that are there, call "
-                    "first_step, the closure and second_step")
-        self.found, self._kept = [], []
+                    f"clears nor computes itself (norm {size:.3g}, difference {difference:.3g}), and would lose them. "
+                    "Let the closure call zero_grad, or clear them before; to accumulate micro-batches use "
+                    "flatmin.Sharpener, which takes a list of them; to continue from the gradients that are there, "
+                    "call first_step, the closure and second_step")
+        self.found, self._uncleared = [], []
 
 
 class ForeignGradients(ValueError):
     """Gradients were present that are not the closure's own."""
 
 
-class ClosurePasses:
-    """Passes made by calling the user's closure; it back-propagates itself."""
+class ClosureRunner:
+    """MicroBatchRunner made by calling the user's closure; it back-propagates itself."""
 
     def __init__(self, closure: Callable[[], Any], step: Step, before: GradientsBeforeClosure):
         self.inspection: Inspection | None = None  # sees no graph: the closure has freed it
@@ -97,7 +102,7 @@ class ClosurePasses:
         self.first: Any = None
         self._calls = 0
 
-    def __call__(self, one: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor:
         view = self._step.view
         view.clear_gradients()

@@ -20,16 +20,16 @@ from .. import vectors
 from ..vectors import Space
 from .parameters import ParameterInfo
 
-Memory = Mapping[str, Mapping[str, Tensor]]  # tensors by kind and by the name of their parameter
+State = Mapping[str, Mapping[str, Tensor]]  # tensors by kind and by the name of their parameter
 Metric = Callable[[int, Tensor, Tensor], Tensor | None]  # metric(i, w, d): T of tensor i, None for 1
 
 
 @dataclass(frozen=True)
 class AscentInfo:
-    """What a direction may read at w. Lists run over ``parameters``; tensors are this rank's parts.
+    """What a direction may read at w. Lists run over ``parameters``; tensors are this rank's shards.
 
-    ``gradient`` is empty for a direction with ``needs_gradient = False``. Its memory belongs to the direction, which
-    may overwrite it and return it as d.
+    ``gradient`` is empty for a direction with ``needs_gradient = False``. The direction may overwrite it
+    and return it as d.
     """
 
     parameters: list[ParameterInfo]  # those that may move
@@ -37,13 +37,13 @@ class AscentInfo:
     w: list[Tensor]
     gradient: list[Tensor]
     gradient_norm: Tensor | None  # ‖gradient‖₂
-    memory: Memory  # what earlier steps returned as ``Ascent.memory``
+    state: State  # what earlier steps returned as ``Ascent.state``
     step: int
     optimizer: torch.optim.Optimizer | None = None
     loss_scale: Tensor | None = None  # factor of the gradient, under a GradScaler
 
     def only(self, chosen: Sequence[bool]) -> AscentInfo:
-        """The same for some of the parameters."""
+        """A copy restricted to some of the parameters."""
         if all(chosen):
             return self
         where = [i for i, c in enumerate(chosen) if c]
@@ -54,7 +54,7 @@ class AscentInfo:
                        gradient_norm=space.norm(gradient) if gradient else None)
 
     def unscaled(self) -> AscentInfo:
-        """The same with the loss scale divided out of the gradient."""
+        """A copy with the loss scale divided out of the gradient."""
         if self.loss_scale is None:
             return self
         inverse = 1 / self.loss_scale
@@ -97,15 +97,15 @@ class Ascent:
     norm: Tensor  # 0-d
     length: Tensor | float = 1.0  # of the step, in units of ρ
     own_norm: DiagonalNorm = DiagonalNorm()
-    memory: Memory = field(default_factory=dict)  # to be kept for later steps, unless the step is skipped
+    state: State = field(default_factory=dict)  # saved for later steps, unless the step is skipped
 
     def own_length(self, rhos: Sequence[float] | None = None) -> Tensor:
-        """The norm of d that belongs to the direction, each tensor first multiplied by its radius."""
+        """The norm of d in which the radius is measured, each tensor first multiplied by its radius."""
         return self.own_norm(self.info.space, self.info.w, self.d, rhos)
 
 
 class Direction(Protocol):
-    """``direction(info)`` says which parameters move, and where.
+    """``direction(info)`` returns the perturbed parameters and the direction d of ε.
 
     ``needs_gradient``: it reads the gradient at w, for which a step takes a first pass. ``needs_optimizer``: it reads
     the optimizer's state. ``counts_steps``: it reads the number of the step, which then has to be saved.
@@ -122,7 +122,7 @@ class Direction(Protocol):
 
 
 def steepest(info: AscentInfo, metric: Metric | None, p: float) -> Ascent:
-    """Steepest ascent: d = T · dual_p(T g), and the norm of T g that belongs to p."""
+    """Steepest ascent: d = T · dual_p(T g), and the dual norm of T g."""
     d = info.gradient
     if metric is not None:
         _multiply(info.w, d, metric)

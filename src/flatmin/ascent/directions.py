@@ -144,6 +144,7 @@ class Fisher:
 
     η = 0 is SAM. Depends on the scale of the gradient; a loss scale is taken out. No official code exists and
     implementations disagree on the norm: this is the dual norm, which belongs to the paper's constraint eᵀF e ≤ ρ².
+    The Fisher matrix of a model is ``flatmin.curvature.Fisher``.
     """
 
     eta: float = 1.0
@@ -174,7 +175,8 @@ class Preconditioned:
 
     ``norm`` "l2": ε = ρ M⁻¹g/‖M⁻¹g‖; "dual": ρ M⁻¹g/√(gᵀM⁻¹g), the maximiser over eᵀM e ≤ ρ²; "raw": ρ M⁻¹g/‖g‖.
     v̂ is the one before this step's update; before the optimizer's first step M = 1. Power, bias correction and norm
-    are not stated in any text that was available; the defaults are this library's.
+    are not stated in any text that was available; the defaults are this library's. The preconditioned matrix
+    D^½ A D^½ of an operator is ``flatmin.curvature.CurvatureOperator.preconditioned``.
     """
 
     power: float = 0.5
@@ -237,15 +239,15 @@ class Preconditioned:
         if not state:
             return None
         if "exp_avg_sq" not in state:
-            raise ValueError(f"{type(info.optimizer).__name__} keeps no second moment (exp_avg_sq): the "
+            raise ValueError(f"{type(info.optimizer).__name__} has no second moment (exp_avg_sq): the "
                              "preconditioned direction needs Adam, AdamW or an optimizer like them")
         v = parallel.local(state["exp_avg_sq"])
         if self.bias_correction:
             if owner is None or "betas" not in owner or "step" not in state:
-                raise ValueError(f"{type(info.optimizer).__name__} keeps no betas in its groups or no step in its "
+                raise ValueError(f"{type(info.optimizer).__name__} has no betas in its groups or no step in its "
                                  "state, which the bias correction needs: Preconditioned(bias_correction=False)")
             beta2, step = float(owner["betas"][1]), state["step"]
-            v = v / (1 - beta2 ** (step.double() if isinstance(step, Tensor) else step))  # nothing is read to the host
+            v = v / (1 - beta2 ** (step.double() if isinstance(step, Tensor) else step))  # without synchronization
         return v.sqrt() if self.power == 0.5 else v
 
 
@@ -273,7 +275,7 @@ class Momentum:
         if v is not None:
             return parallel.local(v).neg()
         if state or not _keeps_momentum(info.optimizer):
-            raise ValueError(f"{type(info.optimizer).__name__} keeps no momentum buffer: the momentum direction "
+            raise ValueError(f"{type(info.optimizer).__name__} has no momentum buffer: the momentum direction "
                              "needs SGD(momentum=...), Adam, AdamW or an optimizer like them")
         return torch.zeros_like(info.w[i])
 
@@ -288,7 +290,7 @@ class Friendly:
     """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
 
     Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does. m moves once
-    a step: where each micro-batch has its own ε, to the mean of what each makes of it. A skipped step leaves m as it
+    a step: where each micro-batch has its own ε, to the mean of their updates. A skipped step leaves m as it
     was, and so does a batch that does not reach a parameter. Defaults are those of the authors' runs on CIFAR.
     """
 
@@ -300,7 +302,7 @@ class Friendly:
 
     def __call__(self, info: AscentInfo) -> Ascent:
         info = info.unscaled()
-        before, after = info.memory.get("average", {}), {}
+        before, after = info.state.get("average", {}), {}
         for parameter, d in zip(info.parameters, info.gradient, strict=True):
             m = before.get(parameter.name)
             if m is None:
@@ -308,7 +310,7 @@ class Friendly:
             else:
                 after[parameter.name] = self.decay * m + (1 - self.decay) * d
                 d.sub_(m, alpha=self.sigma)
-        return Ascent(info, info.gradient, info.space.norm(info.gradient), memory={"average": after})
+        return Ascent(info, info.gradient, info.space.norm(info.gradient), state={"average": after})
 
 
 @final

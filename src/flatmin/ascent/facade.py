@@ -14,10 +14,11 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import PerturbedStateError
 from ..parallel import local
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
+from ..vectors import devices_of
 from .cadences import Cadence
-from .closures import ClosurePasses, ForeignGradients, GradientsBeforeClosure, NoGradient
+from .closures import ClosureRunner, ForeignGradients, GradientsBeforeClosure, NoGradient
 from .directions import Adaptive, Direction
-from .parameters import check_rho, devices_of
+from .parameters import check_rho
 from .rules import Rule
 from .sharpener import Sharpener
 from .step import Step
@@ -31,11 +32,11 @@ class SAM(Optimizer):
 
     Args:
         params: parameters or parameter groups; a group may have its own ``rho`` and ``adaptive``. A
-            ``torch.nn.Module`` may stand for its parameters; then ``step(closure)`` moves BatchNorm statistics once a
+            ``torch.nn.Module`` may be given instead; then ``step(closure)`` moves BatchNorm statistics once a
             step and replays dropout.
         base_optimizer: an optimizer class, built here with ``**options`` and kept as ``.base_optimizer``.
         rho: radius ρ ≥ 0.
-        direction, rule, cadence, offload: as for ``flatmin.Sharpener``; rules that need the outputs have no place here.
+        direction, rule, cadence, offload: as for ``flatmin.Sharpener``; rules that need the outputs are not supported.
 
     ``param_groups``, ``state``, ``state_dict`` and hooks are the base optimizer's own, so that schedulers, checkpoints
     and trainers see a plain optimizer. They may be assigned, or changed through ``base_optimizer``: the next step
@@ -45,7 +46,7 @@ class SAM(Optimizer):
     Raises:
         ValueError: a negative ρ; ``adaptive=True`` together with a direction; ``step`` without a closure, or with
             gradients present that it would lose.
-        PerturbedStateError: saving, or a second ``first_step``, while the weights stand at w + ε.
+        PerturbedStateError: saving, or a second ``first_step``, while the weights are at w + ε.
 
     Example:
         >>> import torch, flatmin
@@ -76,7 +77,7 @@ class SAM(Optimizer):
         groups = params.parameters() if isinstance(params, nn.Module) else params
         self.base_optimizer = base_optimizer(groups, **options)
         self._chosen = direction is not None  # it may draw random numbers by the number of the step
-        self._parts: dict[str, Any] = {"direction": direction or Adaptive(0.0, biases=True, by_group=True),
+        self._options: dict[str, Any] = {"direction": direction or Adaptive(0.0, biases=True, by_group=True),
                                        "rule": rule, "cadence": cadence, "offload": offload}
         self._connect()
 
@@ -95,7 +96,7 @@ class SAM(Optimizer):
         self._complete(base.param_groups)
         self._seen = _contents(base.param_groups)
         self.sharpener = Sharpener(self._module, groups=base.param_groups, optimizer=base, rho=self._settings["rho"],
-                                   **self._parts)
+                                   **self._options)
 
     def _complete(self, groups: list[dict[str, Any]]) -> None:
         """Give groups without ``rho`` or ``adaptive`` those of their first known parameter, or else the defaults."""
@@ -107,7 +108,7 @@ class SAM(Optimizer):
             check_rho(group["rho"])
 
     def _follow(self) -> None:
-        """Take up what has become of the base optimizer's groups: assigned, loaded, extended, other parameters."""
+        """Synchronize with changes of the base optimizer's groups: assigned, loaded, extended, other parameters."""
         groups, seen = self.base_optimizer.param_groups, self._seen
         if len(groups) == len(seen) and all(
                 group is old and len(group["params"]) == len(params) and all(map(operator.is_, group["params"], params))
@@ -116,10 +117,10 @@ class SAM(Optimizer):
         self._complete(groups)
         state = self.sharpener.state_dict()
         if self._module is None:  # bare parameters are named by their position
-            place = {id(p): str(i) for i, p in enumerate(self._parameters())}
+            position = {id(p): str(i) for i, p in enumerate(self._parameters())}
             before = [p for _, params in seen for p in params]
-            state["memory"] = {kind: {place[id(before[int(name)])]: t for name, t in tensors.items()
-                                      if id(before[int(name)]) in place}
+            state["memory"] = {kind: {position[id(before[int(name)])]: t for name, t in tensors.items()
+                                      if id(before[int(name)]) in position}
                                for kind, tensors in state["memory"].items()}
         self.sharpener.refresh(groups)
         self.sharpener.load_state_dict(state)
@@ -159,17 +160,17 @@ class SAM(Optimizer):
         if not self.sharpener.view.has_gradients:
             raise ValueError("first_step needs gradients: call loss.backward() before it")
         self._step = self.sharpener.begin()
-        if not self._step.pays:  # a plain step of the cadence: the second gradient is taken at w
+        if not self._step.takes_second_pass:  # a plain step of the cadence: the second gradient is taken at w
             if zero_grad:
                 self.zero_grad()
             return
-        kept = [] if zero_grad else [(p, p.grad.clone()) for p in self._parameters() if p.grad is not None]
+        saved = [] if zero_grad else [(p, p.grad.clone()) for p in self._parameters() if p.grad is not None]
         try:
             self._step.perturb()
         except BaseException:
             self.restore()
             raise
-        for p, gradient in kept:
+        for p, gradient in saved:
             p.grad = gradient
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -187,7 +188,7 @@ class SAM(Optimizer):
             self.zero_grad()
 
     def restore(self) -> None:
-        """Give back w after a second pass that failed; without effect otherwise."""
+        """Restore w after a second pass that failed; without effect otherwise."""
         self.sharpener.abandon()
         self._step = None
 
@@ -207,7 +208,7 @@ class SAM(Optimizer):
                 "SAM.step needs a closure that evaluates the model, calls backward and returns the loss: "
                 "optimizer.step(closure). Without one, call first_step(zero_grad=True), evaluate and backward again, "
                 "then second_step(zero_grad=True); or leave your optimizer as it is and use flatmin.Sharpener, which "
-                "stands where loss.backward() stood"
+                "replaces loss.backward()"
             )
         if self._step is not None or self.sharpener.is_perturbed:
             raise PerturbedStateError("step was called between first_step and second_step, or from within itself")
@@ -218,7 +219,7 @@ class SAM(Optimizer):
                                         if p.grad is not None and p not in left])
         undo = self._surroundings() if found.found else []
         step = self.sharpener.begin()
-        passes = ClosurePasses(closure, step, found)
+        passes = ClosureRunner(closure, step, found)
         try:
             outcome = step.run(passes)
             if found.unsettled:
@@ -239,7 +240,7 @@ class SAM(Optimizer):
         return passes.first
 
     def _surroundings(self) -> list[Callable[[], None]]:
-        """What a refused closure may have changed beside the gradients: how to give it back."""
+        """What a refused closure may have changed beside the gradients: functions that restore it."""
         return [Buffers(buffer_registries(self._module)).restore, RandomState(devices_of(self._parameters())).set]
 
     def _check_at_w(self, closure: Callable[[], Any], found: GradientsBeforeClosure) -> None:
@@ -294,7 +295,7 @@ class SAM(Optimizer):
         self._refuse_between_steps("copying or pickling")
         self._follow()
         return {"base_optimizer": self.base_optimizer, "_settings": self._settings, "_module": self._module,
-                "_parts": self._parts, "_chosen": self._chosen, "sharpener_state": self.sharpener.state_dict()}
+                "_options": self._options, "_chosen": self._chosen, "sharpener_state": self.sharpener.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         extra = state.pop("sharpener_state")

@@ -1,4 +1,4 @@
-"""What only the graph of a pass shows, looked at in the first step."""
+"""Checks on the autograd graph of a pass, run in the first step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class Inspection:
-    """Called with the roots of each graph before it is back-propagated; later steps mostly pay nothing.
+    """Called with the roots of each graph before it is back-propagated, in the first step only as a rule.
 
     A leaf outside the model that both passes reach would collect g + g_p. A parameter is refused. Any other tensor,
-    such as an input that requires a gradient, gets its gradient at w + ε alone; where there is one, every step is
-    looked at. A leaf that a forward makes anew is met in one pass only, and nobody reads its gradient.
+    such as an input that requires a gradient, gets its gradient at w + ε alone; where there is one, every
+    step is checked. A leaf that each forward creates occurs in one pass only; its gradient is unused.
     """
 
     def __init__(self, parameters: Iterable[Tensor], leaves: bool):
         self._parameters = list(parameters)
         self._leaves = leaves
-        self._met: dict[int, tuple[Tensor, Tensor | None]] = {}  # in the first pass, with their gradient before
+        # leaves outside the model in the first pass, each with its gradient before it
+        self._seen_leaves: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._second = False  # the pass at w + ε has begun
         self.done = False
-        self._looked = False
+        self._inspected = False
         self._dtype_matters = False  # own autograd functions or recomputed modules see the dtype of the weights
 
     def __call__(self, roots: list[Tensor]) -> None:
@@ -33,17 +34,17 @@ class Inspection:
         for node in _nodes(roots):
             self._dtype_matters |= isinstance(node, BackwardCFunction)
             if self._leaves and type(node).__name__ == "AccumulateGrad":
-                self._meet(node.variable, known)  # pyright: ignore[reportAttributeAccessIssue]
-        self._looked = True
+                self._check_leaf(node.variable, known)  # pyright: ignore[reportAttributeAccessIssue]
+        self._inspected = True
 
     @property
-    def flexible(self) -> bool:
-        """Whether a pass was seen, and nothing in it that the dtype of the weights matters to."""
-        return self._looked and not self._dtype_matters
+    def allows_float32(self) -> bool:
+        """Whether a pass was inspected and holds nothing that depends on the dtype of the weights."""
+        return self._inspected and not self._dtype_matters
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a back-propagation: notices modules that run again inside it."""
+        """Around a back-propagation: detects modules that run again inside it."""
         handle = register_module_forward_pre_hook(self._recomputed)
         try:
             yield
@@ -53,12 +54,12 @@ class Inspection:
     def _recomputed(self, *_: object) -> None:
         self._dtype_matters = True
 
-    def _meet(self, leaf: Tensor, known: set[int]) -> None:
+    def _check_leaf(self, leaf: Tensor, known: set[int]) -> None:
         if id(leaf) in known:
             return
         if not self._second:
-            self._met.setdefault(id(leaf), (leaf, None if leaf.grad is None else leaf.grad.clone()))
-        elif id(leaf) in self._met and isinstance(leaf, nn.Parameter):
+            self._seen_leaves.setdefault(id(leaf), (leaf, None if leaf.grad is None else leaf.grad.clone()))
+        elif id(leaf) in self._seen_leaves and isinstance(leaf, nn.Parameter):
             self._put_back()
             raise ValueError(
                 f"the loss reaches a trainable parameter of shape {tuple(leaf.shape)} outside the model, which would "
@@ -66,8 +67,8 @@ class Inspection:
                 "(torch.nn.ModuleList([model, head])), or detach it")
 
     def begin(self) -> None:
-        """A step starts; one before may have failed."""
-        self._second, self._met = False, {}
+        """Reset for a new step; the one before may have failed."""
+        self._second, self._seen_leaves = False, {}
 
     def begin_second(self) -> None:
         """Between the passes: tensors outside the model have the gradients that they had before the first."""
@@ -75,12 +76,12 @@ class Inspection:
         self._put_back()
 
     def _put_back(self) -> None:
-        for tensor, before in self._met.values():
+        for tensor, before in self._seen_leaves.values():
             tensor.grad = before
 
     def finish(self) -> None:
-        """The step is over."""
-        self.done = not self._met
+        """Mark as done if the step had no leaf outside the model."""
+        self.done = not self._seen_leaves
 
 
 def _nodes(roots: list[Tensor]) -> Iterator[torch.autograd.graph.Node]:

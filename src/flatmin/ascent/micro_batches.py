@@ -43,7 +43,7 @@ def micro_batches(forward: Any, loss: Loss | None, batches: Iterable[Any] | None
     for pair in pairs:
         if len(pair) != 2 or not callable(pair[0]) or not (pair[1] is None or callable(pair[1])):
             raise ValueError(f"a micro-batch is a callable or a (forward, loss) pair of callables, got {pair!r}")
-    if len({id(f) for f, _ in pairs}) > len({_variables(f) for f, _ in pairs}):
+    if len({id(f) for f, _ in pairs}) > len({_closure_key(f) for f, _ in pairs}):
         raise ValueError("several micro-batches are one function of the same variables, as in [lambda: f(x, y) for "
                          "x, y in data], where every lambda sees the last x and y: use backward(lambda batch: "
                          "f(*batch), batches=data)")
@@ -59,13 +59,13 @@ def _of_data(forward: Any, loss: Loss | None, batches: Iterable[Any], weights: S
     data = list(batches)  # both passes go over it
     if not data:
         raise ValueError("batches is empty")
-    return [MicroBatch(_with(forward, 0, b), None if loss is None else _with(loss, 1, b), w)
+    return [MicroBatch(_bind_batch(forward, 0, b), None if loss is None else _bind_batch(loss, 1, b), w)
             for b, w in zip(data, _weights(weights, len(data)), strict=True)]
 
 
-def _with(function: Callable[..., Any], place: int, batch: Any) -> Callable[..., Any]:
-    """``function`` with the batch put in at a place among its arguments."""
-    return lambda *args: function(*args[:place], batch, *args[place:])
+def _bind_batch(function: Callable[..., Any], position: int, batch: Any) -> Callable[..., Any]:
+    """``function`` with the batch inserted at a position among its arguments."""
+    return lambda *args: function(*args[:position], batch, *args[position:])
 
 
 def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
@@ -78,8 +78,8 @@ def _weights(weights: Sequence[float] | None, n: int) -> list[float]:
     return weights
 
 
-def _variables(function: Any) -> Any:
-    """What a plain function computes with; other callables are told apart by identity."""
+def _closure_key(function: Any) -> Any:
+    """A key that is equal for functions with the same code and variables; other callables compare by identity."""
     code = getattr(function, "__code__", None)
     if code is None or hasattr(function, "__self__"):
         return id(function)

@@ -1,4 +1,4 @@
-"""What a step sees of a model: its parameters and their gradients, groups, buffers and wrappers."""
+"""The parameters, gradients, groups, buffers and wrappers of a model that a step uses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from .. import parallel, vectors
 from ..parallel import Wrappers, local, wrapped_name
-from ..perturbed import Displacement, Float32Displacement, Spare, buffer_registries
-from ..vectors import Space
+from ..perturbed import Displacement, Float32Displacement, TensorPool, buffer_registries
+from ..vectors import Space, devices_of
 from .graph_inspection import Inspection
-from .parameters import Groups, ParameterInfo, check_rho, devices_of, list_parameters, refuse_sparse, refuse_unsupported
+from .parameters import Groups, ParameterInfo, check_rho, list_parameters, refuse_sparse, refuse_unsupported
 
 
 class ModelView:
-    """A model as it is now; made anew when its parameters, groups or wrappers change.
+    """A model as it is now; rebuilt when its parameters, groups or wrappers change.
 
     ``model`` None: the parameters are those of the groups. ``default`` is the group of parameters in no other.
     ``one_rank``: each rank's gradient is its own, so that parameters outside the wrappers are allowed.
@@ -43,8 +43,8 @@ class ModelView:
         self._uniform = len({(t.dtype, t.device) for t in tensors}) == 1
         self._spaces: dict[tuple[int, ...], Space] = {}
         self._takes_float32 = any(t.dtype in vectors.HALF for t in tensors) and self._is_plain(model)
-        self._spare = Spare()
-        self.choose_mover()
+        self._pool = TensorPool()
+        self.choose_displacement()
 
     def _is_plain(self, model: nn.Module | None) -> bool:
         """Whether every module takes whatever dtype its weights have."""
@@ -53,17 +53,18 @@ class ModelView:
             wrapped_name(m) is not None or isinstance(m, nn.RNNBase) or m in self.wrappers.fsdp
             or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
 
-    def choose_mover(self) -> None:
-        """How weights are moved: in place, or in float32 where they are of half precision and the model allows it.
+    def choose_displacement(self) -> None:
+        """Set how weights are moved: in place, or in float32 where they are of half precision and the model allows it.
 
-        Called again when the inspection has seen a pass, since only a graph shows functions that need the dtype.
+        Called again after a pass was inspected, since only its graph shows functions that depend on the dtype.
         """
-        in_float32 = self._takes_float32 and self.inspection.flexible
-        self._mover: type[Displacement | Float32Displacement] = Float32Displacement if in_float32 else Displacement
+        in_float32 = self._takes_float32 and self.inspection.allows_float32
+        self._displacement_type: type[Displacement | Float32Displacement] = (
+            Float32Displacement if in_float32 else Displacement)
 
     def displacement(self, offload: bool) -> Displacement | Float32Displacement:
-        """What moves the weights of one step, and back."""
-        return self._mover(offload, self._spare)
+        """A new displacement, which moves the weights of one step and restores them."""
+        return self._displacement_type(offload, self._pool)
 
     @property
     def is_current(self) -> bool:
@@ -73,11 +74,11 @@ class ModelView:
     # gradients
 
     def with_gradients(self) -> list[ParameterInfo]:
-        """The parameters with something in ``p.grad``."""
+        """The parameters whose ``p.grad`` is not None."""
         return [p for p in self.parameters if p.parameter.grad is not None]
 
     def all_gradients(self) -> dict[int, Tensor]:
-        """What is in ``p.grad``, by parameter."""
+        """``p.grad`` by index of the parameter, where it is not None."""
         return {p.index: p.parameter.grad for p in self.parameters if p.parameter.grad is not None}
 
     @property
@@ -110,18 +111,18 @@ class ModelView:
                 p.grad = None
         return out
 
-    def both(self, kept: Mapping[int, Tensor]) -> tuple[list[ParameterInfo], list[Tensor], list[Tensor]]:
-        """The parameters with a gradient, in ``p.grad`` or kept, and both gradients; 0 where one is missing."""
-        parameters = [p for p in self.parameters if p.index in kept or p.parameter.grad is not None]
+    def paired_gradients(self, saved: Mapping[int, Tensor]) -> tuple[list[ParameterInfo], list[Tensor], list[Tensor]]:
+        """The parameters with a gradient, in ``p.grad`` or saved, and both gradients; 0 where one is missing."""
+        parameters = [p for p in self.parameters if p.index in saved or p.parameter.grad is not None]
         for p in parameters:
             if p.parameter.grad is None:
                 p.parameter.grad = torch.zeros_like(p.parameter)
         present = self.gradients(parameters)
-        return parameters, present, [kept[p.index] if p.index in kept else torch.zeros_like(g)
+        return parameters, present, [saved[p.index] if p.index in saved else torch.zeros_like(g)
                                      for p, g in zip(parameters, present, strict=True)]
 
     def gradient_norm(self, loss_scale: Tensor | None) -> Tensor:
-        """‖·‖₂ of what is in ``p.grad``, the loss scale divided out."""
+        """‖·‖₂ of ``p.grad`` over all parameters, the loss scale divided out."""
         parameters = self.with_gradients()
         norm = self.space(parameters).norm(self.gradients(parameters))
         return norm if loss_scale is None else norm / loss_scale.to(norm)
@@ -142,7 +143,7 @@ class ModelView:
         return [local(p.parameter) for p in parameters] if self.sharded else [p.parameter for p in parameters]
 
     def space(self, parameters: Sequence[ParameterInfo]) -> Space:
-        """The space of some parameters; the last one asked for is kept."""
+        """The space of some parameters; the last one is cached."""
         if len(parameters) == len(self.parameters):
             return self.whole
         key = tuple(p.index for p in parameters)
@@ -150,8 +151,9 @@ class ModelView:
             self._spaces = {key: Space([p.parameter for p in parameters])}
         return self._spaces[key]
 
-    def alike(self, parameters: Sequence[ParameterInfo], rhos: Sequence[float], rho: float) -> list[Sequence[int]]:
-        """The places of the parameters with this radius, apart by dtype and device."""
+    def positions_with_rho(self, parameters: Sequence[ParameterInfo], rhos: Sequence[float],
+                           rho: float) -> list[Sequence[int]]:
+        """Positions of the parameters with this radius, grouped by dtype and device."""
         if self._uniform and len(self.groups) == 1:
             return [range(len(parameters))]
         out: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -173,19 +175,19 @@ class ModelView:
         """Whether the ρ of a group depends on the step."""
         return any(callable(group.get("rho", self._default["rho"])) for group in self.groups.values())
 
-    def forget_gathered(self) -> None:
-        """Nothing computed from the old weights may serve the next pass: gathered shards, autocast's casts."""
+    def clear_weight_caches(self) -> None:
+        """Drop caches computed from the old weights: gathered shards, autocast's casts."""
         self.wrappers.reshard()
         torch.clear_autocast_cache()
 
-    def placed(self, memory: Mapping[str, Any], place: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
-        """A copy of tensors kept by parameter name, each put where its parameter belongs."""
+    def placed(self, state: Mapping[str, Any], convert: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        """A copy of tensors by parameter name, each converted by ``convert(tensor, parameter)``."""
         by_name = {p.name: p.parameter for p in self.parameters}
         out: dict[str, Any] = {}
-        for kind, tensors in memory.items():
+        for kind, tensors in state.items():
             unknown = [n for n, t in tensors.items() if n not in by_name or local(t).shape != local(by_name[n]).shape]
             if unknown:
                 raise ValueError(f"the saved state ({kind}) does not fit this model: it has a tensor for "
                                  f"{unknown[0]!r}, which is not a parameter of this shape")
-            out[kind] = {n: place(t.clone(), by_name[n]) for n, t in tensors.items()}
+            out[kind] = {n: convert(t.clone(), by_name[n]) for n, t in tensors.items()}
         return out

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..parallel import wrapped_name
@@ -144,8 +143,3 @@ def check_rho(rho: Any) -> Any:
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or rho < 0:
         raise ValueError(f"rho must be a finite number that is not negative, got {rho!r}")
     return float(rho)
-
-
-def devices_of(parameters: Iterable[Tensor]) -> list[torch.device]:
-    """The distinct devices of some parameters."""
-    return list({p.device: None for p in parameters})

@@ -28,7 +28,7 @@ class Recorded:
 
 
 class Pass(Protocol):
-    """``one(batch, recorded, passes)`` runs one micro-batch and returns its loss; gradients land in ``p.grad``.
+    """``pass_(batch, recorded, runner)`` runs one micro-batch and returns its loss; gradients land in ``p.grad``.
 
     ``needs_outputs``: it takes the outputs and their loss as two functions. ``needs_samples``: it takes one loss a
     sample. ``needs_recorded``: it reads what an earlier pass recorded of each micro-batch. ``cost``: in forward
@@ -44,20 +44,20 @@ class Pass(Protocol):
     @property
     def cost(self) -> float: ...
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor: ...
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor: ...
 
 
-class Runner(Protocol):
-    """What runs the passes of a step: :class:`Passes`, or a closure that back-propagates itself."""
+class PassRunner(Protocol):
+    """Runs the passes of a step over micro-batches, or by a closure that back-propagates itself."""
 
     inspection: Inspection | None
 
-    def __call__(self, one: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor: ...
 
 
-class Passes:
-    """Runs passes over micro-batches; gradients land in ``p.grad``, weighted losses are returned detached.
+class MicroBatchRunner:
+    """Runs a pass over micro-batches; gradients land in ``p.grad``, the weighted loss is returned detached.
 
     ``devices``: whose random state is replayed for every execution of a micro-batch where a pass needs several; None:
     no replay.
@@ -66,24 +66,24 @@ class Passes:
     def __init__(self, batches: list[MicroBatch], wrappers: Wrappers, back_propagation: BackPropagation,
                  devices: Sequence[torch.device] | None, parameters: Sequence[Tensor]):
         self.devices, self.parameters = devices, parameters
-        self.inspection: Inspection | None = None  # looks at what is back-propagated
+        self.inspection: Inspection | None = None  # checks the graphs that are back-propagated
         self.back_propagation = back_propagation
         self._batches, self._wrappers = batches, wrappers
         self._recorded = [Recorded() for _ in batches]
 
-    def __call__(self, one: Pass, *, alone: bool = False, only_first: bool = False,
+    def __call__(self, pass_: Pass, *, on_this_rank: bool = False, only_first: bool = False,
                  after_first: Callable[[], None] | None = None) -> Tensor:
         """Σ weight · loss of a pass.
 
-        ``alone``: gradients are not averaged over ranks. ``only_first``: the first micro-batch, without its weight.
-        ``after_first`` is called after the first micro-batch.
+        ``on_this_rank``: gradients are not averaged over ranks. ``only_first``: only the first micro-batch, without
+        its weight. ``after_first`` is called after the first micro-batch.
         """
         batches = [replace(self._batches[0], weight=1.0)] if only_first else self._batches
         total: Tensor | None = None
         for i, (batch, recorded) in enumerate(zip(batches, self._recorded, strict=False)):
             last = i == len(batches) - 1
-            with self._wrappers.unsynchronised(last, alone), torch.enable_grad():
-                value = one(batch, recorded, self)
+            with self._wrappers.unsynchronised(last, on_this_rank), torch.enable_grad():
+                value = pass_(batch, recorded, self)
             value = value.detach() * batch.weight
             total = value if total is None else total + value
             if i == 0 and after_first is not None:
@@ -112,10 +112,10 @@ class LossGradient:
     needs_recorded = False
     cost = 3.0
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
         outputs = batch.forward()
         value = outputs if batch.loss is None else batch.loss(outputs)
-        passes.backward(value, batch.weight)
+        runner.backward(value, batch.weight)
         return value
 
 
@@ -129,14 +129,14 @@ class RecordOutputGradients:
     needs_recorded = False
     cost = 3.0
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
-        loss = _needed(batch)
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
+        loss = _require_loss(batch)
         leaves, spec = _outputs(batch.forward())
-        kept: list[Tensor | None] = [None] * len(leaves)
-        aliases = [_alias(t, lambda g, k=k: kept.__setitem__(k, g)) for k, t in enumerate(leaves)]
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        aliases = [_alias(t, lambda g, k=k: gradients.__setitem__(k, g)) for k, t in enumerate(leaves)]
         value = _loss_of(loss, leaves, aliases, spec)
-        passes.backward(value, batch.weight)
-        recorded.output_gradients = _apart(kept, passes.parameters)
+        runner.backward(value, batch.weight)
+        recorded.output_gradients = _unshared_copy(gradients, runner.parameters)
         return value
 
 
@@ -150,17 +150,17 @@ class FixedOutputGradients:
     needs_recorded = True
     cost = 3.0
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
-        loss = _needed(batch)
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
+        loss = _require_loss(batch)
         leaves, spec = _outputs(batch.forward())
-        kept = recorded.output_gradients
-        if all(g is None for g in kept):
+        saved = recorded.output_gradients
+        if all(g is None for g in saved):
             raise ValueError("the loss does not depend on the network's outputs")
         # an ordinary pass in which the recorded gradient replaces the one that arrives at the outputs: calling
         # autograd.grad on the outputs instead would bypass DDP's reducer
-        aliases = [_alias(t, lambda g, k=k: _instead(kept[k], g)) for k, t in enumerate(leaves)]
+        aliases = [_alias(t, lambda g, k=k: _replaced_gradient(saved[k], g)) for k, t in enumerate(leaves)]
         value = _loss_of(loss, leaves, aliases, spec)
-        passes.backward(value, batch.weight)
+        runner.backward(value, batch.weight)
         return value
 
 
@@ -174,8 +174,8 @@ class OutputGradients:
     needs_recorded = False
     cost = 1.0
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
-        loss = _needed(batch)
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
+        loss = _require_loss(batch)
         with torch.no_grad():
             leaves, spec = _outputs(batch.forward())
         cut = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in leaves]
@@ -184,11 +184,11 @@ class OutputGradients:
         check_loss(value)
         wanted = [k for k, t in enumerate(cut) if isinstance(t, Tensor) and t.requires_grad]
         found = torch.autograd.grad(value, [cut[k] for k in wanted],
-                                    passes.back_propagation.seed(value, batch.weight), allow_unused=True)
-        kept: list[Tensor | None] = [None] * len(cut)
+                                    runner.back_propagation.seed(value, batch.weight), allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(cut)
         for k, g in zip(wanted, found, strict=True):
-            kept[k] = g
-        recorded.output_gradients = kept
+            gradients[k] = g
+        recorded.output_gradients = gradients
         return value
 
 
@@ -202,13 +202,13 @@ class SampleLosses:
     needs_recorded = False
     cost = 3.0
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
-        if passes.devices is not None:
-            recorded.random_state = RandomState(passes.devices)
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
+        if runner.devices is not None:
+            recorded.random_state = RandomState(runner.devices)
         losses = _sample_losses(batch, slice(None))
         recorded.losses = losses.detach()
         value = losses.mean()
-        passes.backward(value, batch.weight)
+        runner.backward(value, batch.weight)
         return value
 
 
@@ -226,7 +226,7 @@ class LargestRises:
     def cost(self) -> float:
         return 1 + 3 * self.share  # a forward without gradients finds the samples
 
-    def __call__(self, batch: MicroBatch, recorded: Recorded, passes: Passes) -> Tensor:
+    def __call__(self, batch: MicroBatch, recorded: Recorded, runner: MicroBatchRunner) -> Tensor:
         assert recorded.losses is not None
         _replay(recorded)
         with torch.no_grad():
@@ -234,12 +234,12 @@ class LargestRises:
         count = max(1, math.floor(self.share * losses.numel() + 1e-9))     # 0.29 · 100 is 28.999... in binary
         subset = (losses - recorded.losses).topk(count).indices.sort().values
         _replay(recorded)
-        passes.backward(_sample_losses(batch, subset).mean(), batch.weight)
+        runner.backward(_sample_losses(batch, subset).mean(), batch.weight)
         return losses.mean()
 
 
 def _replay(recorded: Recorded) -> None:
-    """Back to the random state in which this micro-batch began."""
+    """Set the random state in which this micro-batch began."""
     if recorded.random_state is not None:
         recorded.random_state.set()
 
@@ -252,7 +252,7 @@ def _sample_losses(batch: MicroBatch, subset: Any) -> Tensor:
     return losses
 
 
-def _apart(recorded: list[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+def _unshared_copy(recorded: list[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The recorded output gradients; copied where autograd gave their memory to a parameter's gradient as well."""
     taken = {local(p.grad).untyped_storage().data_ptr() for p in parameters if p.grad is not None}
     return [g.clone() if g is not None and local(g).untyped_storage().data_ptr() in taken else g for g in recorded]
@@ -267,24 +267,24 @@ def _alias(output: Any, hook: Callable[[Tensor], Tensor | None]) -> Any:
     return alias
 
 
-def _instead(kept: Tensor | None, g: Tensor) -> Tensor:
-    """The kept gradient in the place of g, in its dtype: outputs of float32 weights have another than those before."""
-    return torch.zeros_like(g) if kept is None else kept.to(g.dtype)
+def _replaced_gradient(saved: Tensor | None, g: Tensor) -> Tensor:
+    """The saved gradient, which replaces g, in the dtype of g: that may differ from the first pass."""
+    return torch.zeros_like(g) if saved is None else saved.to(g.dtype)
 
 
 def _loss_of(loss: Loss, leaves: list[Any], aliases: list[Any], spec: Any) -> Tensor:
-    """The loss of the outputs, which it must leave as they are: the gradient that arrives at them is exchanged."""
+    """The loss of the outputs, which it must leave as they are: the gradient that arrives at them is replaced."""
     before = [t._version for t in leaves if isinstance(t, Tensor)]
     with torch.enable_grad():
         value = loss(tree_unflatten(aliases, spec))
     if before != [t._version for t in leaves if isinstance(t, Tensor)]:
         raise ValueError("the loss writes into the network's outputs in place (z.mul_, z[...] = ..., z /= ...), and "
-                         "this rule exchanges the gradient that arrives at them: let the loss work on new tensors "
+                         "this rule replaces the gradient that arrives at them: let the loss work on new tensors "
                          "(z.mul, torch.where, z / ...)")
     return value
 
 
-def _needed(batch: MicroBatch) -> Loss:
+def _require_loss(batch: MicroBatch) -> Loss:
     if batch.loss is None:
         raise ValueError("this rule needs the network's outputs apart from the loss: call "
                          "sharpener.backward(lambda: model(x), lambda z: loss_fn(z, y))")

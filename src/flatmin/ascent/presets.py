@@ -1,4 +1,4 @@
-"""Named algorithms: a name, a paper, and a point in the product of direction, rule and cadence.
+"""Named algorithms: each a combination of a direction, a rule and a cadence, with its paper.
 
 Each takes the model, its own numbers and any option of :class:`flatmin.Sharpener`. Defaults are the paper's or, where
 that was not available, its authors' or a third party's code's, as the table in the documentation says.

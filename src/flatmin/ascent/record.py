@@ -1,4 +1,4 @@
-"""What one step did, read from the two passes it made anyway."""
+"""Statistics of one step, computed without an extra pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MEASURED = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm"
 
 @dataclass
 class Outcome:
-    """What a step came to, on the device: nothing of it has been read yet."""
+    """The result of a step as device tensors; making it does not wait for the device."""
 
-    overflow: Tensor  # whether inf or nan was met in a pass
+    overflow: Tensor  # whether inf or nan occurred in a pass
     passes: int = 1
     loss: Tensor | None = None
     perturbed_loss: Tensor | None = None
@@ -31,7 +31,7 @@ class Outcome:
     radius: Tensor | float = 0.0
     cosine: Tensor | float | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)  # g by parameter, where the cadence re-uses it
-    memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # for later steps, by kind and name
+    state: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # of the direction, for later steps
 
 
 def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: float) -> None:
@@ -43,11 +43,11 @@ def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: floa
             total[key] = tensor * weight
 
 
-class MemoryMean:
-    """Mean over micro-batches of what a direction keeps, with weights that sum to one.
+class StateMean:
+    """Mean over micro-batches of the state of a direction, with weights that sum to one.
 
-    A micro-batch that does not reach a parameter leaves what is kept of it as it was before the step; where there was
-    nothing, the mean is over the others.
+    A micro-batch that does not reach a parameter leaves its state as it was before the step; where there was none,
+    the mean is over the others.
     """
 
     def __init__(self, before: Mapping[str, Mapping[str, Tensor]]):
@@ -56,9 +56,9 @@ class MemoryMean:
         self._weights: dict[tuple[str, str], list[float]] = {}
         self._count = 0
 
-    def add(self, memory: Mapping[str, Mapping[str, Tensor]], weight: float) -> None:
+    def add(self, state: Mapping[str, Mapping[str, Tensor]], weight: float) -> None:
         self._count += 1
-        for kind, tensors in memory.items():
+        for kind, tensors in state.items():
             accumulate(self._sums.setdefault(kind, {}), tensors, weight)
             for name in tensors:
                 self._weights.setdefault((kind, name), []).append(weight)
@@ -77,14 +77,14 @@ class MemoryMean:
 
 def merged(outcomes: Sequence[tuple[float, Outcome]]) -> Outcome:
     """Of the micro-batches of a step: weighted sums of losses, plain means of norms, and any overflow."""
-    parts = [outcome for _, outcome in outcomes]
-    out = Outcome(torch.stack([o.overflow for o in parts]).any(), max(o.passes for o in parts))
+    plain = [outcome for _, outcome in outcomes]
+    out = Outcome(torch.stack([o.overflow for o in plain]).any(), max(o.passes for o in plain))
     for name in ("loss", "perturbed_loss"):
-        values = [getattr(o, name) for o in parts]
+        values = [getattr(o, name) for o in plain]
         if all(v is not None for v in values):
             setattr(out, name, sum(w * v for (w, _), v in zip(outcomes, values, strict=True)))
     for name in ("gradient_norm", "radius", "cosine"):
-        values = [v for o in parts if (v := getattr(o, name)) is not None]
+        values = [v for o in plain if (v := getattr(o, name)) is not None]
         setattr(out, name, sum(values) / len(values) if values else None)
     return out
 
@@ -92,11 +92,11 @@ def merged(outcomes: Sequence[tuple[float, Outcome]]) -> Outcome:
 class StepRecord:
     """Telemetry of a step. Values stay on the device until read: each property is a float and costs one transfer.
 
-    ``loss`` at w; ``perturbed_loss`` at w + ε (all that a step of one pass there knows); ``sharpness``, their
+    ``loss`` at w; ``perturbed_loss`` at w + ε (the only loss of a step with one pass); ``sharpness``, their
     difference; ``gradient_norm`` ‖g‖₂ at w over the parameters that may move; ``perturbed_gradient_norm`` ‖·‖₂ of the
-    gradient that the step computed, for a sharpener made with ``perturbed_norm=True``; ``radius`` of the step really
-    taken, in the direction's own norm; ``cosine`` between the step taken and the one asked for; ``skipped``, whether an
-    overflow was found; ``passes`` taken. nan where a step has no such quantity, or was not asked for it.
+    gradient that the step computed, for a sharpener made with ``perturbed_norm=True``; ``radius`` of the step
+    taken after rounding, in the direction's own norm; ``cosine`` between this step and ε; ``skipped``, whether an
+    overflow was found; ``passes`` taken. nan where a step has no such quantity, or it was not requested.
     """
 
     __slots__ = ("_values", "passes", "skipped")
@@ -160,15 +160,16 @@ class StepRecord:
 
 
 def warn_of_skip() -> bool:
-    """Say that a step was skipped; True, for callers that say it once."""
+    """Warn that a step was skipped; returns True."""
     warnings.warn("a loss or gradient of this step is inf or NaN: every p.grad is None now and optimizers skip the "
-                  "step; last.skipped says so from here on. Look at the batch, the learning rate or the radius",
+                  "step; later skips are reported only in last.skipped. Look at the batch, the learning rate or the "
+                  "radius",
                   stacklevel=4)
     return True
 
 
 def warn_of_rounding(record: StepRecord) -> bool:
-    """Say that a step was rounded away, if it was; whether it was."""
+    """Warn if the cosine is below 0.95; returns whether it warned."""
     if not record.cosine < 0.95:
         return False
     warnings.warn(f"half-precision weights rounded the step away: radius {record.radius:.3g}, cosine "

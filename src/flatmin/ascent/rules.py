@@ -1,4 +1,4 @@
-"""Which gradient is kept? A rule says which passes a step takes, and how their two gradients are combined.
+"""Rules: which passes a step takes, and how the gradients at w and w + ε are combined.
 
 g is the gradient at w, g_p the one of the last pass.
 """
@@ -142,8 +142,8 @@ class Weighted:
 class Selected:
     """∇ of the mean loss at w + ε over the samples whose loss rose most (ESAM's data selection, arXiv:2110.03141).
 
-    Of a batch of n the ⌊γ n⌋ samples (at least one) with the largest l_i(w + ε) − l_i(w) are kept. ``forward`` takes
-    a subset, ``slice(None)`` or an index tensor, and yields one loss a sample:
+    Of a batch of n the ⌊γ n⌋ samples (at least one) with the largest l_i(w + ε) − l_i(w) are selected. ``forward``
+    takes a subset, ``slice(None)`` or an index tensor, and yields one loss a sample:
     ``backward(lambda s: cross_entropy(model(x[s]), y[s], reduction="none"))``.
     """
 

@@ -19,7 +19,7 @@ from .earlier_gradients import EarlierGradients
 from .micro_batches import Forward, Loss, MicroBatch, micro_batches
 from .model_view import ModelView
 from .parameters import Groups, check_rho
-from .passes import Passes
+from .passes import MicroBatchRunner
 from .record import Outcome, StepRecord, warn_of_rounding, warn_of_skip
 from .rules import Plain, Rule
 from .step import Scope, Step
@@ -28,16 +28,16 @@ _SCOPES = ("batch", "micro_batch", "rank", "first")
 
 
 class Sharpener:
-    """Computes a sharpness-aware gradient where ``loss.backward()`` stood; your optimizer stays as it is.
+    """Computes a sharpness-aware gradient. It replaces ``loss.backward()``; the optimizer is unchanged.
 
-    One ``backward`` evaluates at w, steps to w + ε, evaluates again, gives w back bit for bit, and adds the gradient
+    One ``backward`` evaluates at w, steps to w + ε, evaluates again, restores w bit for bit, and adds the gradient
     to ``p.grad``. Evaluation and checkpoints therefore always see w.
 
     Args:
         model: the module whose parameters move; it may be, or contain, DDP- or FSDP2-wrapped modules.
-        direction: where uphill is (default ``Gradient()``).
-        rule: which gradient is kept (default ``Plain()``).
-        cadence: when the second pass is paid for (default ``EveryStep()``).
+        direction: the direction of ε (default ``Gradient()``).
+        rule: how the gradients at w and w + ε are combined (default ``Plain()``).
+        cadence: which steps evaluate the gradient at w + ε (default ``EveryStep()``).
         scope: whose gradient chooses ε: the whole ``"batch"``, each ``"micro_batch"``, each ``"rank"``, or the
             ``"first"`` micro-batch alone, for all: its pass at w is the only one, so that ``backward`` returns the loss
             at w + ε, and BatchNorm sees the other micro-batches there. A rule that combines two gradients (GSAM, WSAM)
@@ -45,8 +45,8 @@ class Sharpener:
         optimizer: the optimizer whose state a direction reads, or whose learning rate a schedule of ρ follows.
         scaler: a ``torch.amp.GradScaler``; both passes are scaled, an overflow of either is left as inf in ``p.grad``.
         backward: how a loss is back-propagated, such as ``accelerator.backward``; default ``loss.backward()``. If it
-            divides by a number of accumulation steps, that stands for one ``backward`` a micro-batch; a list of
-            micro-batches has its own weights, and the division is undone.
+            divides by a number of accumulation steps, that division is kept for a call with one micro-batch; a list
+            of micro-batches has its own weights, and the division is undone.
         groups: ``[{"params" | "modules": ..., "rho": ...}]``; parameters in no group take ``rho``; ρ = 0 leaves a
             group where it is and out of the norm.
         rho: the radius ρ ≥ 0 in the direction's own norm, or a schedule called as ``rho(step, lr)``.
@@ -55,14 +55,20 @@ class Sharpener:
             pass: draw them before ``backward``.
         offload: keep the copy of w in the host's memory instead of where the first gradient was; slower, and on an
             accelerator a parameter-sized tensor less.
-        perturbed_norm: record ``last.perturbed_gradient_norm`` too, for one more reading of the gradients a step; may
-            be changed between steps.
+        perturbed_norm: record ``last.perturbed_gradient_norm`` too, which costs one extra norm over the gradients per
+            step; may be changed between steps.
 
-    Every trainable tensor that the loss reaches must be a parameter of ``model``: the first step looks (but not under
-    FSDP2). Half-precision weights stand at w + ε in float32 where the model is plain: not compiled, not data-parallel,
-    without recurrent layers and, in the first step, without a ``torch.autograd.Function`` of its own or a module that
-    ``backward`` runs again (activation checkpointing); elsewhere ε is rounded to the weights' precision, and
-    ``last.radius`` and ``last.cosine`` say what was left of it. After changing the model call :meth:`refresh`.
+    Every trainable tensor that the loss reaches must be a parameter of ``model``. This is checked in the first step,
+    except under FSDP2. After changing the model call :meth:`refresh`.
+
+    Half-precision weights are held in float32 at w + ε if the model
+
+    * is not compiled and not data-parallel,
+    * has no recurrent layers, and
+    * in the first step uses no custom ``torch.autograd.Function`` and no activation checkpointing.
+
+    Otherwise ε is rounded to the weights' precision; ``last.radius`` and ``last.cosine`` report the perturbation after
+    rounding.
 
     Raises:
         ValueError: a negative ρ, an unknown scope, a part that lacks what it needs; FSDP1; trainable parameters that
@@ -116,11 +122,11 @@ class Sharpener:
         if self.direction.needs_optimizer and optimizer is None:
             raise ValueError(f"{type(self.direction).__name__} reads the optimizer's state: pass optimizer=")
         if scope == "first" and (self.keeps_gradient or self.rule.second.needs_recorded):
-            raise ValueError('scope="first" knows the first micro-batch at w and no other, and this rule or cadence '
-                             'needs them all: use scope="batch"')
+            raise ValueError('scope="first" evaluates only the first micro-batch at w, and this rule or cadence '
+                             'needs all of them: use scope="batch"')
         self.last: StepRecord = StepRecord()
         self._number = 0  # of the coming step
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._state: dict[str, dict[str, Tensor]] = {}  # of the direction and the cadence, by kind and parameter
         self._step: Step | None = None  # in progress
         self._warned_of_rounding = self._warned_of_skip = False
         self.refresh()
@@ -177,21 +183,21 @@ class Sharpener:
         self.view.wrappers.refuse_unsynchronised()
         if self._step is not None:
             raise PerturbedStateError("backward was called from within a step: finish that step first")
-        before = self._number, self._memory
+        before = self._number, self._state
         earlier = EarlierGradients(self.view.whole.parameters)
         try:
             step = self.begin()
             self.view.clear_gradients()
-            if self.scope == "micro_batch" and step.pays:
-                outcome = step.run_each([(b.weight, self._passes([replace(b, weight=1.0)])) for b in batches])
+            if self.scope == "micro_batch" and step.takes_second_pass:
+                outcome = step.run_each([(b.weight, self._runner([replace(b, weight=1.0)])) for b in batches])
             else:
-                outcome = step.run(self._passes(batches))
-            # one micro-batch a call: the caller accumulates, and the framework's division is for that
+                outcome = step.run(self._runner(batches))
+            # with one micro-batch the caller accumulates: the framework's division by accumulation steps is kept
             self.finish(step, outcome, earlier, self.back_propagation.division if len(batches) == 1 else None)
         except BaseException:
             self.abandon()
             earlier.put_back()
-            self._number, self._memory = before
+            self._number, self._state = before
             raise
         try:
             earlier.commit()
@@ -203,20 +209,20 @@ class Sharpener:
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """What the direction and the cadence carry from step to step; loads with ``weights_only=True``."""
+        """The state of the direction and the cadence; loads with ``weights_only=True``."""
         if self.is_perturbed:
             raise PerturbedStateError("the weights are at w + ε: finish the step before saving")
-        return {"step": self._number, "memory": self.view.placed(self._memory, parallel.like)}
+        return {"step": self._number, "memory": self.view.placed(self._state, parallel.like)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where :meth:`state_dict` was taken, bit for bit together with the optimizer's own state."""
         if set(state) != {"step", "memory"}:
             raise ValueError(f"not a sharpener's state: expected the keys step and memory, got {sorted(state)}")
-        memory = self.view.placed(state["memory"], lambda value, p: local(value).to(p.device))
-        self._number, self._memory = int(state["step"]), memory
+        tensors = self.view.placed(state["memory"], lambda value, p: local(value).to(p.device))
+        self._number, self._state = int(state["step"]), tensors
 
     def refresh(self, groups: Groups | None = None) -> None:
-        """Look at the model again: its parameters, their groups (or new ones), its wrappers."""
+        """Re-read the parameters, groups and wrappers of the model; ``groups`` replaces the groups."""
         self._groups = self._groups if groups is None else groups
         self.view = ModelView(self.model, self._groups, self._default, self.scope == "rank")
 
@@ -227,8 +233,8 @@ class Sharpener:
 
     @property
     def has_state(self) -> bool:
-        """Whether there is anything to carry from step to step."""
-        return (bool(self._memory) or self.cadence.counts_steps or self.direction.counts_steps
+        """Whether :meth:`state_dict` holds anything that later steps need."""
+        return (bool(self._state) or self.cadence.counts_steps or self.direction.counts_steps
                 or self.view.follows_schedule)
 
     @property
@@ -238,7 +244,7 @@ class Sharpener:
 
     @property
     def takes_one_pass(self) -> bool:
-        """Whether a step needs nothing of w, so that its only pass is at w + ε."""
+        """Whether a step needs no evaluation at w, so that its only pass is at w + ε."""
         rule = self.rule
         return not (self.direction.needs_gradient or self.keeps_gradient or rule.second.needs_recorded or rule.third)
 
@@ -248,19 +254,21 @@ class Sharpener:
         """The coming step, to be completed by :meth:`finish`."""
         if not self.view.is_current:
             self.refresh()
-        self._step = Step(self, self.view, self._number, self._memory)
+        self._step = Step(self, self.view, self._number, self._state)
         return self._step
 
     def finish(self, step: Step, outcome: Outcome, earlier: EarlierGradients | None = None,
                factor: Tensor | None = None) -> None:
-        """Complete the step: read the outcome (the one host read), scale ``p.grad``, add the earlier gradients."""
+        """Complete the step: scale ``p.grad`` and add the earlier gradients.
+
+        Reading the overflow flag is the only device-to-host synchronization."""
         view = self.view
         if self.perturbed_norm:
             outcome.perturbed_gradient_norm = view.gradient_norm(self.back_propagation.loss_scale(view.devices[0]))
-        kept, memory = dict(outcome.memory), dict(self._memory)
+        new, state = dict(outcome.state), dict(self._state)
         if outcome.gradients:
-            kept["component"] = step.component(outcome.gradients)
-            memory.pop("component", None)     # of the last full step alone
+            new["component"] = step.component(outcome.gradients)
+            state.pop("component", None)     # only that of the last full step is saved
         skipped = bool(outcome.overflow)
         if factor is not None:
             vectors.scale(factor, view.gradients(view.with_gradients()))
@@ -273,18 +281,18 @@ class Sharpener:
             if earlier is not None:
                 earlier.add()
         if not skipped:
-            memory |= {kind: {**memory.get(kind, {}), **tensors} for kind, tensors in kept.items()}
-        self._number, self._memory, self._step = self._number + 1, memory, None
+            state |= {kind: {**state.get(kind, {}), **tensors} for kind, tensors in new.items()}
+        self._number, self._state, self._step = self._number + 1, state, None
         self.last = StepRecord.of(outcome, skipped)
         if self.last.rounded:
             self._warned_of_rounding = self._warned_of_rounding or warn_of_rounding(self.last)
 
     def abandon(self) -> None:
-        """Give w back and forget the step in progress; without effect otherwise."""
+        """Restore w and discard the step in progress, if there is one."""
         if self._step is not None:
             self._step.restore()
             self._step = None
 
-    def _passes(self, batches: list[MicroBatch]) -> Passes:
-        return Passes(batches, self.view.wrappers, self.back_propagation, self.view.devices if self.replay else None,
-                      self.view.whole.parameters)
+    def _runner(self, batches: list[MicroBatch]) -> MicroBatchRunner:
+        return MicroBatchRunner(batches, self.view.wrappers, self.back_propagation,
+                                self.view.devices if self.replay else None, self.view.whole.parameters)

@@ -21,7 +21,7 @@ class AutogradMatvec:
                  linearize: Linearize):
         self.operator, self.objective = operator, objective
         self.cache = GraphCache(objective, parameters, linearize)
-        self.taken = "auto"     # "cached" or "recomputed", known after one matvec
+        self.used = "auto"     # "cached" or "recomputed", known after one matvec
 
     def matvec(self, v: Tensor, *, keep_graphs: bool, forms: list[tuple[float, Tensor]] | None = None) -> Tensor:
         """Av for a flat v (n,), or a block (b, n) of them; ``forms`` collects n_b and vᵀA_b v of this rank's batches.
@@ -44,7 +44,7 @@ class AutogradMatvec:
                 if t is not None:
                     piece.add_(t.detach().reshape(piece.shape).to(operator.device), alpha=weight / first)
         assert self.cache.weights is not None
-        self.taken = "cached" if self.cache.complete else "recomputed"
+        self.used = "cached" if self.cache.complete else "recomputed"
         out = torch.zeros_like(v) if out is None else out
         share = first / self.objective.normalizer(self.cache.weights)
         return self.objective.ranks.sum_(out.mul_(share) if share != 1 else out)

@@ -72,7 +72,7 @@ def condition_number(operator: CurvatureOperator | Objective, *, tol: float = 1e
     """λ_max / λ_min of a positive definite matrix; of any other there is none, and the record says so.
 
     Exact for up to 2000 coordinates; beyond, from both ends by ``eigenpairs(which="both", tol=tol, **options)``, where
-    a smallest eigenvalue below its residual cannot be told from zero.
+    a smallest eigenvalue below its residual cannot be distinguished from zero.
 
     >>> from flatmin.curvature import Matrix
     >>> condition_number(Matrix(torch.diag(torch.tensor([4.0, 1.0])))).value

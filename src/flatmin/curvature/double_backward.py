@@ -23,7 +23,7 @@ def derivative_of_gradient(loss: Tensor, w: list[nn.Parameter]) -> LinearMap:
     """v ↦ ∇²loss · v by a second reverse pass over the graph of the gradient."""
     if not loss.requires_grad:
         return ZERO
-    # From a constant, functions that are once_differentiable make constants, and leave no mark in the graph.
+    # Seeded with a constant, once_differentiable functions return constants and are not recorded in the graph.
     one = torch.ones_like(loss, requires_grad=True)
     roots, used = differentiable_gradient(loss, w, one)
     if not roots:
@@ -42,7 +42,7 @@ def differentiable_gradient(z: Tensor, w: list[nn.Parameter], u: Tensor) -> tupl
     """The parts of ∂⟨u, z⟩/∂w that depend on anything, with their graph, and their positions in w.
 
     Raises ``NoSecondDerivative`` where that graph is cut off (such a node has no way back to the parameters, so that
-    autograd leaves its part out in silence), or has a derivative that torch has wrong.
+    autograd omits its part without an error), or has a derivative that is known to be wrong in torch.
     """
     if wrong := {name for node in _nodes([z]) if (name := node.name()).startswith(_WRONG_THIRD_DERIVATIVE)}:
         raise NoSecondDerivative(f"torch has wrong third derivatives of {', '.join(sorted(wrong))}, which this loss "

@@ -22,10 +22,10 @@ from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
 
 ALLOWED = 3e-3
-"""The part of ‖Hv‖ by which a difference may be off along v before the step is made smaller."""
+"""The relative truncation error along v above which the step is made smaller."""
 
 DOUBTFUL = 0.2
-"""The change of a difference at twice the step above which a warning says that it means little."""
+"""The change of a difference at twice the step above which a warning says that differences are unreliable."""
 
 _TRIES = 6
 
@@ -34,18 +34,18 @@ Add = Callable[[int, Tensor, float], None]
 
 
 class Difference(NamedTuple):
-    """Av by a central difference; by what part of ‖Av‖ it is off along v, and what rounding adds to that."""
+    """Av by a central difference, with its truncation error along v and its rounding error, relative to ‖Av‖."""
 
     av: Tensor
-    off: float = 0.0
-    rounding: float = 0.0
+    truncation_error: float = 0.0
+    rounding_error: float = 0.0
     losses: tuple[float, ...] = ()      # at w + hv and w − hv, where the scheme computes them
 
 
 class Scheme(Protocol):
-    """How one central difference is made of first derivatives."""
+    """How a central difference is computed from first derivatives."""
 
-    needs_loss: ClassVar[bool]      # whether it is told L(w), to say how far it is off
+    needs_loss: ClassVar[bool]      # whether it needs L(w) to estimate its error
 
     def __call__(self, v: Tensor, w: list[Tensor], h: float, eps: float, loss: float | None,
                  out: Tensor | None = None) -> Difference:
@@ -57,8 +57,8 @@ class Differences:
     """v ↦ Av by central differences, with the largest relative error seen in ``error``.
 
     The step h = s ε^⅓ (1 + ‖w‖) / ‖v‖ balances the third derivative (h²) against rounding of the gradient (ε/h). Where
-    the scheme says that the difference is off by more than ``ALLOWED``, s falls (from 1). ``error`` comes from a second
-    difference with 2h, at the first vector and at the first after ``forget``.
+    the scheme estimates a truncation error above ``ALLOWED``, s falls (from 1). ``error`` comes from a second
+    difference with 2h, at the first vector and at the first after ``clear``.
 
     Memory: the weights, a copy of them, v and the result. With ``on_disk`` the copy and the second difference are in
     files in ``folder``.
@@ -70,16 +70,16 @@ class Differences:
         self.on_disk, self.folder = on_disk, folder
         self.error: float | None = None
         self.scale = 1.0
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Assume nothing any more about weights seen before, nor about the error at the next vector."""
+    def clear(self) -> None:
+        """Discard cached weights and errors."""
         self._copy: list[Tensor] | None = None
         self._loss: float | None = None
         self._estimated = False
 
     def matvec(self, v: Tensor, *, same_weights: bool) -> Tensor:
-        """Av as a new flat tensor; ``same_weights``: they do not change until ``forget``."""
+        """Av as a new flat tensor; ``same_weights``: they do not change until ``clear``."""
         operator = self.operator
         length = operator.norm(v)
         if length == 0:
@@ -89,16 +89,16 @@ class Differences:
                 self._loss = float(self.objective.value())
             eps = max(torch.finfo(p.dtype).eps for p in w)
             size = float(operator.reduce(vectors.sums_of_squares(w).sum().reshape(1)).sqrt())
-            reach = eps ** (1 / 3) * (1 + size) / length
-            out = self._fitting(v, w, reach, eps)
+            base_step = eps ** (1 / 3) * (1 + size) / length
+            out = self._fitting(v, w, base_step, eps)
             if not self._estimated:
                 other = memory.mapped(len(v), v.dtype, self.folder) if self.on_disk else operator.empty()
-                coarse = self.scheme(v, w, 2 * self.scale * reach, eps, self._loss, other).av
+                coarse = self.scheme(v, w, 2 * self.scale * base_step, eps, self._loss, other).av
                 top = operator.norm(out)
                 self.error = max(self.error or 0.0, operator.norm(coarse.sub_(out)) / top if top > 0 else 0.0)
                 if self.error > DOUBTFUL:
                     warnings.warn(f"differences of gradients with steps h and 2h differ by {self.error:.0%}, so they "
-                                  "mean little here: the loss has kinks (ReLU), or its gradient too few digits. Use "
+                                  "are unreliable: the loss has kinks (ReLU), or its gradient too few digits. Use "
                                   "float64, or exact matvecs", stacklevel=2)
         self._estimated = True
         if not same_weights:
@@ -111,16 +111,16 @@ class Differences:
         with self._restored() as w:
             yield lambda h: self.scheme(v, w, h, torch.finfo(v.dtype).eps, self._loss)
 
-    def _fitting(self, v: Tensor, w: list[Tensor], reach: float, eps: float) -> Tensor:
-        """The difference with a step that is small enough for v."""
+    def _fitting(self, v: Tensor, w: list[Tensor], base_step: float, eps: float) -> Tensor:
+        """The difference with a step whose truncation error is small enough."""
         for _ in range(_TRIES):
-            found = self.scheme(v, w, self.scale * reach, eps, self._loss)
-            if found.off <= max(ALLOWED, 3 * found.rounding):
+            found = self.scheme(v, w, self.scale * base_step, eps, self._loss)
+            if found.truncation_error <= max(ALLOWED, 3 * found.rounding_error):
                 return found.av
-            # The error falls as h², but the estimate ends at h⁴ and is too hopeful far from w.
-            self.scale *= min(0.5, max(0.03, 0.7 * ALLOWED / found.off))
+            # The error falls as h², but the estimate, which omits terms beyond h⁴, is too small for large steps.
+            self.scale *= min(0.5, max(0.03, 0.7 * ALLOWED / found.truncation_error))
             del found
-        return self.scheme(v, w, self.scale * reach, eps, self._loss).av
+        return self.scheme(v, w, self.scale * base_step, eps, self._loss).av
 
     @contextmanager
     def _restored(self) -> Iterator[list[Tensor]]:
@@ -137,7 +137,7 @@ class Differences:
             ranks.reshard()
             try:
                 vectors.copy(copy, weights)
-            except KeyboardInterrupt:   # in the middle: once more
+            except KeyboardInterrupt:   # interrupted: again
                 vectors.copy(copy, weights)
                 raise
             if not self.on_disk:
@@ -155,8 +155,8 @@ class Differences:
 class GradientDifference:
     """(∇L(w + hv) − ∇L(w − hv)) / 2h: the Hessian.
 
-    The losses that come with the gradients tell how far it is off along v: with φ(t) = L(w + tv) it is h²φ⁗/6 there,
-    and h (φ′(h) − φ′(−h)) − 2 (φ(h) − 2φ(0) + φ(−h)) = h⁴φ⁗/6 + O(h⁶). A parameter's gradient is added to the result
+    The losses that come with the gradients give the truncation error along v: with φ(t) = L(w + tv) it is h²φ⁗/6, and
+    h (φ′(h) − φ′(−h)) − 2 (φ(h) − 2φ(0) + φ(−h)) = h⁴φ⁗/6 + O(h⁶). A parameter's gradient is added to the result
     as soon as autograd has it, and freed.
     """
 
@@ -187,9 +187,9 @@ class GradientDifference:
         length, top = operator.norm(v), operator.norm(out)
         if top == 0:
             return Difference(out, losses=tuple(values))
-        off = abs(operator.dot(v, out) - (values[0] - 2 * loss + values[1]) / h**2)
+        truncation = abs(operator.dot(v, out) - (values[0] - 2 * loss + values[1]) / h**2)
         rounding = 4 * eps * max(map(abs, (*values, loss))) / h**2
-        return Difference(out, off / (top * length), rounding / (top * length), tuple(values))
+        return Difference(out, truncation / (top * length), rounding / (top * length), tuple(values))
 
 
 def _add_gradient(batch: WeightedBatch, sums: GradientSum, factor: float) -> Tensor:

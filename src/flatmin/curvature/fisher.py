@@ -14,7 +14,7 @@ from ..evaluation import WeightedBatch
 from ..objective import Objective
 from .finite_differences import Differences
 from .gauss_newton import loss_curvature, sandwich
-from .gauss_newton_differences import OutputDifference, OutputHessian, TangentDifference, outputs_and_loss
+from .gauss_newton_differences import OutputDifference, OutputHessian, TangentDifference, logits_and_loss
 from .linear_map import Linearization, LinearMap
 from .objective_operator import ObjectiveOperator, Parameters, Product, require_objective
 
@@ -34,8 +34,8 @@ def Fisher(objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood
     * "empirical": the targets of the data, r rᵀ as it is. Not an estimate of the other two, and small where the fit is
       good.
 
-    A term is a sample or, for sequences, a valid token: rows along the class dimension of the outputs (dimension 1 for
-    ``cross_entropy``, the last for language models and for the other losses, of which a row is one term).
+    A term is a sample or, for sequences, a valid token: a vector along the class dimension of the outputs (dimension 1
+    for ``cross_entropy``, the last one for language models and for the other losses).
 
     Args:
         objective: L, without weights on classes.
@@ -46,6 +46,8 @@ def Fisher(objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood
 
     Raises:
         ValueError: where the likelihood cannot be found from the loss.
+
+    The ascent direction of Fisher SAM is ``flatmin.ascent.Fisher``.
 
     J. Martens, JMLR 21(146), 2020; F. Kunstner et al., NeurIPS 2019 (on the empirical one).
     """
@@ -71,7 +73,7 @@ class _ExpectedSquare:
     seed: int
 
     def linearize(self, batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
-        z, loss = outputs_and_loss(batch)
+        z, loss = logits_and_loss(batch)
         return sandwich(z, w, lambda: self.of(batch, z, loss))
 
     def of(self, batch: WeightedBatch, z: Tensor, loss: Tensor) -> OutputHessian:
@@ -80,14 +82,14 @@ class _ExpectedSquare:
         if self.kind == "exact":
             return exact
         c, = torch.autograd.grad(loss, z, retain_graph=True)
-        rows = _Rows(z, _classes_second(z, objective.loss_fn))
-        n = batch.weight / (1 if self.likelihood == "softmax" or objective.sums else rows.of(z).shape[-1])
+        terms = _TermVectors(z, _classes_second(z, objective.loss_fn))
+        n = batch.weight / (1 if self.likelihood == "softmax" or objective.sums else terms.of(z).shape[-1])
         if self.kind == "empirical":
-            r = rows.of(c) * n
+            r = terms.of(c) * n
         else:       # ignored terms are those without a gradient
-            r = self._drawn(rows.of(z.detach()), rows.of(exact(torch.ones_like(z))), n, batch.index)
-            r = r * (rows.of(c) != 0).any(-1, keepdim=True)
-        return lambda u: rows.back(r * (r * rows.of(u)).sum(-1, keepdim=True) / n)
+            r = self._drawn(terms.of(z.detach()), terms.of(exact(torch.ones_like(z))), n, batch.index)
+            r = r * (terms.of(c) != 0).any(-1, keepdim=True)
+        return lambda u: terms.back(r * (r * terms.of(u)).sum(-1, keepdim=True) / n)
 
     def _drawn(self, z: Tensor, curvature: Tensor, n: float, index: int) -> Tensor:
         """∂ℓ/∂z for targets drawn from the model; ``curvature`` is ∂²L/∂z² · 1, which fixes the scale of the loss."""
@@ -103,8 +105,8 @@ class _ExpectedSquare:
         return p - F.one_hot(y, p.shape[-1]).to(z.dtype)
 
 
-class _Rows:
-    """Outputs as rows, one a term, and back."""
+class _TermVectors:
+    """Outputs as vectors along the last dimension, one for each term, and back."""
 
     def __init__(self, z: Tensor, classes_second: bool):
         self.flat, self.dim = z.dim() < 2, 1 if classes_second else -1

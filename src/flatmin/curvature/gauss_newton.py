@@ -16,7 +16,7 @@ from .gauss_newton_differences import (
     OutputDifference,
     OutputHessian,
     TangentDifference,
-    outputs_and_loss,
+    logits_and_loss,
 )
 from .linear_map import ZERO, Linearization, LinearMap, Parts
 from .objective_operator import ObjectiveOperator, Parameters, Product
@@ -81,34 +81,34 @@ def sandwich(z: Tensor, w: list[nn.Parameter], make: Callable[[], OutputHessian]
     u = torch.zeros_like(z, requires_grad=True)
     roots, used = differentiable_gradient(z, w, u)
 
-    def product(v: Sequence[Tensor], retain_graph: bool) -> Parts:
+    def matvec(v: Sequence[Tensor], retain_graph: bool) -> Parts:
         jv, = torch.autograd.grad(roots, u, [v[i] for i in used], retain_graph=True)
         return torch.autograd.grad(z, w, output_hessian(jv), retain_graph=retain_graph, allow_unused=True)
 
-    return LinearMap(product)
+    return LinearMap(matvec)
 
 
 def _reverse(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
-    z, loss = outputs_and_loss(batch)
+    z, loss = logits_and_loss(batch)
     return sandwich(z, w, lambda: loss_curvature(z, loss))
 
 
 def _forward(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
     logits, at = of_parameters(batch, w, lambda t: t.logits(t.outputs()))
-    z, loss = outputs_and_loss(batch)
+    z, loss = logits_and_loss(batch)
     if not z.requires_grad:
         return ZERO
     output_hessian = loss_curvature(z, loss)
 
-    def product(v: Sequence[Tensor], retain_graph: bool) -> Parts:
+    def matvec(v: Sequence[Tensor], retain_graph: bool) -> Parts:
         jv = torch.func.jvp(logits, (at,), (tuple(v),))[1]
         return torch.autograd.grad(z, w, output_hessian(jv), retain_graph=retain_graph, allow_unused=True)
 
-    return LinearMap(product)
+    return LinearMap(matvec)
 
 
 def _functional(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
-    z, loss = outputs_and_loss(batch)
+    z, loss = logits_and_loss(batch)
     if not z.requires_grad:
         return ZERO
     c, = torch.autograd.grad(loss, z, retain_graph=True)

@@ -32,31 +32,31 @@ Pull = Callable[[WeightedBatch, Tensor, Tensor, float], None]
 """(batch, z, u, factor): add factor · Jᵀu to the result."""
 
 
-def outputs_and_loss(batch: WeightedBatch) -> tuple[Tensor, Tensor]:
+def logits_and_loss(batch: WeightedBatch) -> tuple[Tensor, Tensor]:
     """z and the loss as a function of it, in one graph."""
     outputs, loss = batch.outputs_and_loss()
     return batch.logits(outputs), loss
 
 
 class BatchDifference(Protocol):
-    """One batch's part of a difference."""
+    """The contribution of one batch to a difference."""
 
     def add(self, batch: WeightedBatch, move_to: MoveTo, h: float, pull: Pull) -> tuple[float, float, float]:
-        """Add it by ``pull``; three numbers for ``error``, which are averaged over batches."""
+        """Add it by ``pull``; three numbers whose means over batches ``error`` takes."""
         ...
 
     def error(self, means: Sequence[float], h: float, eps: float, form: float, scale: float) -> tuple[float, float]:
-        """By what part the difference is off, and what rounding adds; ``form`` is vᵀAv and ``scale`` ‖v‖ ‖Av‖."""
+        """Relative truncation and rounding error; ``form`` is vᵀAv and ``scale`` ‖v‖ ‖Av‖."""
         ...
 
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """A difference along v that is made batch by batch, so that the outputs of one batch only are held."""
+    """A difference along v computed batch by batch, so that the outputs of one batch at a time are held."""
 
     operator: CurvatureOperator
     objective: Objective
-    part: BatchDifference
+    batch_difference: BatchDifference
     needs_loss: ClassVar[bool] = False
 
     def __call__(self, v: Tensor, w: list[Tensor], h: float, eps: float, loss: float | None,
@@ -77,7 +77,7 @@ class OutputDifference:
         for batch in objective.weighted_batches():
             first = first if weights else batch.total
             weights.append(batch.weight)
-            found = self.part.add(batch, move_to, h, pull)
+            found = self.batch_difference.add(batch, move_to, h, pull)
             sums = [s + n * batch.weight for s, n in zip(sums, found, strict=True)]
         total.totals()      # zeros where nothing was added
         normalizer = objective.normalizer(weights)
@@ -87,7 +87,7 @@ class OutputDifference:
         if operator.norm(out) == 0:
             return Difference(out)
         means = [s / normalizer for s in objective.ranks.total(*sums)]
-        return Difference(out, *self.part.error(means, h, eps, operator.dot(v, out),
+        return Difference(out, *self.batch_difference.error(means, h, eps, operator.dot(v, out),
                                                 operator.norm(v) * operator.norm(out)))
 
     def _pull(self, batch: WeightedBatch, z: Tensor, u: Tensor, add: Add, factor: float) -> None:
@@ -105,7 +105,7 @@ class OutputDifference:
 class TangentDifference:
     """v ↦ Jᵀ M (z(w + hv) − z(w − hv)) / 2h, with M = ``curvature``.
 
-    With r = ‖z₊ − 2z + z₋‖ / ‖z₊ − z₋‖ the difference is off by about ⅔r² (by just that where z is an exponential).
+    With r = ‖z₊ − 2z + z₋‖ / ‖z₊ − z₋‖ the relative truncation error is about ⅔r² (exactly so for an exponential z).
     """
 
     curvature: Curvature
@@ -118,10 +118,10 @@ class TangentDifference:
             lower = batch.logits(batch.outputs())
         move_to(0)
         with torch.enable_grad():
-            z, loss = outputs_and_loss(batch)
+            z, loss = logits_and_loss(batch)
             if not z.requires_grad:
                 return 0.0, 0.0, 0.0
-            with perturbed.without_hooks(z, loss):    # FSDP2's take any gradient there for a pass through the model
+            with perturbed.without_hooks(z, loss):    # FSDP2's treat any gradient as one of the model
                 output_hessian = self.curvature(batch, z, loss) if batch.weight else torch.zeros_like
                 u = output_hessian((upper - lower) / (2 * h)).detach()
             pull(batch, z, u, 1.0)
@@ -129,8 +129,8 @@ class TangentDifference:
         return _square(upper - 2 * z + lower), _square(upper - lower), _square(z)
 
     def error(self, means: Sequence[float], h: float, eps: float, form: float, scale: float) -> tuple[float, float]:
-        bend, change, size = means
-        return 2 / 3 * bend / change, 2 / 3 * (4 * eps) ** 2 * size / change
+        second, first, size = means
+        return 2 / 3 * second / first, 2 / 3 * (4 * eps) ** 2 * size / first
 
 
 class FrozenDifference:
@@ -139,25 +139,25 @@ class FrozenDifference:
     def add(self, batch: WeightedBatch, move_to: MoveTo, h: float, pull: Pull) -> tuple[float, float, float]:
         move_to(0)
         with torch.enable_grad():
-            start, loss = outputs_and_loss(batch)
+            start, loss = logits_and_loss(batch)
             if not start.requires_grad:
                 return 0.0, 0.0, 0.0
             with perturbed.without_hooks(start, loss):
                 c, = torch.autograd.grad(loss, start)
         start = start.detach()
         del loss
-        bend = 0.0
+        second = 0.0
         for sign in (1, -1):
             move_to(sign * h)
             with torch.enable_grad():
                 z = batch.logits(batch.outputs())
                 pull(batch, z, c, sign / (2 * h))
-            bend += float((c * (z.detach() - start)).sum())
-        return bend, float((c * start).abs().sum()), 0.0
+            second += float((c * (z.detach() - start)).sum())
+        return second, float((c * start).abs().sum()), 0.0
 
     def error(self, means: Sequence[float], h: float, eps: float, form: float, scale: float) -> tuple[float, float]:
-        bend, size, _ = means
-        return abs(form - bend / h**2) / scale, 4 * eps * size / h**2 / scale
+        second, size, _ = means
+        return abs(form - second / h**2) / scale, 4 * eps * size / h**2 / scale
 
 
 def _square(t: Tensor) -> float:

@@ -17,7 +17,7 @@ from .linear_map import Linearize, LinearMap
 
 
 class GraphCache:
-    """The linear map of each batch; graphs that fit into half of the free memory are made once."""
+    """The linear map of each batch; graphs that fit into half of the free memory are built once."""
 
     def __init__(self, objective: Objective, parameters: list[nn.Parameter], linearize: Linearize):
         self.objective, self.parameters, self.linearize = objective, parameters, linearize
@@ -27,7 +27,7 @@ class GraphCache:
         """Free all graphs."""
         self.graphs: dict[int, tuple[float, LinearMap, Any]] = {}   # by index of the batch: weight, map, data
         self.weights: list[float] | None = None                     # of all batches, known after one pass
-        self._room: float | None = None                             # bytes left for graphs
+        self._free_bytes: float | None = None                             # bytes left for graphs
 
     @property
     def complete(self) -> bool:
@@ -39,8 +39,8 @@ class GraphCache:
         if self.complete:
             yield from ((weight, linear_map, True) for weight, linear_map, _ in self.graphs.values())
             return
-        if self._room is None:
-            self._room = memory.available(self.objective.device) / 2 if keep_graphs else -1.0
+        if self._free_bytes is None:
+            self._free_bytes = memory.available(self.objective.device) / 2 if keep_graphs else -1.0
         weights = []
         for batch in self.objective.weighted_batches():
             weights.append(batch.weight)
@@ -51,24 +51,24 @@ class GraphCache:
                     continue
                 self._stop_keeping()
             linear_map = self._linearized(batch)
-            if keep := self._room > 0:
+            if keep := self._free_bytes > 0:
                 self.graphs[batch.index] = batch.weight, linear_map, batch.data
             yield batch.weight, linear_map, keep
             del linear_map      # its graph is freed before the next one is made
         self.weights = weights if self.weights is None else self.weights
 
     def _stop_keeping(self) -> None:
-        """The batches come in another order than in the last pass, so that no kept graph belongs to the next one."""
-        warnings.warn("the data give other batches in each pass, so graphs of batches are not kept between matvecs: "
-                      "each matvec evaluates the model anew. Pass list(data), or shuffle=False", stacklevel=2)
-        self.graphs, self._room = {}, -1.0
+        """The batches differ from those of the last pass, so that no saved graph can be used."""
+        warnings.warn("batches differ between iterations of the data, so graphs of batches are not kept between "
+                      "matvecs: each matvec evaluates the model anew. Pass list(data), or shuffle=False", stacklevel=2)
+        self.graphs, self._free_bytes = {}, -1.0
 
     def _linearized(self, batch: WeightedBatch) -> LinearMap:
-        assert self._room is not None
+        assert self._free_bytes is not None
         with torch.enable_grad():
-            if self._room <= 0 or self.objective.single:    # one batch: its graph is needed in any case
+            if self._free_bytes <= 0 or self.objective.single:    # one batch: its graph is needed in any case
                 return self.linearize(batch, self.parameters)
             with memory.Meter() as meter:
                 linear_map = self.linearize(batch, self.parameters)
-        self._room -= meter.bytes
+        self._free_bytes -= meter.bytes
         return linear_map

@@ -31,8 +31,8 @@ def Hessian(objective: Objective, *, parameters: Parameters = None, product: Pro
             (∇L(w + hv) − ∇L(w − hv)) / 2h, for what has no second derivative, with its relative error estimated in
             ``error`` and in records. "auto": cached as far as half of the free memory allows, then recomputed; finite
             differences under FSDP2, and, with a warning, where the model has no second derivative.
-        vmap: whether several vectors go through a graph at once; by default on accelerators only, where it pays. Not
-            by forward mode, nor in the modes "train" and "as_is" or through custom autograd functions, which torch
+        vmap: whether several vectors go through a graph at once; by default on accelerators only, where it is faster.
+            Not by forward mode, nor in the modes "train" and "as_is" or through custom autograd functions, which torch
             may be unable to batch: there they go one after the other.
         place: "disk" puts what finite differences need beside the weights and the result (the exact weights, a second
             result to compare with) into files in ``folder``; use it with ``eigenpairs(place="disk")``.
@@ -57,8 +57,8 @@ def Hessian(objective: Objective, *, parameters: Parameters = None, product: Pro
 def _reverse_over_reverse(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
     loss = batch.loss(batch.outputs())
     if not loss.requires_grad:
-        warnings.warn("autograd sees no parameter behind the loss, so its Hessian is zero: is something detached, or "
-                      "run under no_grad?", stacklevel=2)
+        warnings.warn("the loss does not depend on any parameter in the autograd graph, so its Hessian is zero: is "
+                      "something detached, or run under no_grad?", stacklevel=2)
     return derivative_of_gradient(loss, w)
 
 

@@ -1,4 +1,4 @@
-"""Whether products are of the matrix they should be: an exact product beside differences of gradients, in float64.
+"""Whether matvecs are of the right matrix: an exact matvec is compared with differences of gradients, in float64.
 
 A residual is computed with the same automatic differentiation as the eigenpair, so it cannot notice a layer whose
 second derivative is wrong. Differences of gradients can.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SAMPLES = 4
 
 ALLOWED = 1e-3
-"""Relative difference, of one parameter tensor's part, up to which a product and a difference are the same."""
+"""Relative difference, of one parameter tensor's part, up to which a matvec and a difference agree."""
 
 STEPS = 1e-6, 1e-8
 """Relative to the size of each parameter. The smaller one jumps over few kinks of a large network."""
@@ -42,10 +42,10 @@ COPIES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MatvecCheck:
-    """What became of the comparison of one product with differences of gradients.
+    """Result of comparing a matvec with differences of gradients.
 
     ``error`` is their relative difference, nan where nothing was compared and ``reason`` says why. ``agrees`` is False
-    only where two differences agree with each other and not with the product; ``layer`` then says in which module, and
+    only where two differences agree with each other and not with the matvec; ``layer`` then says in which module, and
     ``gradient`` whether the gradient agrees with differences of the loss.
     """
 
@@ -55,17 +55,17 @@ class MatvecCheck:
     layer: str = ""
     gradient: bool = True   # False: the gradient is not that of the loss either
     reason: str = ""
-    impossible: str = ""    # what autograd says where only the second derivative fails
+    no_second_derivative: str = ""    # what autograd says where only the second derivative fails
 
     def to_dict(self) -> dict[str, Any]:
         """For the settings of a record."""
-        if self.agrees and (self.reason or self.impossible):
-            return {"not_checked": self.reason or self.impossible}
+        if self.agrees and (self.reason or self.no_second_derivative):
+            return {"not_checked": self.reason or self.no_second_derivative}
         out = {"error": self.error, "samples": self.samples}
         return out if self.agrees else out | {"disagrees": True, "layer": self.layer}
 
     def __str__(self) -> str:
-        wrong, one, other = ("second derivative", "products", "gradients") if self.gradient else \
+        wrong, one, other = ("second derivative", "matvecs", "gradients") if self.gradient else \
             ("gradient", "gradients", "the loss")
         return (f"{one} by automatic differentiation differ by {self.error:.2g} of their size from differences of "
                 f"{other}, in float64 on {self.samples} samples: the {wrong} of {self.layer} is wrong, or something "
@@ -73,24 +73,24 @@ class MatvecCheck:
 
 
 def check_matvec(operator: OverObjective) -> MatvecCheck:
-    """Compare a product with central differences at two step sizes, on a few samples in float64.
+    """Compare a matvec with central differences at two step sizes, on a few samples in float64.
 
-    The parameters are replaced by float64 copies at a random point close by, where no kink is met exactly, while the
+    The parameters are replaced by float64 copies at a random point close by, which is almost never a kink, while the
     comparison runs; the model's own are never written.
     """
     objective = operator.objective
     with objective.session():
         objective.evaluate_once()       # outside the check, where an error would count as a reason not to check
-        found = _checked(operator)
-        wrong, impossible = objective.ranks.total(float(not found.agrees), float(bool(found.impossible)))
+        found = _check(operator)
+        wrong, none = objective.ranks.total(float(not found.agrees), float(bool(found.no_second_derivative)))
     if wrong and found.agrees:
         found = replace(found, agrees=False, layer="a layer, on another rank,")
-    if impossible and not found.impossible:
-        found = replace(found, impossible="found on another rank")
+    if none and not found.no_second_derivative:
+        found = replace(found, no_second_derivative="found on another rank")
     return found
 
 
-def _checked(operator: OverObjective) -> MatvecCheck:
+def _check(operator: OverObjective) -> MatvecCheck:
     objective = operator.objective
     numbers = sum(p.numel() for p in objective.model.parameters())
     needed, free = 8 * COPIES * numbers, memory.available(operator.device) / 2
@@ -105,61 +105,62 @@ def _checked(operator: OverObjective) -> MatvecCheck:
         over_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
                          for m in objective.model.modules())
         least = SAMPLES if over_batch else 1 if objective.mode == "eval" else 2
-        found = _on(operator, batch, max(least, min(SAMPLES, n // 16)))
-        # of one sample a loss that compares samples says nothing
-        return _on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
-    except Exception as error:      # whatever stops it is a reason, not a failure
+        found = _check_on(operator, batch, max(least, min(SAMPLES, n // 16)))
+        # a contrastive loss is 0 on one sample
+        return _check_on(operator, batch, SAMPLES) if found.error == 0 and found.samples < min(n, SAMPLES) else found
+    except Exception as error:      # any error is the reason why nothing is compared
         return MatvecCheck(reason=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _on(operator: OverObjective, batch: Any, k: int) -> MatvecCheck:
+def _check_on(operator: OverObjective, batch: Any, k: int) -> MatvecCheck:
     objective = operator.objective
-    few, samples = _few(batch, k, objective.weight)
+    few, samples = _first_samples(batch, k, objective.weight)
     modules = [m for m in (objective.model, objective.loss_fn) if isinstance(m, nn.Module)]
     with in_double(modules):
-        return _compared(_twin(operator, few), samples)
+        return _compare(_float64_copy(operator, few), samples)
 
 
-def _compared(twin: OverObjective, samples: int) -> MatvecCheck:
+def _compare(operator64: OverObjective, samples: int) -> MatvecCheck:
     generator = torch.Generator().manual_seed(0)
-    w = [p.detach() for p in twin.parameters]
+    w = [p.detach() for p in operator64.parameters]
     units = _units(w)
     with torch.no_grad():
         for p, unit in zip(w, units, strict=True):
             p.add_(_random(p, generator), alpha=COARSE * unit)
     v = torch.cat([unit * _random(p, generator).reshape(-1) for p, unit in zip(w, units, strict=True)])
-    gradient = _gradient(twin)
-    found, losses = _along(twin, v, units, gradient, samples)
+    gradient = _gradient(operator64)
+    found, losses = _compare_along(operator64, v, units, gradient, samples)
     reached = (gradient != 0).double()      # an embedding holds the row at padding_idx fixed
     if not found.agrees and not bool(reached.all()):
-        found, _ = _along(twin, v * reached, units, gradient, samples)
+        found, _ = _compare_along(operator64, v * reached, units, gradient, samples)
     right, error = True, 0.0
     if not losses or not _near(float(gradient @ v), (losses[0] - losses[1]) / (2 * STEPS[0])):
-        right, error = _has_right_gradient(twin, v * reached, gradient)
+        right, error = _has_right_gradient(operator64, v * reached, gradient)
     if right is False:
         return replace(found, agrees=False, gradient=False, error=error, samples=samples, reason="",
-                       layer="a layer, or of the loss," if found.agrees else _layer(twin))
-    return found if found.agrees else replace(found, layer=_layer(twin), gradient=right is True)
+                       layer="a layer, or of the loss," if found.agrees else _wrong_layer(operator64))
+    return found if found.agrees else replace(found, layer=_wrong_layer(operator64), gradient=right is True)
 
 
-def _along(twin: OverObjective, v: Tensor, units: Sequence[float], gradient: Tensor,
+def _compare_along(operator64: OverObjective, v: Tensor, units: Sequence[float], gradient: Tensor,
            samples: int) -> tuple[MatvecCheck, tuple[float, ...]]:
-    """What became of the comparison along v, and the losses at w ± STEPS[0] v."""
-    differences = twin.differences()
+    """Result of comparing along v, and the losses at w ± STEPS[0] v."""
+    differences = operator64.differences()
     assert differences is not None
     with differences.at(v) as difference:
         first, _, _, losses = difference(STEPS[0])
     try:
-        exact = twin.matvec(v).split(twin.numels)
+        exact = operator64.matvec(v).split(operator64.numels)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
-        return MatvecCheck(impossible=str(error).splitlines()[0]), losses
+    except (RuntimeError, NotImplementedError) as error:    # the gradient could be computed
+        return MatvecCheck(no_second_derivative=str(error).splitlines()[0]), losses
     if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
-        return MatvecCheck(reason="a product or a gradient is not finite"), losses
+        return MatvecCheck(reason="a matvec or a gradient is not finite"), losses
     with differences.at(v) as difference:
-        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h).av).split(twin.numels),
-                                  units, gradient.split(twin.numels))
+        numels = operator64.numels
+        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h).av).split(numels),
+                                  units, gradient.split(numels))
     if verdict is None:
         return MatvecCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
                                    "digits)"), losses
@@ -171,45 +172,46 @@ def _near(slope: float, difference: float) -> bool:
     return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
 
 
-def _has_right_gradient(twin: OverObjective, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
+def _has_right_gradient(operator64: OverObjective, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
     """Whether the gradient's component along v is a difference of the loss, and their relative difference.
 
     None where the differences do not agree with each other either (kinks), or have too few digits.
     """
-    w = [p.detach().clone() for p in twin.parameters]
+    w = [p.detach().clone() for p in operator64.parameters]
     slope, found, size = float(gradient @ v), [], 0.0
     for h in (1e-6, 1e-5, COARSE):
         values = []
         for sign in (1, -1):
-            for p, start, step in zip(twin.parameters, w, v.split(twin.numels), strict=True):
+            for p, start, step in zip(operator64.parameters, w, v.split(operator64.numels), strict=True):
                 p.detach().copy_(start).add_(step.view_as(start), alpha=sign * h)
-            values.append(float(twin.objective.value()))
+            values.append(float(operator64.objective.value()))
         size = max(size, *map(abs, values))
         found.append((values[0] - values[1]) / (2 * h))
         if _near(slope, found[-1]):
             break
-    for p, start in zip(twin.parameters, w, strict=True):
+    for p, start in zip(operator64.parameters, w, strict=True):
         p.detach().copy_(start)
     if not (math.isfinite(slope) and math.isfinite(size) and all(map(math.isfinite, found))):
         return None, math.nan
-    apart = abs(slope - found[-1])
-    error = apart / (max(abs(slope), abs(found[-1])) or 1.0)
+    distance = abs(slope - found[-1])
+    error = distance / (max(abs(slope), abs(found[-1])) or 1.0)
     if error <= 0.01:
         return True, error
-    digits = apart * COARSE > 10 * torch.finfo(torch.float32).eps * size    # what computes in float32 has these
-    return (False if digits and max(found) - min(found) <= apart / 10 else None), error
+    digits = distance * COARSE > 10 * torch.finfo(torch.float32).eps * size    # more than the rounding of float32
+    return (False if digits and max(found) - min(found) <= distance / 10 else None), error
 
 
 @torch.enable_grad()
-def _gradient(twin: OverObjective) -> Tensor:
-    rows = [torch.autograd.grad(batch.loss(batch.outputs()), twin.parameters, allow_unused=True, materialize_grads=True)
-            for batch in twin.objective.weighted_batches()]
-    return torch.cat([t.to_dense().reshape(-1) for t in rows[0]])
+def _gradient(operator64: OverObjective) -> Tensor:
+    gradients = [torch.autograd.grad(batch.loss(batch.outputs()), operator64.parameters, allow_unused=True,
+                                     materialize_grads=True)
+                 for batch in operator64.objective.weighted_batches()]
+    return torch.cat([t.to_dense().reshape(-1) for t in gradients[0]])
 
 
 def _verdict(exact: Sequence[Tensor], difference: Callable[[float], Sequence[Tensor]],
              units: Sequence[float], gradient: Sequence[Tensor]) -> tuple[bool | None, float]:
-    """Whether differences agree with the product, None where it cannot be said; by what part they are off."""
+    """Whether differences agree with the matvec (None: undecided), and their relative error."""
     wrong, eps = [], torch.finfo(torch.float64).eps
     for h in (*STEPS, COARSE):
         fine = difference(h)
@@ -228,19 +230,20 @@ def _distances(a: Sequence[Tensor], b: Sequence[Tensor], units: Sequence[float])
 
     A tensor is measured by at least ``ALLOWED`` of the length of the whole.
     """
-    apart = [unit * float(torch.linalg.vector_norm(s - t)) for s, t, unit in zip(a, b, units, strict=True)]
+    distances = [unit * float(torch.linalg.vector_norm(s - t)) for s, t, unit in zip(a, b, units, strict=True)]
     sizes = [unit * max(map(float, map(torch.linalg.vector_norm, (s, t))))
              for s, t, unit in zip(a, b, units, strict=True)]
     whole = math.hypot(*sizes)
-    if not math.isfinite(whole) or not all(map(math.isfinite, apart)):
+    if not math.isfinite(whole) or not all(map(math.isfinite, distances)):
         return math.inf, math.inf
     if whole == 0:
         return 0.0, 0.0
-    return math.hypot(*apart) / whole, max(d / max(size, ALLOWED * whole) for d, size in zip(apart, sizes, strict=True))
+    largest = max(d / max(size, ALLOWED * whole) for d, size in zip(distances, sizes, strict=True))
+    return math.hypot(*distances) / whole, largest
 
 
 def _units(tensors: Sequence[Tensor]) -> list[float]:
-    """The size of the entries of each tensor; where that is almost zero, a part of that of all."""
+    """The root mean square of each tensor, at least 1 % of the largest."""
     rms = [float(t.square().mean().sqrt()) if t.numel() else 0.0 for t in tensors]
     least = 0.01 * max(rms, default=0.0) or 1.0
     return [max(r, least) for r in rms]
@@ -250,8 +253,8 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device, torch.float64)
 
 
-def _few(batch: Any, k: int, weight: Callable[[Any], float]) -> tuple[Any, int]:
-    """k samples of a batch that hold something to average, and how many they are."""
+def _first_samples(batch: Any, k: int, weight: Callable[[Any], float]) -> tuple[Any, int]:
+    """The first k samples of a batch with a positive weight, and their number; else all samples."""
     n = batches.samples_in(batch)
     for start in range(0, n - k + 1, k):
         part = batches.each_tensor(batch, lambda t, start=start: t[start:start + k] if t.dim() and len(t) == n else t)
@@ -264,22 +267,22 @@ def _double(t: Tensor) -> Tensor:
     return t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t
 
 
-def _twin(operator: OverObjective, batch: Any) -> OverObjective:
-    """The same operator on one batch and on the parameters that the model has now."""
+def _float64_copy(operator: OverObjective, batch: Any) -> OverObjective:
+    """A copy of the operator on one batch and on the current, float64 parameters of the model."""
     objective = operator.objective
     data, loss_fn = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))], objective.loss_fn
     if isinstance(loss_fn, functools.partial):
         loss_fn = functools.partial(loss_fn.func, *batches.each_tensor(loss_fn.args, _double),
                                     **batches.each_tensor(loss_fn.keywords, _double))
-    twin = copy.copy(operator)
-    twin.objective = objective.alone(data, loss_fn, _InDouble)
-    twin = twin.restrict(operator.names)
-    twin.product = "forward" if operator.product == "forward" else "recomputed"
-    return twin
+    operator64 = copy.copy(operator)
+    operator64.objective = objective.on_this_rank(data, loss_fn, _InDouble)
+    operator64 = operator64.restrict(operator.names)
+    operator64.product = "forward" if operator.product == "forward" else "recomputed"
+    return operator64
 
 
 class _InDouble(TorchFunctionMode):
-    """Inside, what asks for float32 or less gets float64."""
+    """Inside, casts to float32 or less become casts to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -324,14 +327,14 @@ def in_double(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         try:
             back()
-        except KeyboardInterrupt:   # in the middle: once more
+        except KeyboardInterrupt:   # interrupted: again
             back()
             raise
 
 
-def _layer(twin: OverObjective) -> str:
+def _wrong_layer(operator64: OverObjective) -> str:
     """Which module's second derivative is wrong, deepest first."""
-    objective, calls = twin.objective, {}
+    objective, calls = operator64.objective, {}
     names = {m: name for name, m in objective.model.named_modules()}
 
     def seen(module: nn.Module, args: Any, kwargs: Any) -> None:

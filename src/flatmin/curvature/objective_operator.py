@@ -28,9 +28,9 @@ class ObjectiveOperator(CurvatureOperator):
     """A = Σ_b n_b A_b / Σ_b n_b over the batches of an objective; ``linearization`` says which matrix that is.
 
     ``product`` says how a matvec is computed, as for ``Hessian``. Inside ``session()`` the graphs of the batches are
-    made once and kept as far as half of the free memory allows, unless it is "recomputed"; outside, every matvec makes
-    its own. "auto" is decided here alone: it becomes "finite_difference" under FSDP2 (``__init__``), and with a warning
-    (``_use_differences``) where the model has no second derivative or the check finds that it is wrong.
+    built once and kept as far as half of the free memory allows, unless it is "recomputed"; outside, every matvec
+    builds its own. "auto" becomes "finite_difference" under FSDP2 (``__init__``) and, with a warning
+    (``_use_differences``), where the model has no second derivative or the check finds that it is wrong.
     """
 
     def __init__(self, objective: Objective, linearization: Linearization, *, parameters: Parameters = None,
@@ -47,8 +47,8 @@ class ObjectiveOperator(CurvatureOperator):
         self.objective, self.linearization, self.parameters = objective, linearization, self.like
         self.product: Product = "finite_difference" if objective.ranks.in_step and product == "auto" else product
         if self.exact and (objective.ranks.in_step or any(map(parallel.is_sharded, self.parameters))):
-            raise ValueError('torch has no exact matvecs under FSDP2 (its gathered weights are gone when a gradient '
-                             'is differentiated again): product="auto" takes differences there, "finite_difference"')
+            raise ValueError('torch has no exact matvecs under FSDP2 (the gathered weights are freed before the '
+                             'second differentiation): product="auto" takes differences there, "finite_difference"')
         self.requested = self.product
         self.vmap = vmap and self.exact and objective.mode not in ("train", "as_is")   # which may draw inside the graph
         self.checked: MatvecCheck | None = None
@@ -74,8 +74,8 @@ class ObjectiveOperator(CurvatureOperator):
     def rank(self) -> int:
         return self.objective.ranks.rank
 
-    def smallest(self, number: int) -> int:
-        return self.objective.ranks.least(number)
+    def min_over_ranks(self, number: int) -> int:
+        return self.objective.ranks.min_over_ranks(number)
 
     @property
     def exact(self) -> bool:
@@ -95,8 +95,8 @@ class ObjectiveOperator(CurvatureOperator):
         return self._differences
 
     def describe(self) -> dict[str, Any]:
-        taken = self._autograd.taken if self.product == "auto" else self.product
-        return super().describe() | {"product": taken, "mode": self.objective.mode} | (
+        used = self._autograd.used if self.product == "auto" else self.product
+        return super().describe() | {"product": used, "mode": self.objective.mode} | (
             {} if self.checked is None else {"product_check": self.checked.to_dict()}) | (
             {} if self.error is None else {"product_error": self.error}) | dict(self.linearization.settings)
 
@@ -116,17 +116,17 @@ class ObjectiveOperator(CurvatureOperator):
             if check:
                 self.objective.check()
                 self._check()
-            self._forget()
+            self._clear()
             self._in_session = True
             try:
                 yield
             finally:
                 self._in_session = False
-                self._forget()
+                self._clear()
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        self._forget()
+        self._clear()
         with self.session():
             yield
 
@@ -138,9 +138,9 @@ class ObjectiveOperator(CurvatureOperator):
                 stack.enter_context(second_derivatives(self.objective))
             yield
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._autograd.cache.clear()
-        self._differences.forget()
+        self._differences.clear()
 
     def _check(self) -> None:
         """Compare a matvec with differences of gradients, once for each matrix over an objective."""
@@ -156,8 +156,8 @@ class ObjectiveOperator(CurvatureOperator):
             self._use_differences(f"{found}. So matvecs are differences of gradients")
         elif not found.agrees:      # differences of a wrong gradient would be as wrong
             warnings.warn(f"{found}. The result is not certified", stacklevel=2)
-        if found.impossible and self.product == "auto":
-            self._no_second_derivative(found.impossible)
+        if found.no_second_derivative and self.product == "auto":
+            self._no_second_derivative(found.no_second_derivative)
 
     def _no_second_derivative(self, why: object) -> None:
         self._use_differences(f"the model has no second derivative ({why}), so matvecs are differences of gradients")
@@ -165,7 +165,7 @@ class ObjectiveOperator(CurvatureOperator):
     def _use_differences(self, why: str) -> None:
         warnings.warn(f"{why}; their error is in the record", stacklevel=2)
         self.product, self.vmap = "finite_difference", False
-        self._forget()
+        self._clear()
 
     def matmat(self, rows: Tensor) -> Tensor:
         with self.session():
@@ -194,12 +194,12 @@ class ObjectiveOperator(CurvatureOperator):
             return self._differences.matvec(v, same_weights=self._in_session)
 
     def _of_all_ranks(self, forms: list[tuple[float, Tensor]]) -> Forms | None:
-        """Weights and forms of the batches of all ranks; values are so that λ = Σ n_b q_b / Σ n_b for sums too."""
+        """Weights and forms of all ranks' batches; for a loss that is a sum, forms times the number of batches."""
         ranks = self.objective.ranks
-        most = -ranks.least(-len(forms))
-        if most == 0:       # finite differences
+        count = -ranks.min_over_ranks(-len(forms))
+        if count == 0:       # finite differences
             return None
-        table = torch.zeros(most, ranks.world, 2, dtype=torch.float64)
+        table = torch.zeros(count, ranks.world, 2, dtype=torch.float64)
         for i, (weight, form) in enumerate(forms):
             table[i, ranks.rank, 0], table[i, ranks.rank, 1] = weight, form.cpu()
         table = torch.tensor(ranks.total(*table.flatten().tolist()), dtype=torch.float64).view(-1, 2)

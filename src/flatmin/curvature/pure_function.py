@@ -1,4 +1,4 @@
-"""A function of one batch as a pure function of the parameters, as ``torch.func`` wants it."""
+"""A function of one batch as a pure function of the parameters, as ``torch.func`` requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..objective import WeightedBatch
 
 
 class _Call(nn.Module):
-    """A function of one batch as the forward of a module, so that ``functional_call`` can exchange its parameters."""
+    """A function of one batch as the forward of a module, so that ``functional_call`` can replace its parameters."""
 
     def __init__(self, model: nn.Module, function: Callable[[WeightedBatch], Any]):
         super().__init__()
@@ -24,7 +24,7 @@ class _Call(nn.Module):
 
 def of_parameters(batch: WeightedBatch, w: list[nn.Parameter],
                   function: Callable[[WeightedBatch], Any]) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """A function of one batch as a pure function of a tuple of parameters, and the parameters as they are."""
+    """A function of one batch as a pure function of a tuple of parameters, and the current parameters."""
     names = {id(p): name for name, p in batch.model.named_parameters()}
     keys = [f"model.{names[id(p)]}" for p in w]
     module = _Call(batch.model, function)

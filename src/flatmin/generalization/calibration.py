@@ -1,8 +1,8 @@
 """Calibration errors on samples or tokens, with intervals: is a confidence of 0.8 right in 80 % of the cases?
 
 Functions of ``(confidence, correct)`` look at one probability a sample, those of ``(logits, targets)`` at all classes;
-``top_label`` makes the former from the latter, and ``summary`` computes everything at once. Probabilities p stand in
-for logits as log p. Logits have the classes last: (N, K) with targets (N,), or (B, T, K) with targets (B, T), where
+``top_label`` makes the former from the latter, and ``summary`` computes everything at once. Logits may be log p
+for probabilities p. Logits have the classes last: (N, K) with targets (N,), or (B, T, K) with targets (B, T), where
 positions whose target is ``ignore_index`` are left out and a sequence is resampled as a whole.
 
 ``intervals`` says how the intervals are made.
@@ -318,7 +318,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 15, *, groups: 
                 resamples: int = 200, level: float = 0.95, seed: int | torch.Generator = 0) -> Reliability:
     """The table behind the reliability diagram, with bootstrap intervals of the accuracy in each bin.
 
-    Where all samples of a bin are right, or all wrong, the bootstrap knows no spread, and the end is the exact one for
+    Where all samples of a bin are right, or all wrong, the bootstrap has no spread, and the end is the exact one for
     as many independent groups as the bin holds. Arguments as for ``expected_calibration_error``.
     """
     s = Sample(confidence, correct, groups)

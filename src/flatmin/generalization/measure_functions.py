@@ -1,4 +1,4 @@
-"""The measures of robust weights by name; what each is and costs stands in ``flatmin.measures``."""
+"""The measures of robust weights by name; each is described in ``flatmin.measures``."""
 
 from ..measures import bind
 from . import robustness

@@ -2,7 +2,7 @@
 
 ``from_curvature`` (Hessian or Fisher diagonal, or a trace) and ``optimized`` (Dziugaite and Roy) make Q = N(w, diag s)
 beside P = N(v, λI); ``certify`` bounds the risk of a classifier whose weights are drawn from Q. The model is evaluated
-with drawn weights in place and given back bit for bit; it is not converted.
+with drawn weights in place, which are restored bit for bit; it is not converted.
 
 **The prior must not depend on the samples of the bound.** v is the initialization, or weights learnt on a split that
 the objective's data leave out. λ may be chosen by looking at the samples if it comes from the grid c · exp(−j/b),
@@ -83,7 +83,7 @@ def from_curvature(objective: Objective, curvature: Diagonal | Sequence[Tensor] 
             (``curvature.diagonal(...)``; entries below 0 count as 0), or a trace, which is spread evenly.
         n: samples of the bound.
         prior_mean: v, chosen without the samples of the bound: initial weights, or those of another split.
-        prior_variance: λ, chosen without them; None takes the best from the grid and pays ``price``.
+        prior_variance: λ, chosen without them; None takes the best from the grid, at the cost ``price``.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> q = from_curvature(Objective(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1))), 20.0, 100,
@@ -236,7 +236,7 @@ def risk(objective: Objective, posterior: Gaussian, *, draws: int = 200, delta: 
     with objective.session(), torch.no_grad():
         for _ in range(draws):
             noise = space.random(generator)
-            shift = [parallel.part(m, p) - parallel.local(p.detach()) + xi * parallel.part(s, p).sqrt()
+            shift = [parallel.shard_of(m, p) - parallel.local(p.detach()) + xi * parallel.shard_of(s, p).sqrt()
                      for m, p, xi, s in zip(posterior.mean, parameters, noise, posterior.variance, strict=True)]
             with perturbed.displaced(parameters, shift):
                 wrong, n = _error_rate(objective, error)

@@ -206,10 +206,10 @@ def pruned(objective: Objective, share: float = 0.5, *, scope: str = "global", p
 
     def change(w: Iterator[_Weight]) -> list[Tensor]:
         if scope == "tensor":
-            return [parallel.part(zeroed(t.whole.flatten()).view(t.whole.shape), t.parameter) for t in w]
+            return [parallel.shard_of(zeroed(t.whole.flatten()).view(t.whole.shape), t.parameter) for t in w]
         rows = list(w)
         flat = zeroed(torch.cat([t.whole.flatten() for t in rows]))
-        return [parallel.part(part.view(t.whole.shape), t.parameter) for part, t in
+        return [parallel.shard_of(part.view(t.whole.shape), t.parameter) for part, t in
                 zip(flat.split([t.whole.numel() for t in rows]), rows, strict=True)]
 
     return _replaced(objective, change, parameters, predict, metric, {"share": share, "scope": scope})
@@ -304,7 +304,7 @@ def _by_rows(w: _Weight, change: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of the matrix (outputs, everything else), as this rank's part of the weight."""
     turned = w.whole.movedim(w.outputs, 0)
     new = change(turned.flatten(1)).view(turned.shape).movedim(0, w.outputs)
-    return parallel.part(new.contiguous(), w.parameter)
+    return parallel.shard_of(new.contiguous(), w.parameter)
 
 
 def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[Tensor]], parameters: Parameters,

@@ -145,5 +145,5 @@ def given(space: vectors.Space, direction: Sequence[Any]) -> list[Tensor]:
     if [getattr(t, "shape", None) for t in d] != [p.shape for p in space.parameters]:
         raise ValueError(f"the direction needs one tensor for each of the {len(space.parameters)} parameters that "
                          f"require a gradient, of their shapes; got {len(d)} tensors")
-    return [wide(parallel.part(t, p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
+    return [wide(parallel.shard_of(t, p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
             for t, p in zip(d, space.parameters, strict=True)]

@@ -87,12 +87,12 @@ def _opened(objective: Objective, checkpoint: str | os.PathLike[str] | None, key
     if not own or checkpoint is None:
         return _File(checkpoint, key, origin, n, ranks, seconds)
     key = str(own.total(*(float(int(key[i:i + 12], 16)) for i in (0, 12))))
-    first, file, error = own.least(own.rank) == own.rank, _File(None, key, origin, n, ranks, seconds), None
+    first, file, error = own.min_over_ranks(own.rank) == own.rank, _File(None, key, origin, n, ranks, seconds), None
     try:
         file = _File(checkpoint, key, origin, n, ranks, seconds) if first else file
     except RunFolderError as e:
         error = e
-    if not own.least(int(error is None)):
+    if not own.min_over_ranks(int(error is None)):
         raise error or RunFolderError(f"{checkpoint} cannot be resumed; the error of the first rank says why")
     file.values = own.sum_(file.values if first else torch.zeros(n, dtype=torch.float64))
     file.done = own.sum_(file.done.double()) > 0

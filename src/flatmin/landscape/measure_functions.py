@@ -1,4 +1,4 @@
-"""The pictures of the loss that ``flatmin measure`` takes; what each is and costs stands in ``flatmin.measures``."""
+"""The pictures of the loss that ``flatmin measure`` takes; each is described in ``flatmin.measures``."""
 
 from ..measures import bind
 from .lines import line

@@ -91,12 +91,12 @@ def fitting(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _fit(t: Tensor, p: nn.Parameter, name: str) -> Tensor:
     if t.shape != p.shape:
         raise ValueError(f"{name!r} has shape {tuple(t.shape)} instead of {tuple(p.shape)}")
-    return wide(parallel.part(t.detach(), p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
+    return wide(parallel.shard_of(t.detach(), p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
 
 
 def _same_frozen(found: Mapping[str, Tensor], names: Sequence[tuple[str, nn.Parameter]]) -> None:
     for name, p in names:
         if not p.requires_grad and name in found and not torch.equal(
-                parallel.part(found[name], p).to(p.device, p.dtype), parallel.local(p.detach())):
+                parallel.shard_of(found[name], p).to(p.device, p.dtype), parallel.local(p.detach())):
             raise ValueError(f"{name!r} is frozen in the objective's model and has another value in a model given: "
                              "call requires_grad_() on what differs between the models")

@@ -19,7 +19,7 @@ _STREAM = 1 << 20
 
 
 class Basis:
-    """Room for ``count`` vectors of an operator, ``rows`` (count, n), contiguous; coefficients are float64 on the CPU.
+    """``count`` vectors of an operator as ``rows`` (count, n), contiguous; coefficients are float64 on the CPU.
 
     Where vectors are sharded over ranks so are the rows, and coefficients are sums over the ranks.
     """
@@ -90,19 +90,19 @@ class Basis:
             w.sub_(torch.mv(self.rows[:count].T, c.to(w.dtype)).to(w.device))
         return c.to("cpu", torch.float64)
 
-    def rotate(self, s: Tensor, count: int, waiting: int = 0, journal: Journal | None = None) -> None:
-        """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place; then those that wait.
+    def rotate(self, s: Tensor, count: int, rest: int = 0, journal: Journal | None = None) -> None:
+        """In place: the first p rows ← sᵀ · first ``count`` rows, for s (count, p); then the next ``rest`` rows.
 
-        With a ``journal`` the same call resumes where a killed one was.
+        With a ``journal`` the same call resumes where a killed one stopped.
         """
         p = s.shape[1]
         s = s.to(self.rows.device, self.rows.dtype)
         for i, columns in enumerate(self.rows.split(_COLUMNS, 1)):
-            if journal is not None and not journal.enter(i, columns[:p + waiting]):
+            if journal is not None and not journal.enter(i, columns[:p + rest]):
                 continue
-            tail = columns[count:count + waiting].clone()
+            tail = columns[count:count + rest].clone()
             columns[:p] = s.T @ columns[:count]
-            columns[p:p + waiting] = tail
+            columns[p:p + rest] = tail
 
     def combine(self, s: Tensor, count: int) -> Tensor:
         """sᵀ · first ``count`` rows as a new tensor (p, n) where the basis is."""

@@ -1,4 +1,4 @@
-"""What makes a spectrum trustworthy: residuals from fresh products, and a search for eigenvalues that are missing."""
+"""Certification of a spectrum: residuals from fresh matvecs, and a search for missing eigenvalues."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DOUBT = 0.01
 
 
 def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> tuple[Tensor, list[Forms | None]]:
-    """‖Av − λv‖ / ‖v‖ for each row v of x, by products that share nothing with earlier ones; vᵀA_b v / ‖v‖² of each
-    batch b, whose spread is the error of λ by the data: to first order a change dA of A changes λ by vᵀ dA v / ‖v‖².
+    """‖Av − λv‖ / ‖v‖ for each row v of x, by matvecs that share no work with earlier ones; and vᵀA_b v / ‖v‖² of
+    each batch b, whose spread gives the error of λ by the data: to first order dA changes λ by vᵀ dA v / ‖v‖².
     """
     out, forms = [], []
     with operator.fresh():
@@ -51,15 +51,15 @@ def search(operator: CurvatureOperator, x: Tensor, sides: list[tuple[int, float]
     soon as s² γ T_d(1 + 2γ)² > 1, where γ = (μ − b) / (b − a), a is the other end of the spectrum and s² the share of
     μ's eigenvector in the random r; but b is the outermost one. s² ≥ ½π δ²/n with probability 1 − δ.
     """
-    rows = min(budget, operator.size - len(x))
+    n_vectors = min(budget, operator.size - len(x))
     none = torch.zeros(0, dtype=torch.float64), x[:0]
-    if rows == 0:
+    if n_vectors == 0:
         return Search(True, *none, 0)
-    run = BandLanczos(operator, Basis(operator, rows + 1), generator,
-                 locked=Basis.of(operator, x))
+    run = BandLanczos(operator, Basis(operator, n_vectors + 1), generator,
+                      locked=Basis.of(operator, x))
     run.unit = unit
-    run.matvecs = 1         # the unit is known
-    for used in range(1, rows + 1):
+    run.matvecs = 1         # skips the unit estimate of the first matvec
+    for used in range(1, n_vectors + 1):
         run.step()
         theta, s, bounds = run.ritz()
         low, high = float(theta[0]), float(theta[-1])
@@ -72,11 +72,11 @@ def search(operator: CurvatureOperator, x: Tensor, sides: list[tuple[int, float]
         if exhausted or all(_excludes(sign * limit + tolerance, *((low, high) if sign > 0 else (-high, -low)),
                                       used, operator.size) for sign, limit in sides):
             return Search(True, *none, used)
-    return Search(False, *none, rows)
+    return Search(False, *none, n_vectors)
 
 
 def _excludes(limit: float, low: float, high: float, steps: int, n: int) -> bool:
-    """Whether Ritz values in [low, high] after so many steps leave no room for an eigenvalue at ``limit`` or above."""
+    """Whether Ritz values in [low, high] after so many steps exclude an eigenvalue at ``limit`` or above."""
     if high <= low:
         return steps > 1
     gamma = (limit - high) / (1.1 * (high - low))

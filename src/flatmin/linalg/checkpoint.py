@@ -24,8 +24,8 @@ class Checkpoint:
     """The state of a run in a file: written each minute and on Ctrl-C, resumed by the same call, removed at the end.
 
     On ranks each has its own file; they write together, and start over where their states are not of the same step.
-    A basis on disk is a part of the state that has a file of its own, ``basis``. With a ``generator`` each state holds
-    where it is, and it is put there. ``fixed`` is what all further states hold too.
+    A basis on disk is a part of the state that has a file of its own, ``basis``. The state of ``generator``
+    is saved and restored. ``fixed`` is added to all further states.
 
     Raises:
         ValueError: the file is of another computation: another matrix, method or seed.
@@ -43,7 +43,7 @@ class Checkpoint:
         if self.file:
             seed = settings.get("seed")
             settings |= {"seed": seed if isinstance(seed, int) else None, "disk": on_disk, "dtype": operator.dtype,
-                         "size": (operator.size, operator.length), "of": operator.name}
+                         "size": (operator.size, operator.length), "operator": operator.name}
             self._run = repr(sorted(settings.items())) + operator.fingerprint()
             self._saved = self._read(self.file)
         if self._saved and generator is not None:
@@ -51,19 +51,19 @@ class Checkpoint:
 
     @property
     def saved(self) -> State:
-        """What was saved; empty at a first start."""
+        """The saved state; empty at a first start."""
         return self._saved or {}
 
     def take(self) -> State | None:
-        """What was saved, once."""
+        """Return the saved state and clear it."""
         saved, self._saved = self._saved, None
         return saved
 
     def tick(self, state: State | Callable[[], State]) -> None:
         """The state after a step; it must not change before the next ``tick`` or ``changing``."""
         if self.file:
-            self._hold(state)
-            if self.operator.smallest(int(time.monotonic() - self._written < self.every)) == 0:
+            self._set_state(state)
+            if self.operator.min_over_ranks(int(time.monotonic() - self._written < self.every)) == 0:
                 self.write()
 
     def changing(self) -> None:
@@ -71,7 +71,7 @@ class Checkpoint:
         self._state = None
 
     def write(self) -> None:
-        """The last state into the file, unless it is there."""
+        """Write the last state into the file, unless it is there."""
         if self.file and self._state is not None:
             replace_file(self.file, partial(torch.save, {"run": self._run, "state": self._state}))
             self._state = None
@@ -83,14 +83,14 @@ class Checkpoint:
         if self.basis is None:
             return None
         remove_file(f"{self.basis}.journal")
-        self._hold(state)
+        self._set_state(state)
         self.write()
         return self.journal()
 
     def rewritten(self, state: Callable[[], State]) -> None:
-        """The state from here on, since that in the file does not fit what the basis on disk holds or will hold."""
+        """Replace the saved state: the old one no longer matches the basis file."""
         if self.file:
-            self._hold(state)
+            self._set_state(state)
         if self.basis:
             self.write()
             remove_file(f"{self.basis}.journal")
@@ -98,13 +98,13 @@ class Checkpoint:
     def journal(self) -> Journal:
         return Journal(f"{self.basis}.journal")
 
-    def _hold(self, state: State | Callable[[], State]) -> None:
+    def _set_state(self, state: State | Callable[[], State]) -> None:
         self._state = self.fixed | (state() if callable(state) else state)
         if self.generator is not None:
             self._state["generator"] = self.generator.get_state()
 
     def _read(self, file: str) -> State | None:
-        """What was saved, if every rank has the same."""
+        """The saved state, if all ranks have that of the same step."""
         try:
             saved = torch.load(file, weights_only=True, mmap=True, map_location="cpu") if os.path.exists(file) else None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -115,7 +115,7 @@ class Checkpoint:
         if self.basis and not os.path.exists(self.basis):
             state = None
         mark = zlib.crc32(repr((state["matvecs"], sorted(state))).encode()) if state else 0
-        if self.operator.smallest(mark) != -self.operator.smallest(-mark):
+        if self.operator.min_over_ranks(mark) != -self.operator.min_over_ranks(-mark):
             state = None
         if state is None:
             self._remove_basis()
@@ -138,23 +138,23 @@ class Checkpoint:
 
 
 class Journal:
-    """Which block of a file is being rewritten, with its old content: what a kill leaves torn is one block, and known.
+    """The block of a file that is being rewritten, with its old content: after a kill at most one block is incomplete.
 
     A process may be killed at any point; a machine that loses power may lose more.
     """
 
     def __init__(self, file: str):
         self.file = file
-        saved = torch.load(file, weights_only=True) if os.path.exists(file) else {"block": 0, "rows": None}
-        self.block, self.rows = saved["block"], saved["rows"]
+        saved = torch.load(file, weights_only=True) if os.path.exists(file) else {"index": 0, "block": None}
+        self.index, self.block = saved["index"], saved["block"]
 
-    def enter(self, block: int, rows: Tensor) -> bool:
-        """Whether a block is still to be rewritten; then its ``rows`` are the old ones, and kept."""
-        if block < self.block:
+    def enter(self, index: int, block: Tensor) -> bool:
+        """Whether a block is still to be rewritten; then it has its old content, which is saved."""
+        if index < self.index:
             return False
-        if self.rows is None:
-            replace_file(self.file, partial(torch.save, {"block": block, "rows": rows.clone()}))
+        if self.block is None:
+            replace_file(self.file, partial(torch.save, {"index": index, "block": block.clone()}))
         else:
-            rows.copy_(self.rows)
-            self.rows = None
+            block.copy_(self.block)
+            self.block = None
         return True

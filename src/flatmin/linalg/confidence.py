@@ -46,8 +46,8 @@ class Measured(Scalar):
     ``data_stderr`` is the standard error of ``value`` as an estimate for the distribution that the data were drawn
     from, by its spread over the ``batches``, which must be independent: samples shuffled once, say. It is None for
     fewer than 5 batches and where the matrix is no mean over batches that are seen one by one (differences of
-    gradients). It is not an error of the number for these data, and it knows neither of the bias of a largest
-    eigenvalue of few samples (upwards) nor of weights trained on the same data.
+    gradients). It is not an error of the number for these data, and it includes neither the upward bias of a
+    largest eigenvalue of few samples nor that of weights trained on the same data.
     """
 
     data_stderr: float | None = None

@@ -184,14 +184,14 @@ def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator:
         return part | {"nodes": list(nodes), "weights": list(weights), "ends": list(ends), "used": used, "forms": forms,
                        "matvecs": used + (run.matvecs if run else 0)}
 
-    part: State | None = saved.get("run")
+    saved_run: State | None = saved.get("run")
     while len(nodes) < probes:
-        if part is None:
+        if saved_run is None:
             saver.rewritten(state)
-        run = BandLanczos(operator, V, generator, start=part is None)
-        if part is not None:
-            run.resume(part)
-            part = None
+        run = BandLanczos(operator, V, generator, start=saved_run is None)
+        if saved_run is not None:
+            run.resume(saved_run)
+            saved_run = None
         while run.count < run.capacity and not run.breakdowns:
             run.step()
             saver.tick(partial(state, run))

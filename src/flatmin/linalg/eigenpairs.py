@@ -1,4 +1,4 @@
-"""Eigenpairs at the ends of a spectrum, each with a residual that was computed afresh."""
+"""Eigenpairs at the ends of a spectrum, each with a residual from a fresh matvec."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Spectrum:
     drawn from, by the spread of vᵀA_b v over the ``batches``, which must be independent: to first order the
     eigenvalue of A + dA is λ + vᵀ dA v (Hellmann and Feynman). It is None without ``certify``, for fewer than 5
     batches, and where the matrix is no mean over batches that are seen one by one (differences of gradients). It does
-    not know of the bias of a largest eigenvalue of few samples (upwards), nor of weights trained on the same data, and
-    it means little where a neighbour is closer than the error itself.
+    not include the upward bias of a largest eigenvalue of few samples, nor that of weights trained on the same data.
+    It is unreliable where the next eigenvalue is closer than the error itself.
     """
 
     eigenvalues: Tensor     # (k,) float64
@@ -66,10 +66,10 @@ class Spectrum:
 
     def __str__(self) -> str:
         data = [None] * len(self.eigenvalues) if self.data_stderr is None else self.data_stderr.tolist()
-        rows = [f"{v: .6g} (residual {r:.1e}{about_data(d, self.batches)}{'' if c else ', not converged'})"
-                for v, r, c, d in zip(self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist(),
-                                      data, strict=True)]
-        return f"{len(rows)} eigenpairs, {self.matvecs} matvecs\n" + "\n".join(rows)
+        lines = [f"{v: .6g} (residual {r:.1e}{about_data(d, self.batches)}{'' if c else ', not converged'})"
+                 for v, r, c, d in zip(self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist(),
+                                       data, strict=True)]
+        return f"{len(lines)} eigenpairs, {self.matvecs} matvecs\n" + "\n".join(lines)
 
 
 def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest", *, tol: float = 1e-3,
@@ -87,7 +87,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         k: how many; fewer come back only where n < k.
         which: "largest" or "smallest" algebraically, "both" ends (the odd one at the top), or largest "magnitude".
         tol: residual relative to the largest |eigenvalue|.
-        certify: make sure that the objective is deterministic, and recompute each residual with a fresh matvec (k of
+        certify: check that the objective is deterministic, and recompute each residual with a fresh matvec (k of
             them), which gives ``data_stderr`` too.
         find_missing: search from a new random vector for eigenvalues that are missing, such as further copies of a
             multiple one (at most a quarter more matvecs, and 16 at least, unless something is found).
@@ -96,8 +96,8 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
             each, so that as many matvecs give the whole spectrum); after that, thick restarts.
         block: from how many random vectors to start, taking matvecs together; for clusters of known multiplicity.
         place: "device", "host" or "disk" (a file in ``folder`` that is gone afterwards), for the basis.
-        max_matvecs: after this many matvecs (default: 20 times the basis) what there is comes back, unconverged
-            pairs marked, with a warning.
+        max_matvecs: after this many matvecs (default: 20 times the basis) returns the current pairs, with a warning;
+            unconverged ones have ``converged`` False.
         progress: True for a line on standard error, or a function of (matvecs, text).
         checkpoint: a file for the state, written each minute, on Ctrl-C and before the certification, from which the
             same call resumes after a kill; removed with the result.
@@ -134,7 +134,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         scale, used, complete = float(theta.abs().max()), run.matvecs, True if run.complete else None
         del V, run.V
         if find_missing and not complete and bool((residuals <= tol * scale).all()):
-            values, x, complete, more = _completed(run, values, x, which, tol * scale, max(16, used // 4))
+            values, x, complete, more = _add_missing(run, values, x, which, tol * scale, max(16, used // 4))
             used += more
         values, forms = values / run.unit, list[Forms | None]()
         if certify:
@@ -164,12 +164,12 @@ def _basis_size(operator: CurvatureOperator, k: int, basis: int | None, block: i
         if basis < least:
             raise ValueError(f"basis must be at least k + 2 block = {least}, got {basis}")
         return min(basis, operator.size)
-    rows = operator.size if operator.size <= SMALL else 3 * k + 20 + 20 * block
+    n_vectors = operator.size if operator.size <= SMALL else 3 * k + 20 + 20 * block
     if place != "disk":
         where = operator.device if place == "device" else torch.device("cpu")
         vector = max(operator.length, 1) * torch.empty(0, dtype=operator.dtype).element_size()
-        rows = min(rows, max(least + 6, memory.available(where) // (2 * vector) - k))
-    return operator.smallest(min(rows, operator.size))
+        n_vectors = min(n_vectors, max(least + 6, memory.available(where) // (2 * vector) - k))
+    return operator.min_over_ranks(min(n_vectors, operator.size))
 
 
 def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
@@ -188,26 +188,26 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
 def _iterate(run: BandLanczos, k: int, which: Which, tol: float, limit: int, report: Report,
              saver: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    margin = min(0.1, max(0.02, 100 * run.eps / tol)) if run.operator.exact else 0.1    # a fresh matvec will differ
-    due, history = k, list[tuple[int, float, float]]()
+    margin = min(0.1, max(0.02, 100 * run.eps / tol)) if run.operator.exact else 0.1    # fresh residuals will differ
+    next_check, history = k, list[tuple[int, float, float]]()
 
     def state(**more: Tensor) -> State:
-        return run.state(with_basis=saver.basis is None) | {"due": due} | more
+        return run.state(with_basis=saver.basis is None) | {"next_check": next_check} | more
 
     def restart(s: Tensor, theta: Tensor, journal: Journal | None) -> None:
-        nonlocal due
+        nonlocal next_check
         run.restart(s, theta, journal)
-        due = run.count + 1
+        next_check = run.count + 1
         saver.rewritten(state)
 
     if saved:
         run.resume(saved)
-        due = saved["due"]
+        next_check = saved["next_check"]
         if "s" in saved:        # killed in the middle of a restart on disk
             restart(saved["s"], saved["theta"], saver.journal())
     while True:
         full = run.count == run.capacity
-        if full or run.count >= due:
+        if full or run.count >= next_check:
             theta, s, bounds = run.ritz()
             chosen = wanted(theta, k, which)
             worst = float(bounds[chosen].max())
@@ -217,22 +217,22 @@ def _iterate(run: BandLanczos, k: int, which: Which, tol: float, limit: int, rep
                                 f"{worst / run.unit:.1e}, wanted {target / run.unit:.1e}", left(history))
             if worst <= target or run.complete or run.matvecs >= limit:
                 return
-            due = run.count + max(1, run.count // (48 if worst <= 10 * target else 16))     # a check costs time too
+            next_check = run.count + max(1, run.count // (48 if worst <= 10 * target else 16))     # checks are not free
             if full:
-                kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
-                s, theta = s[:, kept], theta[kept]
+                retained = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
+                s, theta = s[:, retained], theta[retained]
                 restart(s, theta, saver.rewriting(partial(state, s=s, theta=theta)))
         run.step()
         saver.tick(state)
 
 
-def _completed(run: BandLanczos, values: Tensor, x: Tensor, which: Which, tolerance: float,
+def _add_missing(run: BandLanczos, values: Tensor, x: Tensor, which: Which, tolerance: float,
                budget: int) -> tuple[Tensor, Tensor, bool, int]:
     """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, matvecs."""
     k, used = len(values), 0
     while True:
-        found = certificate.search(run.operator, x, _sides(values, which), tolerance=tolerance, budget=budget,
-                                   unit=run.unit, generator=run.generator)
+        found = certificate.search(run.operator, x, _search_thresholds(values, which), tolerance=tolerance,
+                                   budget=budget, unit=run.unit, generator=run.generator)
         used += found.matvecs
         if not len(found.values):
             return values, x, found.excluded, used
@@ -242,8 +242,8 @@ def _completed(run: BandLanczos, values: Tensor, x: Tensor, which: Which, tolera
         values, x = values[best], x[best.to(x.device)]
 
 
-def _sides(values: Tensor, which: Which) -> list[tuple[int, float]]:
-    """Beyond which thresholds a further eigenvalue would belong to the wanted ones."""
+def _search_thresholds(values: Tensor, which: Which) -> list[tuple[int, float]]:
+    """Thresholds beyond which a further eigenvalue would be among the wanted ones."""
     k = len(values)
     if which == "magnitude":
         least = float(values.abs().min())

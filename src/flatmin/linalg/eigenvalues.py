@@ -38,7 +38,7 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     """k distinct eigenvalues at an end of the spectrum, for a model so large that no basis can be held.
 
     Plain Lanczos: w = A vⱼ − βⱼ₋₁ vⱼ₋₁, αⱼ = vⱼᵀw, three vectors. Without re-orthogonalisation the tridiagonal T has
-    converged eigenvalues again and again, and spurious ones on their way there. Cullum and Willoughby tell them apart:
+    converged eigenvalues again and again, and spurious ones on their way there. The criterion of Cullum and Willoughby:
     a simple eigenvalue of T that T without its first row and column has too does not depend on the start vector, and
     is spurious; repeated ones are copies of one. Multiplicities are not seen: use ``eigenpairs`` for them.
 
@@ -120,7 +120,7 @@ def _distinct(alphas: Tensor, betas: Tensor, beta: float, noise: float, tol: flo
 
     With rounding, T is that of exact Lanczos on a matrix that has a narrow cluster in the place of each eigenvalue (A.
     Greenbaum, Linear Algebra Appl. 113 (1989) 7-63), so that each θ lies within its bound of one. Two converged θ whose
-    bounds meet may therefore be one eigenvalue; of these the θ with the smallest bound stands for all.
+    bounds meet may therefore be one eigenvalue; the θ with the smallest bound represents all of these.
     """
     T = torch.diag(alphas.double())
     if len(betas):
@@ -129,16 +129,16 @@ def _distinct(alphas: Tensor, betas: Tensor, beta: float, noise: float, tol: flo
     inner = torch.linalg.eigvalsh(T[1:, 1:])
     width = 50 * noise * math.sqrt(len(alphas)) + 1e-300
     bounds = (beta * s[-1].abs()).clamp(min=16 * noise)
-    reach = torch.where(bounds <= tol * theta.abs().max(), bounds, 0.0)
-    kept, copies = list[int](), list[int]()
+    radius = torch.where(bounds <= tol * theta.abs().max(), bounds, 0.0)
+    selected, copies = list[int](), list[int]()
     for i in bounds.argsort(stable=True).tolist():
-        gaps = (theta[kept] - theta[i]).abs() - reach[kept] - reach[i]
-        if len(kept) and float(gaps.min()) <= width:
+        gaps = (theta[selected] - theta[i]).abs() - radius[selected] - radius[i]
+        if len(selected) and float(gaps.min()) <= width:
             copies[int(gaps.argmin())] += 1
         else:
-            kept.append(i)
+            selected.append(i)
             copies.append(1)
-    chosen, count = torch.tensor(kept), torch.tensor(copies)
+    chosen, count = torch.tensor(selected), torch.tensor(copies)
     if len(inner):
         shared = (inner[:, None] - theta[chosen]).abs().min(0).values <= width
         genuine = ~(shared & (count == 1) & (s[0, chosen].abs() <= 1e-6))

@@ -72,7 +72,7 @@ class CurvatureOperator(ABC):
     def session(self, *, check: bool = True) -> Iterator[None]:
         """Matvecs inside may share work; the weights must not change until it ends.
 
-        ``check``: first make sure that two evaluations agree, where that can fail.
+        ``check``: first check that two evaluations agree, where that can fail.
         """
         yield
 
@@ -87,16 +87,13 @@ class CurvatureOperator(ABC):
         """The number of this process among those that compute together."""
         return 0
 
-    def smallest(self, number: int) -> int:
+    def min_over_ranks(self, number: int) -> int:
         """The smallest ``number`` of all ranks that compute together."""
         return number
 
     def reduce(self, t: Tensor, op: str = "sum") -> Tensor:
         """The sum ("max": the maximum) of t over the ranks that hold the other shards of vectors; may overwrite t."""
-        for group in self._shard_groups:
-            dist = torch.distributed
-            dist.all_reduce(t, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
-        return t
+        return parallel.all_reduce(t, self._shard_groups, op)
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """aᵀb of flat vectors, blocks summed in float64."""
@@ -119,7 +116,7 @@ class CurvatureOperator(ABC):
         return 2.0 ** min(max(-round(math.log2(top)), -limit), limit)
 
     def empty(self) -> Tensor:
-        """Memory for a flat vector."""
+        """A new flat vector, uninitialized."""
         return torch.empty(self.length, dtype=self.dtype, device=self.device)
 
     def random(self, generator: torch.Generator, kind: str = "normal") -> Tensor:
@@ -147,7 +144,7 @@ class CurvatureOperator(ABC):
 
     @property
     def name(self) -> str:
-        """What records call this matrix."""
+        """The name of this matrix in records."""
         return type(self).__name__
 
     def describe(self) -> dict[str, Any]:
@@ -155,7 +152,7 @@ class CurvatureOperator(ABC):
         return {"operator": self.name, "size": self.size}
 
     def fingerprint(self) -> str:
-        """What tells this matrix from another one of the same description, for a checkpoint."""
+        """Text that differs for other matrices of the same description, for a checkpoint."""
         v = self.random(vectors.seeded(0))
         w = self._matvec(v)
         return f"{self.norm(w):.6e} {self.dot(v, w):.6e}"
@@ -310,8 +307,8 @@ class _Combination(CurvatureOperator):
     def rank(self) -> int:
         return self.operators[0].rank
 
-    def smallest(self, number: int) -> int:
-        return self.operators[0].smallest(number)
+    def min_over_ranks(self, number: int) -> int:
+        return self.operators[0].min_over_ranks(number)
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"of": [operator.describe() for operator in self.operators]}
@@ -363,7 +360,10 @@ class Scaled(_Combination):
 
 
 class Preconditioned(_Combination):
-    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor."""
+    """D^½ A D^½ for a diagonal D ≥ 0, given as a flat tensor.
+
+    The preconditioned ascent direction is ``flatmin.ascent.Preconditioned``.
+    """
 
     def __init__(self, operator: CurvatureOperator, diagonal: Tensor):
         super().__init__(operator)

@@ -20,7 +20,7 @@ from ..objective import Objective
 class Unit:
     """ε* = P g / ``length`` as a flat tensor of this rank's numbers, P the diagonal ``metric`` (None: the identity).
 
-    ``follows`` says whether ε* changes with the gradient; a given direction does not.
+    ``follows``: whether ε* is computed from the gradient, and so changes with it.
     """
 
     vector: Tensor
@@ -47,7 +47,7 @@ def along(operator: CurvatureOperator, g: Tensor, direction: str | Tensor | Sequ
 
 def inverse_metric(objective: Objective, optimizer: torch.optim.Optimizer | None,
                    preconditioner: Preconditioned | None) -> list[Tensor]:
-    """diag(M⁻¹), local tensors in the order of ``objective.parameters``: what ``Preconditioned`` makes of ones.
+    """diag(M⁻¹), local tensors in the order of ``objective.parameters``: ``Preconditioned`` applied to ones.
 
     Raises:
         ValueError: no optimizer, or one that has no second moment of any parameter of the objective yet.

@@ -1,4 +1,4 @@
-"""The measures of the two paths by name; what each is and costs stands in ``flatmin.measures``."""
+"""The measures of the two paths by name; each is described in ``flatmin.measures``."""
 
 from ..measures import bind
 from .sharpness_paths import sharpness_paths

@@ -84,7 +84,7 @@ def preconditioned_spectrum(objective: Objective, optimizer: torch.optim.Optimiz
 def eigenspace_share(operator: CurvatureOperator, spectrum: Spectrum, vector: Tensor | list[Tensor]) -> float:
     """‖Vv‖²/‖v‖²: the share of a vector in the span of eigenvectors, rows of V; nan for a zero vector.
 
-    ``operator`` is the one whose eigenvectors they are: it knows over which ranks vectors are spread.
+    ``operator`` is the one whose eigenvectors they are; its inner products sum over the ranks.
 
     >>> from flatmin.curvature import Matrix
     >>> A = Matrix(torch.diag(torch.tensor([3.0, 2.0, 1.0])))

@@ -23,7 +23,7 @@ from .split_matvec import Split
 from .standard_errors import NAMES, influences, numbers
 
 LEAST_BATCHES = 8
-"""Fewer batches say little about the spread between batches, and get no standard error."""
+"""Below this many batches no standard error over them is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +175,12 @@ def sharpness_paths(objective: Objective,
             errors, noise = spread.errors(total, objective.ranks), spread.noise(length, objective.ranks)
     found = warn_of(objective, at, data_stderr=0.0 if errors else math.nan)
     values = dict(zip(NAMES, numbers(total).tolist(), strict=True))
-    kinds = [e for e in (G.error, F.error) if e is not None]
+    matvec_errors = [e for e in (G.error, F.error) if e is not None]
     return SharpnessPaths(
         value=values.pop("tau_logit"), stderr=errors.get("tau_logit", math.nan), **values,
         logit_curvature=G.dot(unit.vector, logit), func_curvature=G.dot(unit.vector, func), gradient_norm=length,
         loss=float(at.loss), batches=count, errors=errors, gradient_noise=noise,
-        layers=_layers(objective, squares, total, per_layer), product_error=max(kinds, default=None),
+        layers=_layers(objective, squares, total, per_layer), product_error=max(matvec_errors, default=None),
         warnings=tuple(found), direction=G.split(unit.vector) if keep_vectors else None,
         delta_logit=G.split(logit) if keep_vectors else None, delta_func=G.split(func) if keep_vectors else None,
         settings={"direction": direction if named else "a given direction", "product": G.product, "size": G.size,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..curvature import FunctionalPart
 from ..curvature.double_backward import differentiable_gradient
 from ..curvature.gauss_newton import loss_curvature
-from ..curvature.gauss_newton_differences import outputs_and_loss
+from ..curvature.gauss_newton_differences import logits_and_loss
 from ..evaluation import WeightedBatch
 from ..objective import Objective
 
@@ -57,7 +57,7 @@ class Split:
     @torch.enable_grad()
     def _linearized(self, batch: WeightedBatch) -> SplitMatvec:
         w: list[nn.Parameter] = self.operator.parameters
-        z, loss = outputs_and_loss(batch)
+        z, loss = logits_and_loss(batch)
         if not (z.requires_grad and loss.requires_grad):
             return lambda v: (torch.zeros_like(v), torch.zeros_like(v))
         output_hessian = loss_curvature(z, loss)

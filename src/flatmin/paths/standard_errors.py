@@ -76,15 +76,15 @@ def influences(split: Split, unit: Unit, g: Tensor, logit: Tensor, func: Tensor,
     out = part * torch.tensor(rows, dtype=torch.float64).view(-1, 3) - share * 2 * squares
     gradient = torch.full((len(n),), math.nan, dtype=torch.float64)
     if unit.follows:
-        found, mean = _along(split, unit, g, [split.mean(t, weights) for t in sums])
+        found, mean = _through_direction(split, unit, g, [split.mean(t, weights) for t in sums])
         out += part * found[:, :3] - share * mean[:3]
         gradient = (part**2 * found[:, 4:] - 2 * part * share * found[:, 3:4] + share**2 * mean[3]).squeeze(1)
     return Spread(out, gradient, count)
 
 
-def _along(split: Split, unit: Unit, g: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a gradient changes in A, B and C through the direction, its product with g and its square, for each batch's
-    gradient, (batches, 5), and for g, (5,)."""
+def _through_direction(split: Split, unit: Unit, g: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """First-order changes of A, B and C through the direction, the inner product with g and the squared norm: of each
+    batch's gradient, (batches, 5), and of g, (5,)."""
     objective, v, dot = split.objective, unit.vector, split.operator.dot
     for t, factor in zip(sums, (2.0, 2.0, 1.0), strict=True):
         t.sub_(v, alpha=dot(v, t)).mul_(factor / unit.length)

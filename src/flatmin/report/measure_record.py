@@ -197,7 +197,7 @@ HOW: dict[str, Callable[[Mapping[str, Any]], str]] = {
                                 f"mean {significant(number(r.get('mean')))}",
     "m_sharpness": lambda r: count(len(numbers(r.get("chunks"))), "chunk"),
     "normalized_flatness": lambda r: "exact" if r.get("exact") is True
-    else f"{number(r.get('products')):.0f} Hessian-vector products",
+    else f"{number(r.get('matvecs', r.get('products'))):.0f} Hessian-vector products",
     "critical_sharpness": lambda r: "the loss falls along −g up to η_c = "
                                     + significant(number(r.get("critical_rate"))),
 }

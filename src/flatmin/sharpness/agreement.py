@@ -24,12 +24,12 @@ ORDER = 2.5
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Scalar):
     """``value`` = the observed order of the remainder of one-step sharpness in ρ: 3 for a smooth loss, inf where the
-    remainder is rounding (a quadratic), nan where it cannot be told."""
+    remainder is rounding (a quadratic), nan where it cannot be determined."""
 
     radii: tuple[float, ...]
     one_step: tuple[float, ...]         # S(ρ)
     remainders: tuple[float, ...]       # S(ρ) − ρ‖g‖ − ½ρ²ĝᵀHĝ
-    third_order: bool | None            # whether the remainder falls as it must; None where it cannot be told
+    third_order: bool | None            # whether the remainder falls as expected; None: undetermined
     largest_eigenvalue: float
     worst_case: float
     bound: float                        # ½ρ²λ₁

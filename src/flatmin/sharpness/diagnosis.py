@@ -209,7 +209,7 @@ class _Run:
         return self.rho is None and not any(step.get("perturbed_loss") is not None for step in self.steps)
 
     def losses(self) -> list[float]:
-        """The training loss by step, finite or not: at w, or at w + ε where a one-pass method knows no other."""
+        """The training loss by step, finite or not: at w, or at w + ε for a one-pass method."""
         out = []
         for step in self.steps:
             loss, moved = (math.nan if step.get(n) is None else float(step[n]) for n in ("loss", "perturbed_loss"))

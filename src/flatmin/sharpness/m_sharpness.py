@@ -45,7 +45,7 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
             chunk takes m / ranks samples from each rank, which must hold equally many.
         rho: the radius.
         measure: "worst_case", "one_step", "average_case", or a function ``(objective, rho, **options) -> Scalar``.
-        options: of the measure. ``one_step`` is taken without its second-order part unless told otherwise.
+        options: of the measure. ``one_step`` is taken without its second-order part by default.
 
     Raises:
         ValueError: m < 1, an unknown measure, batches that cannot be cut, or ranks that cannot share a chunk.
@@ -94,7 +94,7 @@ def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[
     while True:
         chunk = next(found, None)
         n = 0 if chunk is None else sum(map(samples_in, chunk))
-        total, least = objective.ranks.total(n)[0], objective.ranks.least(n)
+        total, least = objective.ranks.total(n)[0], objective.ranks.min_over_ranks(n)
         if total != least * world:
             raise ValueError("the ranks hold different numbers of samples, so that they cannot share chunks of m: give "
                              "each as many")

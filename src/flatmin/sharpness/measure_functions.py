@@ -1,4 +1,4 @@
-"""The sharpness measures by name; what each is and costs stands in ``flatmin.measures``."""
+"""The sharpness measures by name; each is described in ``flatmin.measures``."""
 
 from __future__ import annotations
 

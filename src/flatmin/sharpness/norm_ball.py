@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import parallel, vectors
 
 Adaptive = Literal["none", "element", "filter", "layer"]
+"""The ``adaptive=`` option of measures; the ascent direction is ``flatmin.ascent.Adaptive``."""
 ADAPTIVE = ("none", "element", "filter", "layer")
 
 

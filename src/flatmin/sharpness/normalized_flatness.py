@@ -29,7 +29,7 @@ class NormalizedFlatness(Scalar):
     data_stderr: float = math.nan   # over batches, of "element" alone; nan where there are fewer than five
     layers: dict[str, float]
     exact: bool         # the diagonal of H by one matvec a parameter, rather than from random vectors
-    products: int
+    matvecs: int
     clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
     batches: Forms | None = field(default=None, repr=False)     # weights and values of the batches, of "element"
 
@@ -87,7 +87,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
         at = objective.evaluate()
         H = Hessian(objective)
         exact = H.size <= samples and not space.sharded
-        stderr, clipped, products, forms = math.nan, 0.0, H.size if exact else samples, None
+        stderr, clipped, matvecs, forms = math.nan, 0.0, H.size if exact else samples, None
         if exact:
             h, forms = _diagonal(H, w if kind == "element" else None)
         else:
@@ -107,7 +107,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
     error = data_stderr(forms) if element else None
     return NormalizedFlatness(value=math.fsum(parts), stderr=stderr if element else math.nan,
                               data_stderr=math.nan if error is None else error, batches=forms if element else None,
-                              layers=dict(zip(names, parts, strict=True)), exact=exact, products=products,
+                              layers=dict(zip(names, parts, strict=True)), exact=exact, matvecs=matvecs,
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
@@ -120,24 +120,24 @@ def _estimate(H: CurvatureOperator, space: vectors.Space, c: Sequence[Tensor], s
         for _ in range(samples):
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, c, strict=True)]
-            product, here = H.matvec_with_forms(H.join(v))
+            hv, here = H.matvec_with_forms(H.join(v))
             forms = add_forms(forms, here, 1 / samples)
-            row = [a * parallel.local(b) for a, b in zip(v, H.split(product), strict=True)]
-            torch._foreach_add_(total, row, alpha=1 / samples)
-            sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
+            sample = [a * parallel.local(b) for a, b in zip(v, H.split(hv), strict=True)]
+            torch._foreach_add_(total, sample, alpha=1 / samples)
+            sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in sample]))))
     return total, mean_and_error(sums)[1], forms
 
 
 def _diagonal(H: CurvatureOperator, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
-    """The diagonal of H by one product a parameter, and with w also Σ wᵢ² Hᵢᵢ by batches."""
+    """The diagonal of H by one matvec a parameter, and with w also Σ wᵢ² Hᵢᵢ by batches."""
     if w is None:
         return H.split(H.dense().diagonal()), None
     squares, forms = H.join(list(w)).square(), None
     diagonal = torch.zeros_like(squares)
     with H.session():
         for i, e in enumerate(torch.eye(H.size, dtype=H.dtype, device=H.device)):
-            product, here = H.matvec_with_forms(e)
-            diagonal[i] = product[i]
+            hv, here = H.matvec_with_forms(e)
+            diagonal[i] = hv[i]
             forms = add_forms(forms, here and (here[0], here[1] * float(squares[i])))
     return H.split(diagonal), forms
 

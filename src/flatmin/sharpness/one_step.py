@@ -203,6 +203,6 @@ def _curvature(objective: Objective, space: vectors.Space, g: list[Tensor], leng
     """ĝᵀHĝ."""
     direction = [t.to(p.dtype) for t, p in zip(torch._foreach_div(g, length.to(g[0].device)), space.parameters,
                                                strict=True)]
-    product = [parallel.local(t) for t in Hessian(objective).matvec(direction)]
-    return float(space.dot(direction, product))
+    hv = [parallel.local(t) for t in Hessian(objective).matvec(direction)]
+    return float(space.dot(direction, hv))
 
