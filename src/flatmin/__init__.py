@@ -17,6 +17,8 @@ Measure
 Use elsewhere
     recipes          models and data for ``flatmin compare``, and the class for your own
     tensorscope      the names and signatures of the TensorScope pipeline
+    compat           the names and signatures of the most used SAM classes and functions
+    measures         the table of all measures, with their cost
 
 Each name is imported when it is first used, so that ``import flatmin`` takes no time.
 """
@@ -25,7 +27,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ascent, curvature, generalization, landscape, paths, presets, recipes, sharpness, tensorscope
+    from . import (
+        ascent,
+        compat,
+        curvature,
+        generalization,
+        landscape,
+        measures,
+        paths,
+        presets,
+        recipes,
+        sharpness,
+        tensorscope,
+    )
     from .ascent import SAM, Sharpener
     from .objective import Objective
 
@@ -37,14 +51,16 @@ __all__ = [
     # measure
     "Objective", "curvature", "sharpness", "landscape", "paths", "generalization",
     # use elsewhere
-    "recipes", "tensorscope",
+    "recipes", "tensorscope", "compat", "measures",
 ]
 
 _CLASSES = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective"}
+_OTHER_MODULES = ("errors", "results", "vectors", "objective", "linalg", "training", "jobs", "report", "perturbed",
+                  "batches", "evaluation")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, *_OTHER_MODULES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f".{_CLASSES.get(name, name)}", __name__)
     globals()[name] = found = getattr(module, name) if name in _CLASSES else module

@@ -8,12 +8,16 @@ optimizer that was built so from the start.
 import copy
 import pickle
 from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
 
 import pytest
 import torch
 from torch import nn
 
-from flatmin import SAM, ascent
+from flatmin import SAM, Sharpener, ascent
+from flatmin.ascent.direction import Ascent, AscentInfo, DiagonalNorm
 from flatmin.errors import PerturbedStateError
 from problems import assert_same, batch, build, flat, loss_fn
 
@@ -287,3 +291,18 @@ def test_a_sharpeners_groups_may_be_adaptive_one_by_one():
                 base.step()
         weights.append(flat(model))
     assert torch.allclose(*weights, rtol=0, atol=1e-14)
+
+
+def test_the_direction_of_the_contributing_guide_has_the_radius_it_says():
+    """Two radii in the maximum norm, with the code as CONTRIBUTING.md prints it."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    space = {"Ascent": Ascent, "AscentInfo": AscentInfo, "DiagonalNorm": DiagonalNorm, "dataclass": dataclass,
+             "final": final}
+    exec(code, space)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    sharpener = Sharpener(model, direction=space["Sign"](), rho=0.1,
+                          groups=[{"params": [model[0].weight], "rho": 0.2}])
+    x = torch.randn(5, 3)
+    sharpener.backward(lambda: model(x).square().mean())
+    assert sharpener.last.radius == pytest.approx(0.2)

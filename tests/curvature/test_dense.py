@@ -4,7 +4,9 @@ What the other families would miss: a parameter left out or out of order, a batc
 forms exist for hardly any net, finite differences see six digits, and other libraries share conventions.
 """
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -248,3 +250,12 @@ def test_differences_of_embeddings_with_sparse_gradients(kind):
     exact = kind(objective).dense()
     torch.testing.assert_close(kind(objective, product="finite_difference").dense(), exact, rtol=0,
                                atol=1e-5 * float(exact.abs().max()))     # differences err by h², about 1e-8 here
+
+
+@pytest.mark.parametrize("matrix", (Hessian, GaussNewton, FunctionalPart, Fisher))
+def test_operators_are_pickled_and_copied(matrix):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    A = matrix(Objective(model, torch.nn.functional.cross_entropy, (torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]))))
+    v = torch.randn(A.size)
+    for other in (pickle.loads(pickle.dumps(A)), copy.deepcopy(A)):
+        assert torch.equal(other @ v, A @ v)

@@ -367,3 +367,19 @@ def test_groups_with_radii_of_their_own_all_move_in_float32(dtype):
     sharpener.backward(lambda: model(x).float().square().mean())
     assert sharpener.last.cosine == 1 and not sharpener.last.rounded
     assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_a_model_cast_between_steps_is_seen():
+    """The step after ``model.bfloat16()`` is that of a new sharpener: w + eps in float32, radius and direction kept."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)).float()
+    sharpener = presets.sam(model, rho=0.05)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+
+    def step(dtype):
+        model.zero_grad()
+        sharpener.backward(lambda: torch.nn.functional.cross_entropy(model(x.to(dtype)).float(), y))
+        return sharpener.last.radius, sharpener.last.cosine
+
+    assert step(torch.float32) == pytest.approx((0.05, 1.0), rel=1e-5)
+    model.bfloat16()
+    assert step(torch.bfloat16) == pytest.approx((0.05, 1.0), rel=1e-5)

@@ -94,10 +94,14 @@ class Ascent:
 
     info: AscentInfo
     d: list[Tensor]
-    norm: Tensor  # 0-d
+    norm: Tensor = None  # type: ignore[assignment]  # 0-d; by default that of d in ``own_norm``
     length: Tensor | float = 1.0  # of the step, in units of ρ
     own_norm: DiagonalNorm = DiagonalNorm()
     state: State = field(default_factory=dict)  # saved for later steps, unless the step is skipped
+
+    def __post_init__(self) -> None:
+        if self.norm is None:
+            object.__setattr__(self, "norm", self.own_length())
 
     def own_length(self, rhos: Sequence[float] | None = None) -> Tensor:
         """The norm of d in which the radius is measured, each tensor first multiplied by its radius."""

@@ -40,7 +40,8 @@ class ModelView:
         self.groups = {id(p.group): p.group for p in self.parameters}
         self._group_keys = [id(p.group) for p in self.parameters]
         self._default = default
-        self._uniform = len({(t.dtype, t.device) for t in tensors}) == 1
+        self._dtypes = {t.dtype for t in tensors}
+        self._uniform = len(self._dtypes) == 1 and len(self.devices) == 1
         self._spaces: dict[tuple[int, ...], Space] = {}
         self._takes_float32 = any(t.dtype in vectors.HALF for t in tensors) and self._is_plain(model)
         self._pool = TensorPool()
@@ -68,8 +69,9 @@ class ModelView:
 
     @property
     def is_current(self) -> bool:
-        """Whether the parameters are on the devices they were on."""
-        return devices_of(self.whole.parameters) == self.devices
+        """Whether the parameters have the devices and dtypes they had."""
+        tensors = self.whole.parameters
+        return devices_of(tensors) == self.devices and {t.dtype for t in tensors} == self._dtypes
 
     # gradients
 

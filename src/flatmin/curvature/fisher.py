@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from .. import batches
 from ..evaluation import WeightedBatch
 from ..objective import Objective
-from .finite_differences import Differences
 from .gauss_newton import loss_curvature, sandwich
-from .gauss_newton_differences import OutputDifference, OutputHessian, TangentDifference, logits_and_loss
+from .gauss_newton_differences import (
+    OutputHessian,
+    TangentDifference,
+    logits_and_loss,
+    through_outputs,
+)
 from .linear_map import Linearization, LinearMap
 from .objective_operator import ObjectiveOperator, Parameters, Product, require_objective
 
@@ -59,8 +64,7 @@ def Fisher(objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood
         raise ValueError("Fisher has no meaning for a loss with weights on classes; take GaussNewton")
     linearization = Linearization(
         name="Fisher", reverse=expected.linearize, settings={"kind": kind, "likelihood": expected.likelihood},
-        differences=lambda operator, objective: Differences(operator, objective, OutputDifference(
-            operator, objective, TangentDifference(expected.of))))
+        differences=functools.partial(through_outputs, part=TangentDifference(expected.of)))
     return ObjectiveOperator(objective, linearization, parameters=parameters, product=product)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,13 +11,12 @@ from torch import Tensor, nn
 from ..evaluation import WeightedBatch
 from ..objective import Objective
 from .double_backward import derivative_of_gradient, differentiable_gradient
-from .finite_differences import Differences
 from .gauss_newton_differences import (
     FrozenDifference,
-    OutputDifference,
     OutputHessian,
     TangentDifference,
     logits_and_loss,
+    through_outputs,
 )
 from .linear_map import ZERO, Linearization, LinearMap, Parts
 from .objective_operator import ObjectiveOperator, Parameters, Product
@@ -115,12 +115,14 @@ def _functional(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
     return derivative_of_gradient((c * z).sum(), w)
 
 
+def _curvature_of_batch(batch: WeightedBatch, z: Tensor, loss: Tensor) -> OutputHessian:
+    return loss_curvature(z, loss)
+
+
 _GAUSS_NEWTON = Linearization(
     name="GaussNewton", reverse=_reverse, forward=_forward,
-    differences=lambda operator, objective: Differences(operator, objective, OutputDifference(
-        operator, objective, TangentDifference(lambda _, z, loss: loss_curvature(z, loss)))))
+    differences=functools.partial(through_outputs, part=TangentDifference(_curvature_of_batch)))
 
 _FUNCTIONAL_PART = Linearization(
     name="FunctionalPart", reverse=_functional,
-    differences=lambda operator, objective: Differences(operator, objective, OutputDifference(
-        operator, objective, FrozenDifference())))
+    differences=functools.partial(through_outputs, part=FrozenDifference()))

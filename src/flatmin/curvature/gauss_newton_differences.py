@@ -17,7 +17,7 @@ from ..evaluation import WeightedBatch
 from ..gradient_sum import GradientSum
 from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
-from .finite_differences import Add, Difference, move
+from .finite_differences import Add, Difference, Differences, move
 
 OutputHessian = Callable[[Tensor], Tensor]
 """A symmetric linear map on the space of one batch's outputs."""
@@ -99,6 +99,11 @@ class OutputDifference:
         for i, g in enumerate(gradient):
             if g is not None:
                 add(i, g.to_dense() if g.layout is not torch.strided else g, factor)
+
+
+def through_outputs(operator: CurvatureOperator, objective: Objective, *, part: BatchDifference) -> Differences:
+    """Matvecs by differences of what each batch does with its outputs."""
+    return Differences(operator, objective, OutputDifference(operator, objective, part))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation import WeightedBatch
+from ..linalg.operator import CurvatureOperator
 from ..objective import Objective
 from .double_backward import derivative_of_gradient
 from .finite_differences import Differences, GradientDifference
@@ -48,10 +50,14 @@ def Hessian(objective: Objective, *, parameters: Parameters = None, product: Pro
     require_objective(objective)
     linearization = Linearization(
         name="Hessian", reverse=_reverse_over_reverse, forward=_forward_over_reverse,
-        differences=lambda operator, objective: Differences(operator, objective, GradientDifference(
-            operator, objective), on_disk=place == "disk", folder=folder))
+        differences=functools.partial(_differences, on_disk=place == "disk", folder=folder))
     return ObjectiveOperator(objective, linearization, parameters=parameters, product=product,
                              vmap=objective.device.type != "cpu" if vmap is None else vmap)
+
+
+def _differences(operator: CurvatureOperator, objective: Objective, *, on_disk: bool,
+                 folder: str | None) -> Differences:
+    return Differences(operator, objective, GradientDifference(operator, objective), on_disk=on_disk, folder=folder)
 
 
 def _reverse_over_reverse(batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
