@@ -1,0 +1,120 @@
+"""From settings to a place to train: processes, device, precision, and the model wrapped for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .protocol import Place
+from .settings import TrainSettings
+
+
+@contextmanager
+def place(settings: TrainSettings, folder: str | None = None) -> Iterator[Place]:
+    """Join the processes that ``torchrun`` started, if it did, and choose the device; left again at the end."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(settings.device)
+    started = world > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        running = dist.is_initialized()
+        yield Place(settings.seed, dist.get_rank() if running else 0, dist.get_world_size() if running else 1, device,
+                    folder)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        device = torch.device(name)
+    elif torch.accelerator.is_available():
+        device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    else:
+        device = torch.device("cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(settings: TrainSettings, at: Place) -> AbstractContextManager[Any]:
+    """The context of every forward pass."""
+    if settings.precision == "float32":
+        return nullcontext()
+    return torch.autocast(at.device.type, torch.bfloat16 if settings.precision == "bf16" else torch.float16)
+
+
+def scaler(settings: TrainSettings, at: Place) -> torch.amp.GradScaler | None:
+    """The loss scaler of fp16."""
+    return torch.amp.GradScaler(at.device.type) if settings.precision == "fp16" else None
+
+
+def blocks(recipe: Any, model: nn.Module) -> list[nn.Module]:
+    """The recipe's blocks, or the members of the model's largest list of modules."""
+    if hasattr(recipe, "blocks"):
+        return list(recipe.blocks(model))
+    lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    largest: Sequence[nn.Module] = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
+    return [m for m in largest if any(p.requires_grad for p in m.parameters())]
+
+
+def wrapped(recipe: Any, model: nn.Module, settings: TrainSettings, at: Place) -> nn.Module:
+    """The model on its device, as it is trained: checkpointed, data-parallel or sharded, compiled."""
+    model.to(at.device)
+    if settings.checkpointing:
+        for block in blocks(recipe, model):
+            _recomputed(block)
+    if at.world > 1 and settings.parallel == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(at.device.type, (at.world,))
+        for block in blocks(recipe, model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif at.world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    return torch.compile(model) if settings.compile else model      # type: ignore[return-value]
+
+
+def _recomputed(block: nn.Module) -> None:
+    """Keep the inputs of a block alone; its forward runs again in the backward pass."""
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def total(at: Place, *numbers: float) -> list[float]:
+    """Sums over the ranks."""
+    if at.world == 1:
+        return list(numbers)
+    t = torch.tensor(numbers, dtype=torch.float64, device=at.device)
+    dist.all_reduce(t)
+    return t.tolist()
+
+
+def largest(at: Place, number: float) -> float:
+    """The largest over the ranks."""
+    if at.world == 1:
+        return number
+    t = torch.tensor(number, dtype=torch.float64, device=at.device)
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return float(t)
+
+
+def wait(at: Place) -> None:
+    """Until every rank is here."""
+    if at.world > 1:
+        dist.barrier()
