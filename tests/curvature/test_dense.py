@@ -8,11 +8,11 @@ import functools
 
 import pytest
 import torch
-from nets import Attention, classification, mlp, ragged, samples
 from torch import nn
 
 from flatmin import Objective
 from flatmin.curvature import Fisher, FunctionalPart, GaussNewton, Hessian, dense_hessian
+from nets import Attention, classification, mlp, ragged, samples
 
 PRODUCTS = ("auto", "cached", "recomputed", "forward")
 

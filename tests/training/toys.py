@@ -1,5 +1,5 @@
-"""Five recipes that share nothing but the protocol: a regression, streaming tokens, a teacher and a student, a scorer of
-two inputs, and one with its own evaluation, random augmentation, dropout and BatchNorm."""
+"""Five recipes that share nothing but the protocol: a regression, streaming tokens, a teacher and a student, a scorer
+of two inputs, and one with its own evaluation, random augmentation, dropout and BatchNorm."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ class Augmented:
     epochs: int = 3
 
     def model(self):
-        return _floats(nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3), nn.Linear(12, 3)))
+        return _floats(nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.3),
+                                     nn.Linear(12, 3)))
 
     def train_batches(self, at):
         x = _drawn(6, 48, 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -67,7 +67,7 @@ def blocks(recipe: Any, model: nn.Module) -> list[nn.Module]:
     if hasattr(recipe, "blocks"):
         return list(recipe.blocks(model))
     lists = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    largest: Sequence[nn.Module] = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
+    largest: Any = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
     return [m for m in largest if any(p.requires_grad for p in m.parameters())]
 
 

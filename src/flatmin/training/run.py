@@ -50,7 +50,8 @@ class Late:
     def __call__(self, step: int, lr: float | None) -> float:
         if step < self.first:
             return 0.0
-        return float(self.rho(step, lr)) if callable(self.rho) else float(self.rho)
+        rho: Any = self.rho
+        return float(rho(step, lr) if callable(rho) else rho)
 
 
 @dataclass
@@ -218,8 +219,8 @@ class Training:
         self.trained.steps.append(row)
         self.log.write(row)
         if not math.isfinite(row["loss"]) and (self.scaler is None or step > 0 and self.scaler.get_scale() < 1):
-            raise Diverged(f"{self.settings.method}, seed {self.at.seed}: the loss is not finite in step {step + 1}; lower "
-                           f"the learning rate{'' if self.settings.rho in (None, 0) else ' or rho'}")
+            raise Diverged(f"{self.settings.method}, seed {self.at.seed}: the loss is not finite in step {step + 1}; "
+                           f"lower the learning rate{'' if self.settings.rho in (None, 0) else ' or rho'}")
 
     # the beginning
 

@@ -156,7 +156,8 @@ def _plain(model: nn.Module) -> nn.Module:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole ``state_dict`` on the CPU, gathered where it is sharded (every rank must call; rank 0 gets it)."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {k: v.detach().cpu().contiguous().clone() for k, v in get_model_state_dict(model, options=options).items()}
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
 def read(path: Path) -> dict[str, Any]:
