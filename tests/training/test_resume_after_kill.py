@@ -4,6 +4,7 @@ Each kind runs all five toy recipes, one after the other, with what is most easi
 clipping, dropout, augmentation, several optimizers.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -52,8 +53,17 @@ def kill_after(process, count, folder, wait):
     while logged() < goal and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
     time.sleep(wait)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for pid in (process.pid, *below(process.pid)):      # torchrun gives every rank a session of its own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def below(pid):
+    """The processes that a process has started, and theirs."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return found + [inner for child in found for inner in below(child)]
 
 
 @pytest.fixture(scope="module")

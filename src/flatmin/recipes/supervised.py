@@ -14,6 +14,8 @@ from .. import batches as data
 from ..training.protocol import Metric, Place
 from ..training.streams import Loaded, Shuffled
 
+Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
+
 Measure = Callable[[Any, Any], Tensor]
 """``measure(outputs, targets)``: one number a sample, (n,)."""
 
@@ -50,7 +52,7 @@ class Supervised:
     name: str = "supervised"
     batch_size: int = 32
     epochs: int = 20
-    optimizer: Literal["sgd", "adamw"] | Callable[[nn.Module], Any] = "sgd"
+    optimizer: Literal["sgd", "adamw"] | Callable[[nn.Module], Optimizers] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -89,9 +91,8 @@ class Supervised:
         return float(data.terms(batch, self.loss_fn, False))
 
     def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        make: Any = self.optimizer
-        if callable(make):
-            made = make(model)
+        if not isinstance(self.optimizer, str):
+            made = self.optimizer(model)
             return [made] if isinstance(made, torch.optim.Optimizer) else list(made)
         trained = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "adamw":
@@ -109,7 +110,8 @@ class Supervised:
             for name, measure in self.metrics.items():
                 each = measure(outputs, batch[1]).double()
                 _add(sums[name], float(each.sum()), float(each.square().sum()), each.numel())
-        return {name: _metric(*three, name in self.higher_is_better) for name, three in sums.items() if three[2] > 0}
+        return {name: _metric(first, second, n, name in self.higher_is_better)
+                for name, (first, second, n) in sums.items() if n > 0}
 
     def _stream(self, source: Any, at: Place, which: str) -> Any:
         tensors = _tensors(source)

@@ -44,14 +44,13 @@ class Diverged(ArithmeticError):
 class Late:
     """ρ from step ``first`` on, 0 before it: the method acts in the last share of training."""
 
-    rho: Any
+    rho: float | Callable[[int, float | None], float]
     first: int
 
     def __call__(self, step: int, lr: float | None) -> float:
         if step < self.first:
             return 0.0
-        rho: Any = self.rho
-        return float(rho(step, lr) if callable(rho) else rho)
+        return float(self.rho(step, lr) if callable(self.rho) else self.rho)
 
 
 @dataclass
