@@ -170,6 +170,21 @@ def test_loops_do_not_touch_each_other(tmp_path):
     assert sum("sharpness" in row for row in rows) == 5 and sum("evaluation" in row for row in rows) == 10
 
 
+def test_esam_takes_the_losses_of_samples():
+    trained = train(Augmented(), steps=6, method="esam", accumulate=2).run()
+    assert trained.steps[0]["perturbed_loss"] > 0
+    with pytest.raises(ValueError, match="add losses"):
+        train(Scorer(), steps=2, method="esam").run()
+
+
+def test_the_training_loss_is_the_mean_since_the_last_evaluation():
+    training = train(Regression(), steps=8, log_every=1, evaluate_every=4)
+    trained = training.run()
+    losses = [row["loss"] for row in trained.steps]
+    means = [row["train_loss"] for row in trained.evaluations]
+    assert means == [pytest.approx(sum(losses[:4]) / 4), pytest.approx(sum(losses[4:]) / 4)]
+
+
 # streams
 
 
@@ -261,7 +276,7 @@ def test_supervised_takes_tensors_data_sets_and_loaders():
                    lambda: (x, y)):
         recipe = Supervised(lambda: torch.nn.Linear(3, 1), torch.nn.functional.mse_loss, source, source, epochs=2)
         trained = train(recipe, method="sam").run()
-        assert trained.evaluations[-1]["loss"] == pytest.approx(
+        assert trained.evaluations[-1]["tune"]["loss"] == pytest.approx(
             float(torch.nn.functional.mse_loss(trained.model(x), y).detach()), rel=1e-6)
 
 
@@ -269,7 +284,7 @@ def test_classification_reports_accuracy_with_its_error():
     x = torch.randn(200, 2)
     recipe = classification(lambda: torch.nn.Linear(2, 2), (x, (x[:, 0] > 0).long()), (x, (x[:, 1] > 0).long()))
     trained = train(recipe, epochs=1)
-    found = trained.evaluate()
+    found = trained.evaluate()["tune"]
     p = (trained.model(x).argmax(1) == (x[:, 1] > 0)).double().mean().item()
     assert found["accuracy"].value == p and found["accuracy"].stderr == pytest.approx((p * (1 - p) / 200) ** 0.5)
     assert found["accuracy"].higher_is_better and not found["loss"].higher_is_better

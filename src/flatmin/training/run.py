@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Training:
         at: the place; see :func:`flatmin.training.launch.place`.
         folder: where ``log.jsonl`` and ``checkpoints/`` go; None keeps nothing.
         tick: called after every step with the number of steps done.
+        splits: what is evaluated, as the recipe's ``held_out`` names it.
 
     Raises:
         ValueError: a recipe that lacks something, data that end on one rank before the others, an empty loader.
@@ -81,16 +82,17 @@ class Training:
     """
 
     def __init__(self, recipe: Any, settings: TrainSettings, at: Place, folder: Path | None = None,
-                 tick: Callable[[int], None] = lambda done: None):
+                 tick: Callable[[int], None] = lambda done: None, splits: Sequence[str] = ("tune",)):
         check_recipe(recipe)
         self.recipe, self.settings, self.at, self.tick = recipe, settings, at, tick
+        self.splits = tuple(splits)
         torch.manual_seed(at.seed)
         self.stream = recipe.train_batches(at)
         self.steps = self._number_of_steps()
         torch.manual_seed(at.seed)
         self.model = launch.wrapped(recipe, recipe.model(), settings, at)
         self.optimizers: list[torch.optim.Optimizer] = list(recipe.optimizers(self.model))
-        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
+        self.schedulers = [self._scheduler(o) for o in self.optimizers]
         self.scaler = launch.scaler(settings, at)
         self.sharpener = self._sharpener()
         self.log = Log(folder if at.rank == 0 else None)
@@ -99,6 +101,7 @@ class Training:
             keep_every=settings.keep_every)
         self.monitor = self._monitor()
         self.done, self.seconds, self.units = 0, 0.0, 0.0
+        self.loss_sum, self.loss_units = torch.zeros((), dtype=torch.float64), 0.0      # since the last evaluation
         self.trained = Trained(self.model)
         self._begin()
 
@@ -125,17 +128,23 @@ class Training:
         self.trained.seconds, self.trained.throughput = self.seconds, units / max(self.seconds, 1e-9)
         return self.trained
 
-    def evaluate(self) -> dict[str, Metric]:
-        """What the recipe says of the model on held-out data, over all ranks; into the log."""
-        if not hasattr(self.recipe, "evaluate"):
-            return {}
-        with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
-                perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
-            torch.manual_seed(self.at.seed)
-            found = evaluated(self.recipe, self.model, self.recipe.held_out("tune", self.at))
-        found = {name: self._reduced(metric) for name, metric in found.items()}
-        row = {"step": self.done} | {name: metric.value for name, metric in found.items()} | {
-            "stderr": {name: metric.stderr for name, metric in found.items()}}
+    def evaluate(self) -> dict[str, dict[str, Metric]]:
+        """What the recipe says of the model on each split, over all ranks; into the log, with the mean training loss
+        since the last evaluation."""
+        total, units = launch.total(self.at, float(self.loss_sum), self.loss_units)
+        self.loss_sum, self.loss_units = torch.zeros((), dtype=torch.float64), 0.0
+        found: dict[str, dict[str, Metric]] = {}
+        if hasattr(self.recipe, "evaluate"):
+            with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
+                    perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
+                for split in self.splits:
+                    torch.manual_seed(self.at.seed)
+                    metrics = evaluated(self.recipe, self.model, self.recipe.held_out(split, self.at))
+                    found[split] = {name: self._reduced(metric) for name, metric in metrics.items()}
+        row: dict[str, Any] = {"step": self.done, "train_loss": total / units if units else math.nan} | {
+            split: {name: metric.value for name, metric in metrics.items()} for split, metrics in found.items()}
+        row["stderr"] = {split: {name: metric.stderr for name, metric in metrics.items()}
+                         for split, metrics in found.items()}
         self.trained.evaluations.append(row)
         self.log.write({"evaluation": row})
         return found
@@ -148,7 +157,8 @@ class Training:
             "sharpener": self.sharpener.state_dict(), "schedulers": [s.state_dict() for s in self.schedulers],
             "scaler": {} if self.scaler is None else self.scaler.state_dict(), "seconds": self.seconds,
             "monitor": {} if self.monitor is None else self.monitor.state_dict()}
-        own = {"stream": self.stream.state_dict(), "units": self.units}
+        own = {"stream": self.stream.state_dict(), "units": self.units, "loss_sum": self.loss_sum.cpu(),
+               "loss_units": self.loss_units}
         self.checkpoints.save(self.done, shared, own, self.model, self.optimizers)
 
     # one step
@@ -160,7 +170,8 @@ class Training:
         batches = [prepared(self.recipe, self._moved(batch), generator) for batch in micro]
         torch.manual_seed(step_seed(at.seed, step, at.rank))
         self.sharpener.perturbed_norm = logged
-        loss = self.sharpener.backward(self._forward, self._loss, batches=batches, weights=self._weights(batches))
+        losses = self._losses if self.sharpener.rule.second == "selected" else self._loss
+        loss = self.sharpener.backward(self._forward, losses, batches=batches, weights=self._weights(batches))
         for optimizer in self.optimizers:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
@@ -174,6 +185,9 @@ class Training:
             optimizer.zero_grad()
         if self.scaler is not None:
             self.scaler.update()
+        # each rank's loss is weighted by its share of all ranks' samples
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.double() * self.step_units
+        self.loss_units += self.step_units
         if logged:
             self._record(step, loss)
         for scheduler in self.schedulers:
@@ -181,13 +195,21 @@ class Training:
         if self.monitor is not None:
             self.monitor.step(step)
 
-    def _forward(self, batch: Any, *subset: Any) -> Any:
+    def _forward(self, batch: Any, *samples: Any) -> Any:
         with launch.autocast(self.settings, self.at):
-            return self.recipe.forward(self.model, batch)
+            return self.recipe.forward(self.model, _part(batch, *samples))
 
     def _loss(self, outputs: Any, batch: Any) -> Tensor:
         with launch.autocast(self.settings, self.at):
             return self.recipe.loss(outputs, batch)
+
+    def _losses(self, outputs: Any, batch: Any, samples: Any) -> Tensor:
+        """One loss a sample, of some samples of a batch, for ESAM."""
+        if not hasattr(self.recipe, "losses"):
+            raise ValueError(f"esam chooses among samples, and recipe {self.recipe.name} gives no loss of each: add "
+                             "losses(outputs, batch)")
+        with launch.autocast(self.settings, self.at):
+            return self.recipe.losses(outputs, _part(batch, samples))
 
     def _weights(self, batches: list[Any]) -> list[float]:
         """n_i · world / Σ n, the sum over all micro-batches of all ranks, whose gradients are averaged."""
@@ -202,6 +224,7 @@ class Training:
             raise ValueError(f"no batch of step {self.done + 1} has anything to average: weight of recipe "
                              f"{self.recipe.name} is 0 for all")
         self.units += math.fsum(counts)
+        self.step_units = every / self.at.world
         return [n * self.at.world / every for n in counts]
 
     def _moved(self, batch: Any) -> Any:
@@ -237,8 +260,12 @@ class Training:
                              "pass --steps")
         return int(steps)
 
-    def _rate(self, step: int) -> float:
-        return learning_rate_factor(step, self.steps, self.settings.schedule, self.settings.warmup)
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        settings = self.settings
+        if settings.schedule == "cosine" and not settings.warmup:
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.steps, settings.schedule, settings.warmup))
 
     def _sharpener(self) -> Sharpener:
         """The method over the model; a plain optimizer is the radius 0."""
@@ -282,6 +309,7 @@ class Training:
     def _continue(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
         self.done, self.seconds, self.units = int(shared["step"]), float(shared["seconds"]), float(own["units"])
         self.trained.steps, self.trained.evaluations = list(shared["steps"]), list(shared["evaluations"])
+        self.loss_sum, self.loss_units = own["loss_sum"], float(own["loss_units"])
         self.stream.load_state_dict(own["stream"])
         for scheduler, state in zip(self.schedulers, shared["schedulers"], strict=True):
             scheduler.load_state_dict(state)
@@ -310,6 +338,16 @@ class Training:
         sums = launch.total(self.at, n, n * metric.value, (n * metric.stderr) ** 2)
         return Metric(sums[1] / sums[0], math.sqrt(sums[2]) / sums[0] if sums[2] >= 0 else math.nan, sums[0],
                       metric.higher_is_better) if sums[0] > 0 else metric
+
+
+def _part(batch: Any, samples: Any = None) -> Any:
+    """Some samples of a batch; all of them for None."""
+    if samples is None:
+        return batch
+    part = data.rows(batch, samples)
+    if part is None:
+        raise ValueError("esam chooses among samples, and this batch has tensors without one row a sample")
+    return part
 
 
 __all__ = ["Diverged", "Late", "Trained", "Training"]
