@@ -40,7 +40,7 @@ def stepper(name: str, x: torch.Tensor, y: torch.Tensor, **options: float) -> Ca
     def step() -> None:
         if sharpener is None:
             loss(model(x), y).backward()
-        elif sharpener.rule.second == "selected":
+        elif sharpener.rule.second.needs_samples:
             sharpener.backward(lambda s: model(x[s]), lambda z, s: loss(z, y[s], reduction="none"))
         else:
             sharpener.backward(lambda: model(x), lambda z: loss(z, y))

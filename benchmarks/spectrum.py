@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatmin.curvature import Hessian, eigenpairs, trace
+from flatmin.curvature import CurvatureOperator, Hessian, eigenpairs, trace
 from flatmin.objective import Objective
 
 TARGET = 1e-3
@@ -88,7 +88,7 @@ Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 """→ eigenvalues (k,) and eigenvectors (k, n)."""
 
 
-def residual(H: Hessian, values: torch.Tensor, x: torch.Tensor) -> float:
+def residual(H: CurvatureOperator, values: torch.Tensor, x: torch.Tensor) -> float:
     """The largest ‖Hv − λv‖ / ‖v‖ over |λ₁|."""
     with H.session():
         rows = [float((H @ v - value * v).norm() / v.norm())
@@ -96,7 +96,8 @@ def residual(H: Hessian, values: torch.Tensor, x: torch.Tensor) -> float:
     return max(rows) / float(values.abs().max())
 
 
-def eigenthings(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: int, start: int) -> tuple[str, Run]:
+def eigenthings(model: nn.Module, loss: nn.Module, batch: Any, H: CurvatureOperator, k: int,
+                start: int) -> tuple[str, Run]:
     import hessian_eigenthings as he
 
     def run(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +111,7 @@ def eigenthings(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: in
     return f"hessian-eigenthings ({steps} steps)", lambda: run(steps)
 
 
-def curvlinops(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: int) -> tuple[str, Run]:
+def curvlinops(model: nn.Module, loss: nn.Module, batch: Any, H: CurvatureOperator, k: int) -> tuple[str, Run]:
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh
 
@@ -126,7 +127,7 @@ def curvlinops(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: int
     return f"curvlinops + eigsh (tol {tol:g})", lambda: run(tol)
 
 
-def pyhessian(model: nn.Module, loss: nn.Module, batch: Any, H: Hessian, k: int) -> tuple[str, Run]:
+def pyhessian(model: nn.Module, loss: nn.Module, batch: Any, H: CurvatureOperator, k: int) -> tuple[str, Run]:
     from pyhessian import hessian
 
     def run(tol: float) -> tuple[torch.Tensor, torch.Tensor]:

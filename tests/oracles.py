@@ -142,6 +142,18 @@ def asam_biases(at: Point, rho: float, eta: float) -> Tensor:
     return at.gradient(at.w + adaptive(at.w, at.gradient(at.w), torch.ones_like(at.w), rho, eta))
 
 
+def asam_by_norms(at: Point, rho: float, eta: float, kind: str) -> Tensor:
+    """T = ‖w_j‖ + eta for each filter (slice along dimension 0; elements of vectors) or each layer; 1 on biases."""
+    size = at.w.abs()
+    for name, s in at.slices.items():
+        rows = at.w[s].view(at.named[name].shape) if kind == "filter" else at.w[s][None]
+        if rows.dim() >= 2:
+            size[s] = torch.cat([row.reshape(-1).norm().expand(row.numel()) for row in rows])
+    T = torch.where(at.weight_mask() > 0, size + eta, torch.ones_like(size))
+    g = at.gradient(at.w)
+    return at.gradient(at.w + rho * T**2 * g / (T * g).norm())
+
+
 def decayed_sam(at: Point, rho: float, decay: float = 0.5) -> Tensor:
     """Weight decay in the ascent: uphill on L + ½ decay ‖w‖²."""
     return at.gradient(at.w + ball(at.gradient(at.w) + decay * at.w, rho))

@@ -26,6 +26,17 @@ COMPARE = ["compare", "--epochs", "1", "--seeds", "1", "--methods", "sgd", "--ou
 MEASURE = ["measure", "mine:objective", "--metrics", "one_step", "--out", "run", "--quiet"]
 
 
+WHAT_TORCH_IS_NOT_NEEDED_FOR = """
+import contextlib, io, sys
+from flatmin import cli
+for arguments in ({calls}):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(arguments) in (1, 2)
+    heavy = {{"torch", "numpy", "matplotlib", "sklearn"}} & set(sys.modules)
+    assert not heavy, (arguments, heavy)
+"""
+
+
 def without(blocked, arguments, folder):
     (folder / "mine.py").write_text(MINE)
     code = BLOCKED.format(blocked=blocked, arguments=arguments)
@@ -39,6 +50,8 @@ def without(blocked, arguments, folder):
     (["matplotlib", "safetensors"], COMPARE, "matplotlib and safetensors"),
     (["sklearn"], COMPARE, "scikit-learn"),
     (["matplotlib"], ["report", "run"], "matplotlib"),
+    (["jsonargparse"], ["--help"], "jsonargparse"),
+    (["jsonargparse", "docstring_parser"], [], "jsonargparse and docstring_parser"),
 ])
 def test_what_is_missing_is_named_first(blocked, arguments, named, tmp_path):
     done = without(blocked, arguments, tmp_path)
@@ -53,3 +66,15 @@ def test_a_verb_asks_for_no_more_than_it_needs(tmp_path):
     done = without(["safetensors", "sklearn", "tqdm"], MEASURE, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_help_and_wrong_calls_import_nothing_heavy(tmp_path):
+    """They took two seconds with torch, and take a fifth of one without."""
+    calls = [[], ["--help"], ["--version"], ["compare", "--help"], ["measure", "--help"], ["report", "--help"],
+             ["nosuch"], ["compare", "--nosuch"], ["compare", "--seeds", "many"], ["compare", "--seeds", "0"],
+             ["compare", "--methods", "nosuch"], ["compare", "--rho", "nosuch=1"], ["compare", "--config", "nowhere"],
+             ["compare", "--resume", "nowhere"], ["measure"], ["measure", "m:o", "--k", "0"], ["report"]]
+    code = WHAT_TORCH_IS_NOT_NEEDED_FOR.format(calls=", ".join(map(repr, calls)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("flatmin: ") == len(done.stderr.splitlines()) == len(calls) - 6     # 5 helps, a version

@@ -1,8 +1,11 @@
 """Objective: every form of data and batch, exact averages, determinism, and that nothing is changed."""
 
 import copy
+import functools
+import math
 import warnings
 from collections import UserDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatmin import Objective
+from flatmin import Objective, batches
 from flatmin.curvature import Hessian, eigenpairs
+from flatmin.gradient_sum import GradientSum
 from flatmin.sharpness import one_step
 
 
@@ -166,8 +170,34 @@ def test_compiled_models_are_run_uncompiled(case):
     _, x, y = case
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y))).dense()
-    compiled = torch.compile(model, backend="eager")
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     assert torch.allclose(Hessian(Objective(compiled, nn.CrossEntropyLoss(), (x, y))).dense(), plain, atol=1e-14)
+    assert not graphs
+    compiled(x)
+    assert graphs       # and compiled again afterwards
+
+
+def test_batches_of_other_tensors_are_others():
+    x, y = torch.randn(3, 2), torch.randn(3)
+    assert batches.equal((x, y), (x.clone(), y.clone())) and batches.equal({"x": x, "y": [y]}, {"x": x, "y": [y]})
+    for other in ((x,), (x, y, y), (x, y + 1), (x, y[:2]), (x[:, :1], y)):
+        assert not batches.equal((x, y), other) and not batches.equal(other, (x, y))
+
+
+def test_torchs_own_losses_are_known():
+    for loss in (F.mse_loss, nn.MSELoss(), functools.partial(F.cross_entropy, ignore_index=1), nn.CrossEntropyLoss()):
+        assert batches.of_torch(loss)
+    for loss in (lambda z, y: F.mse_loss(z, y), nn.Linear(2, 2), functools.partial(torch.add, alpha=2)):
+        assert not batches.of_torch(loss)
+
+
+def test_samples_are_cut_out_only_where_every_tensor_has_a_row_for_each():
+    x, y = torch.randn(6, 2), torch.randn(6)
+    cut = batches.samples({"x": x, "y": [y]}, slice(1, 3))
+    assert torch.equal(cut["x"], x[1:3]) and torch.equal(cut["y"][0], y[1:3])
+    for other in (torch.tensor(1.0), torch.randn(4), torch.randn(1, 6)):
+        assert batches.samples((x, y, other), slice(1, 3)) is None
 
 
 @pytest.mark.parametrize("where", ("data", "weights"))
@@ -192,3 +222,58 @@ def test_arguments_in_another_order_are_refused(arguments, said):
     data = torch.randn(3, 2), torch.randn(3, 1)
     with pytest.raises(TypeError, match=said):
         Objective(*arguments(nn.Linear(2, 1), nn.MSELoss(), data))
+
+
+def test_sums_of_gradients_take_the_memory_given_and_leave_grad_alone():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    w = list(model.parameters())
+    memory = torch.full((sum(p.numel() for p in w),), math.nan, dtype=torch.float64)
+    sums = GradientSum(w, memory.split([p.numel() for p in w]))
+    x = torch.eye(3, dtype=torch.float64)
+    for factor in (2.0, -0.5):
+        handles = [p.register_hook(sums.hook(i, factor)) for i, p in enumerate(w)]
+        torch.autograd.grad(model[0](x).square().sum() * factor, w, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+    assert sums.missing == [2, 3] and all(p.grad is None for p in w)
+    expected = torch.autograd.grad(model[0](x).square().sum() * (2.0 * 2.0 + 0.5 * 0.5), w[:2])
+    for found, true in zip(sums.totals(), (*expected, *map(torch.zeros_like, w[2:])), strict=True):
+        torch.testing.assert_close(found, true)
+    assert torch.equal(memory, torch.cat([t.flatten() for t in sums.totals()]))
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    sums = GradientSum([p])
+    for _ in range(1000):       # 256 + 1 is 256 in bfloat16
+        sums.add(0, torch.ones(1, dtype=torch.bfloat16), 1.0)
+    assert float(sums.totals()[0]) == 1000
+
+
+@pytest.mark.parametrize("inside", (False, True))
+def test_a_loss_check_sees_every_batch_and_stays_with_its_objective(inside):
+    model, loss, seen = nn.Linear(2, 1), nn.MSELoss(), []
+    objective = Objective(model, loss, [(torch.eye(2) * k, torch.zeros(2, 1)) for k in (1, 2, 3)])
+    with objective.session() if inside else nullcontext():
+        other = objective.with_loss_check(lambda outputs, value: seen.append((outputs.shape, float(value))))
+        assert other.value() == objective.value()
+    assert [value for _, value in seen] == list(objective.evaluate().losses) and seen[0][0] == (2, 1)
+
+
+def test_other_data_inside_a_session_are_evaluated_by_a_session_of_their_own():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    a, b = ((torch.randn(4, 2), torch.zeros(4, 2)) for _ in range(2))
+    objective = Objective(model, nn.MSELoss(), [a], mode="train")
+    alone = Objective(model, nn.MSELoss(), [b], mode="train").value()
+    with objective.session():
+        first = objective.value()
+        assert objective.on_data([b]).value() == alone
+        assert objective.value() == first
+        assert len(list(objective.batches())) == 1
+    assert model.training and int(model[1].num_batches_tracked) == 0
+
+
+def test_an_objective_is_one_class():
+    assert Objective.__mro__ == (Objective, object)
+    with pytest.raises(AssertionError):
+        next(Objective(nn.Linear(1, 1), nn.MSELoss(), (torch.ones(1, 1), torch.ones(1, 1))).batches())

@@ -1,5 +1,6 @@
 """The code blocks of the TensorScope document, with only the import line changed, on language and vision models."""
 
+import json
 import math
 import warnings
 
@@ -9,7 +10,8 @@ from torch import nn
 
 from flatmin import Objective
 from flatmin.curvature import Hessian
-from flatmin.sharpness import one_step
+from flatmin.sharpness import average_case, largest_random, m_sharpness, one_step, worst_case
+from flatmin.sharpness.cautions import DisagreementWarning
 from flatmin.tensorscope import (
     ICLRMetrics,
     ModularityMetrics,
@@ -54,7 +56,7 @@ def test_the_block_api_reference(kind):
     make, data = CASES[kind]
     model, batch = make(), data()
     before = flat(model)
-    # --- seed 000, "API Reference"; the import line is at the top of this file
+    # --- the TensorScope document, "API Reference"; the import line is at the top of this file
     metrics = ModularityMetrics()
 
     # Basic usage (sanity check against Hessian)
@@ -81,7 +83,7 @@ def test_the_block_api_reference(kind):
 def test_the_block_recommended_alternative(kind, capsys):
     make, data = CASES[kind]
     model, batch = make(), data()
-    # --- seed 000, "Recommended Alternative"
+    # --- the TensorScope document, "Recommended Alternative"
     metrics = ICLRMetrics()
 
     # Superior alternative - analyzes all directions
@@ -117,7 +119,7 @@ def test_the_block_integration(kind):
     import numpy as np
     make, data = CASES[kind]
     model, dataloader, epsilon = make(), [data(), data()], EPSILON
-    # --- seed 000, "Integration with TensorScope Pipeline"
+    # --- the TensorScope document, "Integration with TensorScope Pipeline"
     analyzer = UnifiedModelAnalysis()
 
     # Run comprehensive analysis
@@ -204,7 +206,59 @@ def test_every_metric_and_method_gives_plain_numbers():
 
     config = {"metrics": METRICS, "sharpness_methods": SHARPNESS_METHODS, "k": 2, "max_batches": 1, "epsilon": 0.05}
     results = UnifiedModelAnalysis().analyze_model(vision(), [pair(0, 16), pair(1, 16)], config)
-    assert {type(v) for v in results.values()} == {float, dict} and len(results) == 8
+    assert {type(v) for v in results.values()} == {float, dict} and len(results) == 15
+    assert all(type(results[key]) is float for key in ("m_sharpness", "largest_random", "adaptive_sharpness", "trace"))
+    assert len(results["density"]["x"]) == len(results["density"]["density"]) > 10
+    assert len(results["surface"]["values"]) == len(results["surface"]["x"]) == 51
+    json.dumps(results)
+
+
+def test_the_methods_are_the_measures_themselves():
+    names = ("m_sharpness", "largest_random", "worst_case", "adaptive", "average_case")
+    results = UnifiedModelAnalysis().analyze_model(vision(), pair(0, 16), {"sharpness_methods": names, "epsilon": 0.05})
+    o = Objective(vision(), nn.CrossEntropyLoss(), pair(0, 16))
+    assert results == {
+        "m_sharpness": float(m_sharpness(o, 4, 0.05, iterations=10, restarts=0)),
+        "largest_random": float(largest_random(o, 0.05)), "worst_case_sharpness": float(worst_case(o, 0.05)),
+        "adaptive_sharpness": float(worst_case(o, 0.05, adaptive="element")),
+        "average_case_sharpness": float(average_case(o, 0.05))}
+
+
+def test_a_failed_sanity_check_warns():
+    """A kink within the radius: the loss is not its second-order expansion there."""
+    config = {"sharpness_methods": ["sam"], "use_sam_as_sanity_check": True, "epsilon": 0.1}
+    model, x = nn.Linear(1, 1, bias=False), torch.ones(8, 1)
+    with torch.no_grad():
+        model.weight.fill_(-0.03)
+
+    def kinked(z, y):
+        return (torch.relu(z) * 5 + z + z.square()).mean()
+
+    with pytest.warns(DisagreementWarning, match="SAM and Hessian sharpness diverge: One-step"):
+        found = UnifiedModelAnalysis().analyze_model(model, (x, x), {**config, "loss_fn": kinked})
+    assert found["sanity_check"]["third_order"] is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DisagreementWarning)
+        UnifiedModelAnalysis().analyze_model(vision(), pair(0, 16), config)
+
+
+def test_models_ordered_differently_by_the_two_measures_warn():
+    """L = c w + ½ h w² at 0: the gradient decides one, the curvature the other."""
+    def model(c, h):
+        net = nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            net.weight.zero_()
+        net.c, net.h = c, h
+        net.forward = lambda x: torch.stack([c * net.weight[0, 0] + h * net.weight[0, 0] ** 2 / 2] * len(x))
+        return net
+
+    data, loss = [(torch.ones(8, 1), torch.zeros(8))], lambda z, y: z.mean()
+    with pytest.warns(DisagreementWarning, match="disagree on relative sharpness"):
+        found = compare_model_sharpness(model(2.0, 1.0), model(1.0, 5.0), data, loss_fn=loss)
+    assert found["sharper_model"] == "A" and not found["hessian_confirms"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DisagreementWarning)
+        assert compare_model_sharpness(model(2.0, 5.0), model(1.0, 1.0), data, loss_fn=loss)["hessian_confirms"]
 
 
 def test_small_batches_are_warned_about():

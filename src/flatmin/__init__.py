@@ -1,20 +1,55 @@
 """Train to flat minima, and prove that they are flat.
 
-Descend     Sharpener             sharpness-aware gradients for any optimizer
-            presets               the SAM family by name: sam, asam, looksam, functional_sam, ...
-            SAM                   the drop-in torch.optim.Optimizer
-Measure     Objective             a model and a loss bound to data
-            flatmin.curvature     Hessian, Gauss-Newton, Fisher; eigenpairs, traces, densities
-            flatmin.sharpness     one-step sharpness and its relatives
-            flatmin.landscape     the loss along lines and over planes
-            flatmin.paths         the logit path and the functional path of sharpness
-            flatmin.generalization  calibration, robustness of weights, PAC-Bayes bounds
+Train
+    Sharpener        sharpness-aware gradients for any optimizer
+    presets          the SAM family by name: sam, asam, looksam, functional_sam, ...
+    SAM              the drop-in torch.optim.Optimizer
+    ascent           the parts they are made of: directions, rules, cadences
+
+Measure
+    Objective        a model and a loss bound to data
+    curvature        Hessian, Gauss-Newton, Fisher; eigenpairs, traces, densities
+    sharpness        one-step sharpness and its relatives
+    landscape        the loss along lines and over planes
+    paths            the logit path and the functional path of sharpness
+    generalization   calibration, robustness of weights, PAC-Bayes bounds
+
+Use elsewhere
+    recipes          models and data for ``flatmin compare``, and the class for your own
+    tensorscope      the names and signatures of the TensorScope pipeline
+
+Each name is imported when it is first used, so that ``import flatmin`` takes no time.
 """
 
-from . import presets
-from .ascent import SAM, Sharpener
-from .objective import Objective
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import ascent, curvature, generalization, landscape, paths, presets, recipes, sharpness, tensorscope
+    from .ascent import SAM, Sharpener
+    from .objective import Objective
 
 __version__ = "0.1.0"
 
-__all__ = ["SAM", "Objective", "Sharpener", "presets"]
+__all__ = [
+    # train
+    "Sharpener", "presets", "SAM", "ascent",
+    # measure
+    "Objective", "curvature", "sharpness", "landscape", "paths", "generalization",
+    # use elsewhere
+    "recipes", "tensorscope",
+]
+
+_CLASSES = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_CLASSES.get(name, name)}", __name__)
+    globals()[name] = found = getattr(module, name) if name in _CLASSES else module
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .parallel import unwrapped
+
 
 class Single:
     """One batch as data."""
@@ -30,7 +32,7 @@ class Single:
 
 def as_data(data: Any, *, any_form: bool) -> Any:
     """Data as something that can be iterated over batches any number of times."""
-    if isinstance(data, (Mapping, tuple, Tensor)) or _is_pair(data):
+    if isinstance(data, (Mapping, tuple, Tensor)) or is_pair(data):
         if not any_form and not isinstance(data, Mapping) and not (isinstance(data, (tuple, list)) and len(data) == 2):
             raise ValueError("a batch is (inputs, targets) or a mapping; pass forward= for any other form")
         return Single(data)
@@ -55,7 +57,8 @@ def described(data: Any) -> str:
     return f"{len(data)} batches" if isinstance(data, list) else type(data).__name__
 
 
-def _is_pair(batch: Any) -> bool:
+def is_pair(batch: Any) -> bool:
+    """Whether a list is one batch, [inputs, targets], rather than a list of batches."""
     return isinstance(batch, list) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
 
 
@@ -101,7 +104,7 @@ def equal(a: Any, b: Any) -> bool:
     return len(left) == len(right) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
-def rows(batch: Any, wanted: slice) -> Any:
+def samples(batch: Any, wanted: slice) -> Any:
     """Some samples of a batch, or None where a tensor of it has not one row a sample."""
     n = samples_in(batch)
     if not all(t.dim() and len(t) == n for t in tensors(batch)):
@@ -196,17 +199,6 @@ def samples_in(batch: Any) -> int:
     """How many samples a batch holds: the length of its first tensor."""
     first = next(iter(tensors(batch)), None)
     return first.shape[0] if first is not None and first.dim() else 1
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside compiled and data-parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def predicts_next_label(model: nn.Module) -> bool:

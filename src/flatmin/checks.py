@@ -1,20 +1,19 @@
-"""Why an objective cannot be measured: two evaluations differ, the mean is not the one stated, or the weights move."""
+"""Why a loss cannot be measured: two evaluations differ, the mean is not the one stated, or the weights change."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import batches, vectors
-
-if TYPE_CHECKING:
-    from .evaluation import WeightedBatch
-    from .objective import Objective
+from . import batches, parallel
+from .determinism import drawing_differently, find_nondeterminism, same
+from .evaluation import EvaluationSession, WeightedBatch
 
 
 def refuse_parameters(model: nn.Module) -> None:
@@ -38,48 +37,54 @@ def refuse_parameters(model: nn.Module) -> None:
                              "gradient is not that of the loss. Set its scale_grad_by_freq to False to measure")
 
 
-def check(objective: Objective) -> None:
-    """Raise a ValueError that names the cause where an objective is not one function, or not the mean it states."""
-    w = [(name, vectors.local(p.detach())) for name, p in objective.model.named_parameters()]
-    before = [t.clone() for _, t in w]
-    pair, moved, seen = _Pair(objective), [], []
+def check(session: EvaluationSession, *, mean: bool) -> None:
+    """Raise a ValueError that names the cause where the loss is not one function of the weights.
+
+    ``mean``: also where it is not the mean over the data that its weights state.
+    """
+    stated, seen = _MeanCheck(session, mean), []
 
     def watch(batch: WeightedBatch) -> None:
-        pair.look(batch)
+        stated.see(batch)
         seen.append(batch.index)
 
+    with _unmoved_weights(session):
+        found = session.evaluate(watch=watch)
+    first = found.loss
+    if not math.isfinite(first):
+        index = next((i for i, loss in zip(seen, found.losses, strict=True) if not math.isfinite(loss)), None)
+        raise ValueError(f"the loss is {float(first):g} at these weights, {_not_finite(session, index)}")
+    with drawing_differently(session):
+        second = session.evaluate().loss
+    if not same(first, second, session.parameters):
+        raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
+                         f"{find_nondeterminism(session)}")
+    stated.check()
+
+
+@contextmanager
+def _unmoved_weights(session: EvaluationSession) -> Iterator[None]:
+    """Restore the weights where evaluations inside have changed them, and raise a ValueError that names the first."""
+    w = [(name, parallel.local(p.detach())) for name, p in session.model.named_parameters()]
+    before, moved = [t.clone() for _, t in w], []
     try:
-        found = objective.evaluate(watch=watch)
-        first = found.loss
+        yield
     finally:
         for (name, t), old in zip(w, before, strict=True):
             if not bool(((t == old) | (t.isnan() & old.isnan())).all()):
                 moved.append(name)
                 t.copy_(old)
-        del before
-    if objective.ranks.total(float(len(moved)))[0]:
+    if session.ranks.total(float(len(moved)))[0]:
         where = repr(moved[0]) if moved else "on another rank"
         raise ValueError(f"evaluating the model changed its parameter {where}. A measurement needs weights that "
                          "stay: move what changes them (max_norm of an embedding, a clamp, a projection) from the "
                          "forward pass into the training step")
-    if not math.isfinite(first):
-        index = next((i for i, loss in zip(seen, found.losses, strict=True) if not math.isfinite(loss)), None)
-        raise ValueError(f"the loss is {float(first):g} at these weights, {_not_finite(objective, index)}")
-    try:
-        objective._model_seed += 1 if objective.mode in ("eval", "batch_statistics") else 0
-        second = objective.value()
-        if not same(first, second, objective.parameters):
-            raise ValueError(f"two evaluations at the same weights gave {first:.9g} and {second:.9g}: "
-                             f"{_find_nondeterminism(objective)}")
-    finally:
-        objective._model_seed = objective.seed
-    pair.check()
 
 
-def _not_finite(objective: Objective, index: int | None) -> str:
+def _not_finite(session: EvaluationSession, index: int | None) -> str:
     """Where a loss is not finite first, as the end of a sentence."""
     data = None
-    for batch in objective.weighted_batches():      # all of them: ranks may have to go along
+    for batch in session.weighted_batches():      # all of them: other ranks may have to run as many
         data = batch.data if data is None and batch.index == index else data
     if data is None:
         return "first on another rank"
@@ -88,29 +93,22 @@ def _not_finite(objective: Objective, index: int | None) -> str:
                                           if whole else "whose data are not finite either")
 
 
-def same(first: Tensor, second: Tensor, parameters: Iterable[Tensor]) -> bool:
-    """Equal up to the order in which a loader or a device adds."""
-    tolerance = max((torch.finfo(p.dtype).eps for p in parameters), default=1e-7) * 50
-    return bool((first - second).abs() <= tolerance * first.abs().clamp(min=torch.finfo(torch.float64).tiny)) \
-        or bool(first.isnan() & second.isnan())
-
-
-class _Pair:
+class _MeanCheck:
     """Two batches, of unequal weight where the data have such, and whether their loss together is their mean.
 
     Where no two can be concatenated (padded to their own longest sequence), two parts of the first.
     """
 
-    def __init__(self, objective: Objective):
-        self.objective = objective
+    def __init__(self, session: EvaluationSession, wanted: bool):
+        self.session = session
         self.first: WeightedBatch | None = None
         self.second: WeightedBatch | None = None
         self.several = self.unequal = False
-        self.applies = (objective._weight is None and not objective.ranks.in_step and not any(
+        self.applies = (wanted and not session.ranks.in_step and not any(
             m.training or isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
-            for m in objective.model.modules()))
+            for m in session.model.modules()))
 
-    def look(self, batch: WeightedBatch) -> None:
+    def see(self, batch: WeightedBatch) -> None:
         if not self.applies:
             return
         if self.first is None:
@@ -124,7 +122,7 @@ class _Pair:
     def check(self) -> None:
         """Raise or warn where the loss of both together is not their mean by weight."""
         found = self._found()
-        wrong, unequal = self.objective.ranks.total(float(found is not None), float(bool(found and found[1])))
+        wrong, unequal = self.session.ranks.total(float(found is not None), float(bool(found and found[1])))
         if not wrong:
             return
         text = found[0] if found is not None else "on another rank"
@@ -148,19 +146,19 @@ class _Pair:
         return None
 
     def _apart_and_together(self, a: WeightedBatch | None, b: WeightedBatch | None) -> tuple[str, bool] | None:
-        objective = self.objective
+        session = self.session
         if a is None or b is None or not (a.weight > 0 and b.weight > 0):
             return None
         (za, la), (zb, lb) = map(_evaluated, (a, b))
-        z, loss = _evaluated(_with(a, batches.merged(a.data, b.data)))
-        kinds = {t.dtype for t in (*objective.parameters, *batches.tensors(z)) if t.is_floating_point()}
+        z, loss = _evaluated(a.with_data(batches.merged(a.data, b.data)))
+        kinds = {t.dtype for t in (*session.parameters, *batches.tensors(z)) if t.is_floating_point()}
         tolerance = max((torch.finfo(kind).eps for kind in kinds), default=1e-7) ** 0.5
         if not _rows_agree(za, zb, z, tolerance):
             return None
-        mean = (a.weight * la + b.weight * lb) / (1.0 if objective.sums else a.weight + b.weight)
+        mean = (a.weight * la + b.weight * lb) / (1.0 if session.sums else a.weight + b.weight)
         if _near(loss, mean, tolerance, abs(la) + abs(lb)):
             return None
-        twice = _evaluated(_with(a, batches.merged(a.data, a.data)))[1]
+        twice = _evaluated(a.with_data(batches.merged(a.data, a.data)))[1]
         text = (f"{la:.6g} (over {a.weight:g}) and {lb:.6g} (over {b.weight:g}) apart, whose mean is {mean:.6g}, and "
                 f"{loss:.6g} together")
         return text, self.unequal or _near(twice, la, tolerance, abs(la))
@@ -170,21 +168,17 @@ def _part(batch: WeightedBatch, share: float) -> WeightedBatch | None:
     """The first, or for a negative share the last, samples of a batch; None where it cannot be cut."""
     n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    data = batches.rows(batch.data, slice(k) if share > 0 else slice(n - k, n))
-    return None if data is None else _with(batch, data)
+    data = batches.samples(batch.data, slice(k) if share > 0 else slice(n - k, n))
+    return None if data is None else batch.with_data(data)
 
 
 def _cut(batch: WeightedBatch, share: float) -> tuple[WeightedBatch | None, WeightedBatch | None]:
     """The first samples of a batch and the others."""
     n = batches.samples_in(batch.data)
     k = max(1, round(n * abs(share)))
-    parts = [batches.rows(batch.data, s) if k < n else None for s in (slice(k), slice(k, n))]
-    first, rest = (None if part is None else _with(batch, part) for part in parts)
+    parts = [batches.samples(batch.data, s) if k < n else None for s in (slice(k), slice(k, n))]
+    first, rest = (None if part is None else batch.with_data(part) for part in parts)
     return first, rest
-
-
-def _with(batch: WeightedBatch, data: Any) -> WeightedBatch:
-    return type(batch)(batch.objective, data, batch.objective.weight(data), batch.index)
 
 
 def _evaluated(batch: WeightedBatch) -> tuple[Any, float]:
@@ -212,34 +206,3 @@ def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     if not x.is_floating_point():
         return torch.equal(x, y)
     return bool((x - y).norm() <= tolerance * x.norm())
-
-
-def _find_nondeterminism(objective: Objective) -> str:
-    """Why two evaluations of an objective differ, as the end of a sentence."""
-    batch = next(iter(objective.weighted_batches()), None)
-    runs: list[Any] = []
-    for shift in () if batch is None else (0, 0 if objective.mode in ("train", "as_is") else 1):
-        objective._model_seed = objective.seed + shift
-        runs.append(_trace(objective, batch))
-    for (name, kind, a), (_, _, b) in zip(*runs, strict=False) if runs else ():
-        if not batches.equal(a, b):
-            where = f"module {name!r}" if name else "the model"
-            return (f"{where} ({kind}) is random although it is evaluated in mode {objective.mode!r}. Make it "
-                    'respect .eval(), or pass mode="train" to hold its draws fixed')
-    first, second = ([t.data for t in objective.weighted_batches()] for _ in range(2))
-    if len(first) != len(second) or not all(map(batches.equal, first, second)):
-        return "the data differ from pass to pass. Switch random augmentation off, or pass a list of batches"
-    return "the loss function itself, or code between the modules, is random"
-
-
-def _trace(objective: Objective, batch: Any) -> Sequence[tuple[str, str, Any]]:
-    seen: list[tuple[str, str, Any]] = []
-    hooks = [m.register_forward_hook(lambda m, _, out, name=name: seen.append((name, type(m).__name__, out)))
-             for name, m in objective.model.named_modules()]
-    try:
-        with torch.enable_grad():
-            batch.loss(batch.outputs())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen

@@ -33,7 +33,7 @@ class CompositeNorms(TorchFunctionMode):
 
 
 class Watch(TorchFunctionMode):
-    """Inside, it is seen whether user code needs ``CompositeNorms``, and whether a checkpoint in it is reentrant."""
+    """Notes whether the code run inside needs ``CompositeNorms``, and whether it uses a reentrant checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,10 @@ class Watch(TorchFunctionMode):
 
     @property
     def needs_composites(self) -> bool:
-        """A layer that is computed again in the backward pass, where modes are off, must stay what it was."""
+        """Whether code run inside must run again with composite norms.
+
+        Not where a layer is recomputed in the backward pass, where function modes are off: it must stay as it was.
+        """
         return (self.weight_norm or self.norms and self.differentiates) and not self.recomputed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,12 +100,12 @@ def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor 
         dims = [d for d in range(input.dim()) if d != 1]
         out = _normalized(x, dims, eps)
         if running_mean is not None and running_var is not None:
-            _follow(running_mean, x.mean(dims), momentum)
-            _follow(running_var, x.var(dims), momentum)
+            _update_running(running_mean, x.mean(dims), momentum)
+            _update_running(running_var, x.var(dims), momentum)
     else:
-        mean, var = _rows(x, running_mean, running_var)
+        mean, var = _per_channel(x, running_mean, running_var)
         out = (x - mean) * torch.rsqrt(var.to(x.dtype) + eps)
-    return _affine(out, *_rows(x, weight, bias)).to(input.dtype)
+    return _affine(out, *_per_channel(x, weight, bias)).to(input.dtype)
 
 
 def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
@@ -112,13 +115,13 @@ def _instance_norm(input: Tensor, running_mean: Tensor | None = None, running_va
         return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
     x, dims = _wide(input, weight, bias), list(range(2, input.dim()))
     if running_mean is not None and running_var is not None:
-        _follow(running_mean, x.mean(dims).mean(0), momentum)
-        _follow(running_var, x.var(dims).mean(0), momentum)
-    return _affine(_normalized(x, dims, eps), *_rows(x, weight, bias)).to(input.dtype)
+        _update_running(running_mean, x.mean(dims).mean(0), momentum)
+        _update_running(running_var, x.var(dims).mean(0), momentum)
+    return _affine(_normalized(x, dims, eps), *_per_channel(x, weight, bias)).to(input.dtype)
 
 
 @torch.no_grad()
-def _follow(running: Tensor, statistic: Tensor, momentum: float) -> None:
+def _update_running(running: Tensor, statistic: Tensor, momentum: float) -> None:
     """running ← (1 − momentum) · running + momentum · statistic, in place."""
     running.mul_(1 - momentum).add_(statistic.detach().to(running), alpha=momentum)
 
@@ -129,8 +132,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return (x * (g / torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else g / x.abs())).to(v.dtype)
 
 
-def _rows(x: Tensor, *vectors: Tensor | None) -> Any:
-    """One number a channel, along dimension 1."""
+def _per_channel(x: Tensor, *vectors: Tensor | None) -> Any:
+    """Vectors of one number a channel, shaped to broadcast along dimension 1 of x."""
     return [None if v is None else v.view(-1, *(1,) * (x.dim() - 2)) for v in vectors]
 
 

@@ -1,11 +1,11 @@
-"""The few errors flatmin names; each message says what is wrong and what to do.
+"""Errors of flatmin's own; each message says what is wrong and what to do.
 
-Wrong arguments raise ``ValueError``. These two are for a state of affairs rather than an argument.
+Wrong arguments raise ``ValueError``. These two are about the state of the weights and of files.
 """
 
 
 class PerturbedStateError(RuntimeError):
-    """The weights stand at w + ε, where the requested operation would read or save the wrong thing."""
+    """The weights are at w + ε, where the requested operation would read or save the wrong values."""
 
 
 class RunFolderError(RuntimeError):

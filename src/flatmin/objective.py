@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from . import batches, checks, perturbed, vectors
-from .evaluation import NO_TERMS, Batchwise, Pass, WeightedBatch
+from . import batches, checks, parallel
+from .evaluation import EvaluationSession, Pass, WeightedBatch, devices_of, normalizer
 from .parallel import Ranks
-from .results import FEWEST_BATCHES
+from .results import FEWEST_BATCHES, weighted_mean
 
 ORDER = "write Objective(model, loss_fn, data)"
 
 Mode = Literal["eval", "train", "batch_statistics", "as_is"]
 
 
-class Objective(Batchwise):
+@final
+class Objective:
     """The mean loss of a model over data, L(w) = Σ_b n_b L_b(w) / Σ_b n_b, with n_b the terms that batch b averages.
 
     Where the model is or contains DDP or FSDP2 modules, every rank passes its own share of the data and calls the same
@@ -71,19 +73,26 @@ class Objective(Batchwise):
         if forward is not None and loss_fn is None:
             raise ValueError("forward= needs a loss: loss_fn(outputs, batch)")
         checks.refuse_parameters(model)
-        super().__init__(model, loss_fn, batches.as_data(data, any_form=forward is not None), forward, weight, seed)
-        self.mode, self._check = mode, check
+        self.model, self.loss_fn, self.data = model, loss_fn, batches.as_data(data, any_form=forward is not None)
+        self.mode, self.seed = mode, seed
+        self.sums = weight is None and batches.option(loss_fn, "reduction") == "sum"
+        self._forward, self._weight, self._check = forward, weight, check
+        self._shift = batches.predicts_next_label(model)
+        self._session: EvaluationSession | None = None
+        self._composite = False             # whether normalization is computed by composite_norms
+        self._loss_checks: tuple[Callable[[Any, Tensor], None], ...] = ()
+        self.product_checks: dict[Any, Any] = {}    # what flatmin.curvature has found out about its products
 
     def __repr__(self) -> str:
         loss = "the model's own loss" if self.loss_fn is None else getattr(self.loss_fn, "__name__", None) or \
             type(batches.base_function(self.loss_fn)).__name__
-        return (f"Objective({type(batches.unwrapped(self.model)).__name__}, {loss}, {batches.described(self.data)}, "
+        return (f"Objective({type(parallel.unwrapped(self.model)).__name__}, {loss}, {batches.described(self.data)}, "
                 f"mode={self.mode!r})")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What operators act on: the parameters that require a gradient, in the order of ``model.parameters()``."""
-        if not self._depth:
+        if self._session is None:
             self.ranks.reshard()
         return [p for p in self.model.parameters() if p.requires_grad]
 
@@ -91,6 +100,30 @@ class Objective(Batchwise):
     def single(self) -> bool:
         """Whether the data are one batch, as far as can be told without reading them."""
         return isinstance(self.data, (list, batches.Single)) and len(self.data) == 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether n_b counts the tokens that a causal language model predicts."""
+        return self._shift and self._weight is None and not self.sums
+
+    @property
+    def weighs_itself(self) -> bool:
+        """Whether n_b is counted by the rule stated for ``weight``, rather than by the caller's function."""
+        return self._weight is None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the data."""
+        return Ranks(self.model) if self._session is None else self._session.ranks
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return devices_of(self.model) if self._session is None else self._session.devices
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are moved: the device of the first parameter."""
+        return next(iter(self.devices), torch.device("cpu"))
 
     def value(self) -> Tensor:
         """L(w): a 0-d float64 tensor (batches are summed in float64)."""
@@ -100,7 +133,7 @@ class Objective(Batchwise):
         """∇L(w), in the order of ``model.parameters()``; zeros where a parameter is unused or frozen."""
         w = self.parameters
         found = {id(p): g.to(p.dtype) for p, g in zip(w, self.evaluate(gradient=True).gradient, strict=True)}
-        return [vectors.like(found[id(p)], p) if id(p) in found else torch.zeros_like(p)
+        return [parallel.like(found[id(p)], p) if id(p) in found else torch.zeros_like(p)
                 for p in self.model.parameters()]
 
     def evaluate(self, *, gradient: bool = False, watch: Callable[[WeightedBatch], None] | None = None) -> Pass:
@@ -111,135 +144,79 @@ class Objective(Batchwise):
         parameter's is taken out of the backward pass as soon as it is ready. Half precisions are summed in float32.
         ``.grad`` is not touched. ``watch`` is called with each batch before it is evaluated.
         """
-        w = self.parameters
-        sums: list[Tensor | None] = [None] * len(w)
-        losses: list[Tensor] = []
-        weights: list[float] = []
-        samples, first, kinds = 0, 1.0, {p.dtype for p in w}
-        with self.session(), torch.enable_grad():
-            for batch in self.weighted_batches():
-                if watch is not None:
-                    watch(batch)
-                first = first if losses else batch.total
-                outputs = batch.outputs()
-                loss = batch.loss(outputs, differentiate=gradient)
-                kinds.update(t.dtype for t in batches.tensors(outputs) if t.is_floating_point())
-                del outputs
-                if gradient:
-                    self._add_gradient(sums, loss, batch, w, batch.total / first)
-                losses.append(loss.detach())
-                weights.append(batch.weight)
-                samples += batches.samples_in(batch.data) if batch.weight > 0 else 0
-                del loss
-            each = tuple(float(t.to("cpu", torch.float64)) for t in losses)
-            samples = int(self.ranks.total(samples)[0])
-            g = self._mean_gradient(sums, w, first / self.normalizer(weights)) if gradient else []
-            loss = self._total(zip(losses, weights, strict=True))
-        eps = max((torch.finfo(kind).eps for kind in (*kinds, *(t.dtype for t in losses))), default=0.0)
-        return Pass(loss, each, tuple(weights), samples, eps, g, self._without(sums, w) if gradient else ())
-
-    def _without(self, sums: list[Tensor | None], w: list[nn.Parameter]) -> tuple[str, ...]:
-        """The names of the parameters that no gradient came for."""
-        missing = {id(p) for p, t in zip(w, sums, strict=True) if t is None}
-        return tuple(name for name, p in self.model.named_parameters() if id(p) in missing) if missing else ()
-
-    def _add_gradient(self, sums: list[Tensor | None], loss: Tensor, batch: WeightedBatch, w: list[nn.Parameter],
-                      share: float) -> None:
-        """sums ← sums + share · ∇loss; under FSDP2 the mean over the batches of this pass, local shards."""
-        if self.ranks.in_step:
-            for i, row in enumerate(self.ranks.backward(loss * (batch.weight / batch.total), w)):
-                summing(sums, i, w[i], share)(row)
-        elif loss.requires_grad:
-            handles = [p.register_hook(summing(sums, i, p, share)) for i, p in enumerate(w)]
-            try:
-                torch.autograd.grad(loss, w, allow_unused=True)
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-    def _mean_gradient(self, sums: list[Tensor | None], w: list[nn.Parameter], share: float) -> list[Tensor]:
-        g = [torch.zeros_like(vectors.local(p.detach())) if t is None else t for p, t in zip(w, sums, strict=True)]
-        if share != 1:
-            vectors.scale(share, g)
-        return g if self.ranks.in_step else [self.ranks.sum_(t) for t in g]
+        with self.session():
+            return self._inside.evaluate(gradient=gradient, watch=watch)
 
     def data_stderr(self, changes: Sequence[float], weights: Sequence[float]) -> float:
         """The standard error, over batches, of a mean over batches; nan where there are fewer than five.
 
         √(B/(B − 1) Σ n_b² (d_b − d)²) / Σ n_b for d = Σ n_b d_b / Σ n_b, over all ranks: how much d would change with
-        other data, if the batches are independent draws.
+        other data, if the batches are independent draws. Where the loss is a sum, the error of Σ d_b.
 
         Args:
             changes: d_b of this rank's batches, in the order of ``Pass.losses``.
             weights: n_b.
         """
-        rows = [(d, n) for d, n in zip(changes, weights, strict=True) if n > 0]
-        count, total, weighted = self.ranks.total(len(rows), math.fsum(n for _, n in rows),
-                                                  math.fsum(n * d for d, n in rows))
-        if count < FEWEST_BATCHES:
-            return math.nan
-        mean = weighted / total
-        spread, = self.ranks.total(math.fsum((n * (d - mean)) ** 2 for d, n in rows))
-        error = math.sqrt(count / (count - 1) * spread)
-        return error if self.sums else error / total
+        pairs = [(d, n) for d, n in zip(changes, weights, strict=True) if n > 0]
+        changes, weights = [d for d, _ in pairs], [n for _, n in pairs]
+        ranks = self.ranks
+        error = weighted_mean(changes, weights, fewest=FEWEST_BATCHES, total=ranks.total if ranks else None)[1]
+        return error * ranks.total(math.fsum(weights))[0] if self.sums else error
+
+    def weight(self, batch: Any) -> float:
+        """n_b: how many terms the loss of a batch is a mean of."""
+        if self._weight is not None:
+            n = float(self._weight(batch))
+        else:
+            n = batches.terms(batch, self.loss_fn, self._shift)
+        if not (math.isfinite(n) and n >= 0):
+            raise ValueError(f"the weight of a batch must be finite and not negative, got {n}")
+        return 1.0 if self.sums and n > 0 else n
 
     def normalizer(self, weights: Iterable[float]) -> float:
         """Σ n_b over all ranks, or 1 where the loss is a sum."""
-        total, = self.ranks.total(1.0 if self.sums else math.fsum(weights))
-        if total <= 0:
-            raise ValueError(NO_TERMS)
-        return 1.0 if self.sums else total
+        return normalizer(weights, self.ranks, self.sums)
+
+    def mean(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
+        """Σ n_b L_b / Σ n_b over all ranks, for this rank's pairs (L_b, n_b), inside ``session()``: 0-d float64."""
+        return self._inside.mean(losses)
+
+    def batches(self) -> Iterator[Any]:
+        """The batches as the data give them, in every pass of a session in the same order. Use inside ``session()``."""
+        return self._inside.batches()
+
+    def weighted_batches(self) -> Iterator[WeightedBatch]:
+        """The batches, moved to the model's device, that hold at least one term. Use inside ``session()``."""
+        return self._inside.weighted_batches()
+
+    @property
+    def _inside(self) -> EvaluationSession:
+        assert self._session is not None, "used outside session()"
+        return self._session
 
     @contextmanager
     def session(self, *, check: bool = False) -> Iterator[None]:
-        """Several evaluations that share one setting of modes and give everything back at the end.
+        """Several evaluations that share one setting of modes and restore everything at the end.
 
         Inside, every evaluation of the model is the same computation: attention takes its plain path, and a loader
         draws the same order in every pass. ``check`` calls ``self.check()`` first.
         """
-        if self._depth:
+        if self._session is not None:
             if check:
                 self.check()
             yield
             return
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(perturbed.unchanged_random_state(self.devices))
-            stack.enter_context(perturbed.unchanged_buffers(self.model))
-            if self.mode != "as_is":
-                stack.enter_context(perturbed.module_mode(self.model, self.mode == "train"))
-            if self.mode == "batch_statistics":
-                for module in self.model.modules():
-                    if isinstance(module, nn.modules.batchnorm._NormBase):
-                        module.training = True
-            stack.enter_context(batches.eager(self.model))
-            stack.enter_context(without_fast_path())
-            stack.enter_context(perturbed.without_hooks(*self.model.parameters()))
-            stack.enter_context(self._held_generators())
-            self._buffers = self.moving_buffers()
-            self._watched(stack)
-            self._ranks = Ranks(self.model)
-            stack.enter_context(self._ranks.evaluating())
-            self._depth = 1
+        session = EvaluationSession(
+            model=self.model, loss_fn=self.loss_fn, data=self.data, forward=self._forward, weight=self.weight,
+            sums=self.sums, mode=self.mode, seed=self.seed, composite=self._composite, loss_checks=self._loss_checks)
+        with session.open():
+            self._session = session
             try:
                 if check:
                     self.check()
                 yield
             finally:
-                self._depth, self._ranks, self._buffers, self._watch = 0, None, [], None
-
-    @contextmanager
-    def _held_generators(self) -> Iterator[None]:
-        """The data's own generators are at the same state when each pass begins, and where they were at the end."""
-        self._generators = batches.generators(self.data)
-        states = [g.get_state() for g in self._generators]
-        try:
-            yield
-        finally:
-            for g, state in zip(self._generators, states, strict=True):
-                g.set_state(state)
-            self._generators = []
+                self._session, self._composite = None, session.composite
 
     def check(self) -> None:
         """Raise a ValueError that names the cause where L is not one function of the weights, or not the mean stated.
@@ -252,42 +229,37 @@ class Objective(Batchwise):
         if not self._check:
             return
         with self.session():
-            checks.check(self)
+            checks.check(self._inside, mean=self.weighs_itself)
         self._check = False
 
-    def _total(self, losses: Iterable[tuple[Tensor, float]]) -> Tensor:
-        rows = [(value.detach().to("cpu", torch.float64) * n, n) for value, n in losses if n > 0]
-        total = torch.stack([part for part, _ in rows]).sum() if rows else torch.zeros((), dtype=torch.float64)
-        if self.ranks:
-            total = torch.tensor(self.ranks.total(float(total))[0], dtype=torch.float64)
-        return total / self.normalizer(n for _, n in rows)
-
-
-def summing(sums: list[Tensor | None], i: int, p: nn.Parameter, share: float) -> Callable[[Tensor], Tensor | None]:
-    """A hook for ``p``: sums[i] ← sums[i] + share · gradient, and a zero that takes no memory in its place."""
-    @torch.no_grad()
-    def hook(g: Tensor) -> Tensor | None:
-        row = vectors.local(vectors.matched(g, p))
-        row = row.to_dense() if row.layout is not torch.strided else row
-        total = sums[i]
-        if total is None:
-            like = vectors.local(p.detach())
-            total = torch.empty_like(like, dtype=torch.float32 if like.dtype in vectors.HALF else like.dtype)
-            sums[i] = torch.mul(row, share, out=total) if row.dtype == total.dtype else total.copy_(row).mul_(share)
+    def evaluate_once(self) -> None:
+        """Evaluate one batch where this session has evaluated none: an error of the user's code is raised here."""
+        if self._inside.evaluated:
+            self._inside.refuse_reentrant()
         else:
-            total.add_(row, alpha=share)
-        plain = g.layout is torch.strided and not vectors.is_sharded(g)
-        return g.new_zeros(()).expand_as(g) if plain else None
+            with torch.enable_grad():
+                for batch in self.weighted_batches():
+                    batch.loss(batch.outputs())
+                    break
 
-    return hook
+    def on_data(self, data: Any) -> Objective:
+        """The same objective on other batches, with sessions of its own."""
+        other = copy.copy(self)
+        other.data, other._session = data, None
+        return other
 
+    def with_loss_check(self, check: Callable[[Any, Tensor], None]) -> Objective:
+        """The same objective, which calls ``check(outputs, loss)`` for the loss of every batch."""
+        other = copy.copy(self)
+        other._loss_checks = (*self._loss_checks, check)
+        if self._session is not None:
+            other._session = copy.copy(self._session)
+            other._session.loss_checks = other._loss_checks
+        return other
 
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` compute the same with and without gradients inside."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    def alone(self, data: Any, loss_fn: Callable[..., Tensor] | None,
+              around: Callable[[], AbstractContextManager[Any]]) -> Objective:
+        """Inside a session: the objective on other data and with another loss, run by this rank alone."""
+        other = copy.copy(self)
+        other.data, other.loss_fn, other._session = data, loss_fn, self._inside.alone(data, loss_fn, around)
+        return other

@@ -1,7 +1,7 @@
 """Change weights, buffers, random state or mode, and always give them back.
 
 Weights are given back by an in-place copy of what they were, never by subtraction (inexact) and never by rebinding
-``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Weights`, whose
+``p.data`` (which leaves a sharded parameter where it is). The one exception is :class:`Float32Displacement`, whose
 originals are never written at all.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +17,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import vectors
+from . import parallel, vectors
 
 READABLE = ("cpu",)
 """Devices on which reading a number to the host waits for nothing."""
+
+
+class Spare:
+    """Memory for a copy of many small tensors, kept from step to step: new pages cost more than the copying."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._layout: tuple[list[torch.Size], list[torch.dtype]] = [], []
+
+    def take(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors of the same shapes and dtypes, unwritten; nobody else gets them before they are put back."""
+        layout = [t.shape for t in like], [t.dtype for t in like]
+        out, self._kept = self._kept, []
+        if not out or layout != self._layout:
+            out, self._layout = [torch.empty_like(t) for t in like], layout
+        return out
+
+    def put_back(self, tensors: list[Tensor]) -> None:
+        self._kept = tensors
 
 
 class Displacement:
@@ -28,11 +47,14 @@ class Displacement:
 
     With ``own=True`` the memory of ``d`` is taken over to hold the copy of w: no allocation beyond one block of
     scratch, and four memory streams (read w and d, write both). Otherwise one copy is allocated; with ``offload``, in
-    the host's memory.
+    the host's memory. ``spare`` holds the copy of one block of small tensors instead, and outlives the displacement.
     """
 
-    def __init__(self, offload: bool = False) -> None:
-        self._offload = offload
+    mode: AbstractContextManager[Any] = nullcontext()  # for passes at w + ε
+
+    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
+        self._offload, self._spare = offload, spare
+        self._lent: list[Tensor] = []  # from ``spare``
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
         self.realised: list[Tensor] = []
 
@@ -41,8 +63,10 @@ class Displacement:
         """w ← w + scale · d. ``finite`` replaces inf and NaN in the step by zero (an overflow to be skipped later)."""
         if self._offload:
             copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in w]
+        elif not own:
+            copies = [torch.empty_like(t) for t in w]
         else:
-            copies = d if own else [torch.empty_like(t) for t in w]
+            copies = self._borrowed(w) or d
         scratch = vectors.Scratch()
         for ws, ds, cs in vectors.blocks(w, d, copies):
             half = ws[0].dtype in vectors.HALF
@@ -54,16 +78,27 @@ class Displacement:
             self._copies.append((ws, cs))
             torch._foreach_add_(ws, step)
             if half:
-                self.realised.append(_realised(ws, cs, step))
+                self.realised.append(realised_step(ws, cs, step))
 
     def _move_small(self, w: list[Tensor], d: list[Tensor], copies: list[Tensor], scale: float) -> None:
-        """Many small tensors in three calls; a step of length 0 (an overflow, among others) is not taken."""
+        """Many small tensors in few calls; a step of length 0 (an overflow, among others) is not taken."""
         if scale == 0:
             return
-        moved = torch._foreach_add(w, d, alpha=scale)
+        moved = torch._foreach_add(w, d, alpha=scale) if copies[0] is d[0] else None  # before d is overwritten
         torch._foreach_copy_(copies, w)
         self._copies.append((w, copies))
-        torch._foreach_copy_(w, list(moved))
+        if moved is None:
+            torch._foreach_add_(w, d, alpha=scale)
+        else:
+            torch._foreach_copy_(w, list(moved))
+
+    def _borrowed(self, w: Sequence[Tensor]) -> list[Tensor]:
+        """Spare memory for a copy of one block of small tensors on the CPU; nothing for other weights."""
+        if self._spare is None or len(w) < 2 or w[0].device.type not in READABLE or (
+                sum(map(Tensor.numel, w)) > vectors.BLOCK):
+            return []
+        self._lent = self._spare.take(w)
+        return self._lent
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -71,44 +106,65 @@ class Displacement:
         for ws, cs in reversed(self._copies):
             torch._foreach_copy_(ws, cs)
         self._copies = []
+        if self._spare is not None and self._lent:
+            self._spare.put_back(self._lent)
+            self._lent = []
 
 
-def _realised(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
+def realised_step(w: Sequence[Tensor], old: Sequence[Tensor], step: Sequence[Tensor]) -> Tensor:
     """Squared length of what was asked for, of what was done, and their inner product, as one 3-vector."""
     done = [a.float() - b.float() for a, b in zip(w, old, strict=True)]
     return torch.stack([vectors.dots(step, step).sum(), vectors.dots(done, done).sum(), vectors.dots(step, done).sum()])
 
 
-class Float32Weights:
-    """Half-precision weights replaced by float32 tensors w + ε while a pass runs; the originals are never written.
+class Float32Displacement:
+    """As :class:`Displacement`, but half-precision weights are replaced by float32 tensors w + ε; w is never written.
 
     Between w and w + ε there is often no bfloat16 number at all, so the step cannot be taken in the weights' own
-    precision. While active, operations that mix half and single precision run in single precision; what runs inside
-    ``backward`` is not reached.
+    precision. Inside ``mode``, operations that mix half and single precision run in single precision; what runs inside
+    ``backward`` is not reached. Weights of other precisions, and of a second half precision, are moved in place.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]):
-        self._parameters = list(parameters)
-        self._originals = [p.data for p in self._parameters]
-        self.mode = _MixedDtypePromotion(self._originals[0].dtype)
+    def __init__(self, offload: bool = False, spare: Spare | None = None) -> None:
+        self._others = Displacement(offload, spare)
+        self._replaced: list[tuple[nn.Parameter, Tensor]] = []
 
-    def move(self, d: Sequence[Tensor], scale: Tensor, *, finite: bool = False) -> None:
-        for p, w, step in zip(self._parameters, self._originals, d, strict=True):
+    @property
+    def realised(self) -> list[Tensor]:
+        return self._others.realised
+
+    @property
+    def mode(self) -> AbstractContextManager[Any]:
+        """The context for passes at w + ε."""
+        return _MixedDtypePromotion(self._replaced[0][1].dtype) if self._replaced else nullcontext()
+
+    def move(self, w: Sequence[Tensor], d: Sequence[Tensor], scale: Tensor, *, own: bool = True,
+             finite: bool = False) -> None:
+        """w ← w + scale · d, for parameters of one dtype and device."""
+        dtype = w[0].dtype
+        if dtype not in vectors.HALF or (self._replaced and self._replaced[0][1].dtype != dtype):
+            self._others.move(w, d, scale, own=own, finite=finite)
+            return
+        for p, step in zip(w, d, strict=True):
+            assert isinstance(p, nn.Parameter)
             wide = step.float().mul_(scale.to(step.device))
             if finite:
                 wide.nan_to_num_(0.0, 0.0, 0.0)
             p.grad = None
-            p.data = wide.add_(w)
+            self._replaced.append((p, p.data))
+            p.data = wide.add_(p.data)
 
     def restore(self) -> None:
         """Give the weights back; may be called again after a Ctrl-C in the middle."""
-        for p, w in zip(self._parameters, self._originals, strict=True):
+        self._others.restore()
+        for p, w in self._replaced:
             if p.data.dtype == w.dtype:
                 continue
             gradient, p.grad = p.grad, None
             p.data = w
             if gradient is not None:
                 p.grad = gradient.to(w.dtype)
+        self._replaced = []
 
 
 _LIKE_SELF = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "addmm_",
@@ -171,8 +227,10 @@ def buffer_versions(registries: list[dict[str, Any]]) -> dict[int, int]:
 class Buffers:
     """The buffers of a module as they are (BatchNorm statistics of any kind, counters, ...); ``restore`` goes back.
 
-    ``versions`` are those before an earlier pass of the same step: a large buffer that it has not written to is not
-    copied, since the next pass will leave it alone too. (Writing through ``.data`` is not seen.)
+    ``versions`` are those before an earlier pass of the same step: a buffer of more than 65 536 numbers that it has not
+    written to is not copied, since the next pass will leave it alone too. Torch counts no write through ``.data``, so
+    such a write to so large a buffer keeps the value of the last pass: write under ``torch.no_grad()`` instead.
+    Measurements (no ``versions``) copy every buffer.
     """
 
     def __init__(self, registries: list[dict[str, Any]], versions: dict[int, int] | None = None):
@@ -189,7 +247,7 @@ class Buffers:
             registry[name] = buffer
         for key, buffer in self._seen.items():
             if key in self._copies:
-                vectors.local(buffer).copy_(vectors.local(self._copies[key]))
+                parallel.local(buffer).copy_(parallel.local(self._copies[key]))
             elif buffer._version != self._same[key]:
                 warnings.warn("a buffer that the pass at w left alone was written in the pass at w + ε and keeps that "
                               "value", stacklevel=2)
@@ -273,8 +331,8 @@ def module_mode(module: nn.Module, training: bool) -> Iterator[None]:
 def displaced(parameters: Sequence[Tensor], direction: Sequence[Tensor],
               scale: float | Tensor = 1.0) -> Iterator[Displacement]:
     """Weights stand at w + scale · direction inside and are given back bit for bit; ``direction`` is not changed."""
-    w = [vectors.local(p.detach()) for p in parameters]
-    d = [vectors.local(t) for t in direction]
+    w = [parallel.local(p.detach()) for p in parameters]
+    d = [parallel.local(t) for t in direction]
     displacement = Displacement()
     try:
         with torch.no_grad():

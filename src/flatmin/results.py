@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,40 @@ class Scalar:
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, as written to ``record.json``."""
         return plain(self)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float], *, fewest: int = 2,
+                  total: Callable[..., list[float]] | None = None) -> tuple[float, float]:
+    """m = Σ n_b x_b / Σ n_b and its standard error √(B/(B − 1) Σ n_b² (x_b − m)²) / Σ n_b, for B independent batches.
+
+    The error is that of a ratio of sums, to first order; nan for fewer than ``fewest`` batches.
+
+    Args:
+        values: x_b.
+        weights: n_b, positive.
+        fewest: at least 2.
+        total: where ranks hold different batches: gives the sums over all ranks of its arguments.
+
+    W. Cochran, Sampling Techniques, 3rd ed., Wiley 1977, sections 6.3 to 6.5.
+
+    >>> weighted_mean([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])     # the error is the standard deviation, 1, over √3
+    (2.0, 0.5773502691896257)
+    """
+    sums = [float(len(values)), math.fsum(weights), math.fsum(n * x for n, x in zip(weights, values, strict=True))]
+    count, n, weighted = total(*sums) if total else sums
+    mean = weighted / n if n > 0 else math.nan
+    spread = math.hypot(*(n * (x - mean) for n, x in zip(weights, values, strict=True)))     # squares cannot overflow
+    spread = math.sqrt(total(spread ** 2)[0]) if total else spread
+    return mean, math.nan if count < fewest else math.sqrt(count / (count - 1)) * spread / n
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerBatch:
+    """A measure's values batch by batch and the terms that each averages; of this rank's batches or of all ranks'."""
+
+    values: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()
+    of_all_ranks: bool = False
 
 
 def uncertain(value: float, error: float = math.nan) -> str:

@@ -1,8 +1,8 @@
 """The TensorScope pipeline: the names and signatures of its documentation, each a few lines over this library.
 
-Everything returned is a plain float, list or dict. What its documentation got wrong is put right: one-step sharpness
-is ρ‖g‖ + ½ρ²ĝᵀHĝ + ... and not ½ρ²λ₁, disagreement of measures is a result and not an assertion, all batches count
-and not the first, and an indefinite Hessian has no condition number.
+Everything returned is a plain float, list or dict. It differs from that documentation in four points. One-step
+sharpness is ρ‖g‖ + ½ρ²ĝᵀHĝ + ... and not ½ρ²λ₁. Measures that disagree give a warning and not an assertion. All batches
+count and not the first alone. An indefinite Hessian has no condition number.
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import batches
+from . import batches, parallel
 from .curvature import Hessian, condition_number, eigenpairs, trace
+from .curvature.measures import MEASURES as CURVATURE
+from .landscape.measures import MEASURES as LANDSCAPE
+from .measures import METRICS as OFFERED
+from .measures import Options
 from .objective import Objective
-from .sharpness import (
-    agreement,
-    average_case,
-    compare,
-    first_order,
-    normalized_flatness,
-    one_step,
-    scaled_radius,
-    worst_case,
-)
+from .results import Scalar, plain
+from .sharpness import Agreement, agreement, compare, first_order, one_step, scaled_radius
+from .sharpness.cautions import DisagreementWarning
+from .sharpness.measures import MEASURES as SHARPNESS
 
 __all__ = ["ICLRMetrics", "ModularityMetrics", "UnifiedModelAnalysis", "compare_model_sharpness",
            "compute_hessian_eigenvalues", "compute_hessian_eigenvalues_lanczos", "compute_sam_sharpness",
@@ -114,12 +112,12 @@ class ICLRMetrics:
     compute_sam_sharpness = staticmethod(compute_sam_sharpness)
 
 
-METHODS: dict[str, tuple[str, Callable[[Objective, float], Any]]] = {
-    "worst_case": ("worst_case_sharpness", lambda o, rho: float(worst_case(o, rho))),
-    "average_case": ("average_case_sharpness", lambda o, rho: float(average_case(o, rho))),
-    "adaptive": ("adaptive_sharpness", lambda o, rho: float(worst_case(o, rho, adaptive="element"))),
-    "normalized_flatness": ("normalized_flatness", lambda o, rho: float(normalized_flatness(o))),
-}
+TABLE = {**SHARPNESS, **CURVATURE, **LANDSCAPE}
+UNDER_OTHER_NAMES = ("one_step", "spectrum", "agreement")   # "sam", "hessian" and the sanity check
+METHODS = {"adaptive": "adaptive_worst_case"} | {name: name for name in OFFERED if name not in UNDER_OTHER_NAMES}
+KEYS = {"worst_case": "worst_case_sharpness", "average_case": "average_case_sharpness",
+        "adaptive_worst_case": "adaptive_sharpness"}
+"""Where the key of a result is not the name of its measure."""
 SHARPNESS_METHODS = ("hessian", "sam", *METHODS)
 METRICS = ("sharpness", "loss", "gradient_norm")
 OPTIONS = ("metrics", "sharpness_methods", "use_sam_as_sanity_check", "epsilon", "adaptive_epsilon", "k",
@@ -135,13 +133,16 @@ class UnifiedModelAnalysis:
         Args:
             model, data: as for ``compute_sam_sharpness``; a loader is averaged over, exactly.
             config: ``metrics`` of "sharpness" (the default), "loss", "gradient_norm"; ``sharpness_methods`` of
-                "hessian", "sam" (the defaults), "worst_case", "average_case", "adaptive", "normalized_flatness";
-                ``use_sam_as_sanity_check`` for the third-order test of one against the other; ``epsilon`` (0.01),
-                ``adaptive_epsilon``, ``k`` (20), ``max_batches`` (all), ``loss_fn``, ``seed``.
+                "hessian", "sam" (the defaults), "adaptive", or a measure of ``flatmin measure`` such as "worst_case",
+                "average_case", "largest_random", "m_sharpness", "normalized_flatness", "density", "surface";
+                ``use_sam_as_sanity_check`` for the third-order test of one against the other, with a
+                ``DisagreementWarning`` where it fails; ``epsilon`` (0.01), ``adaptive_epsilon``, ``k`` (20),
+                ``max_batches`` (all), ``loss_fn``, ``seed``.
 
         Returns:
             ``hessian_eigenvalues`` (a dict), ``sam_sharpness``, ``sanity_check`` (a dict with a plain ``sentence``),
-            ``worst_case_sharpness``, ... for what was asked for.
+            ``worst_case_sharpness``, ``m_sharpness``, ... for what was asked for: a float, or a dict for a density, a
+            line or a surface.
 
         Raises:
             ValueError: an unknown metric, method or option; the message lists the choices.
@@ -171,11 +172,12 @@ class UnifiedModelAnalysis:
                 loss_fn=config.get("loss_fn"), seed=int(config.get("seed", 0)))
         if "sam" in methods:
             out["sam_sharpness"] = float(one_step(objective, epsilon, second_order=False))
-        for name, (key, measure) in METHODS.items():
-            if name in methods:
-                out[key] = measure(objective, epsilon)
+        options = Options(rho=epsilon, seed=int(config.get("seed", 0)), value_only=True)
+        for name in dict.fromkeys(METHODS[method] for method in METHODS if method in methods):
+            out[KEYS.get(name, name)] = _plain(TABLE[name](objective, options))
         if config.get("use_sam_as_sanity_check"):
             check = agreement(objective, epsilon, iterations=10, restarts=0)
+            _warn_of_disagreement(check)
             out["sanity_check"] = {key: getattr(check, key) for key in
                                    ("third_order", "worst_case", "bound", "applies", "ratio", "sentence")}
         return out
@@ -183,7 +185,7 @@ class UnifiedModelAnalysis:
 
 def compare_model_sharpness(model_a: nn.Module, model_b: nn.Module, dataloader: Any, *, epsilon: float = 0.01,
                             loss_fn: Loss = None) -> dict[str, Any]:
-    """Two models side by side, over all batches; disagreement between measures is reported, not asserted away.
+    """Two models side by side, over all batches; a ``DisagreementWarning`` where the measures order them differently.
 
     Returns:
         ``sharper_model`` "A" or "B" by one-step sharpness ("neither" where equal); ``hessian_confirms``, whether the
@@ -200,6 +202,9 @@ def compare_model_sharpness(model_a: nn.Module, model_b: nn.Module, dataloader: 
     found = compare(objective_for(model_a, dataloader, loss_fn), objective_for(model_b, dataloader, loss_fn), epsilon,
                     measures=("one_step", "largest_eigenvalue", "normalized_flatness"))
     sam, top, flat = (found.rows[name] for name in ("one_step", "largest_eigenvalue", "normalized_flatness"))
+    if sam.sign * top.sign < 0:
+        warnings.warn(f"SAM and Hessian disagree on relative sharpness. {found.sentence}", DisagreementWarning,
+                      stacklevel=2)
     return {"sharper_model": {1: "A", -1: "B", 0: "neither"}[sam.sign], "hessian_confirms": sam.sign == top.sign,
             "sam_ratio": sam.ratio, "eigenvalue_ratio": top.ratio, "invariant_ratio": flat.ratio,
             "signs": found.signs, "same_scale": found.same_scale, "sentence": found.sentence,
@@ -207,10 +212,27 @@ def compare_model_sharpness(model_a: nn.Module, model_b: nn.Module, dataloader: 
             "model_b": {name: row.b for name, row in found.rows.items()}}
 
 
+def _plain(found: Any) -> Any:
+    """A number as a float; a picture as plain lists with its axes."""
+    if isinstance(found, Scalar):
+        return float(found)
+    if hasattr(found, "density"):
+        x, density, error = found.density()
+        return plain(found) | plain({"x": x, "density": density, "density_stderr": error})
+    return plain(found)
+
+
+def _warn_of_disagreement(check: Agreement, factor: float = 10.0) -> None:
+    """Warn where the third-order test fails, or where worst case and ½ρ²λ₁ are comparable and a factor apart."""
+    apart = check.applies and not 1 / factor <= check.ratio <= factor
+    if check.third_order is False or apart:
+        warnings.warn(f"SAM and Hessian sharpness diverge: {check.sentence}", DisagreementWarning, stacklevel=3)
+
+
 def objective_for(model: nn.Module, data: Any, loss_fn: Loss = None) -> Objective:
     """The loss of a model over batches of the kinds that ``compute_sam_sharpness`` lists."""
     first = data
-    if not isinstance(data, (Mapping, tuple)) and not batches._is_pair(data):
+    if not isinstance(data, (Mapping, tuple)) and not batches.is_pair(data):
         batches.as_data(data, any_form=True)
         first = next(iter(data), None)
     if isinstance(first, Mapping):
@@ -244,7 +266,7 @@ def _of_mappings(model: nn.Module, data: Any, first: Mapping[str, Any], loss_fn:
 
 def _returns_loss(model: nn.Module) -> bool:
     """Whether ``model(..., labels=...)`` computes a loss, as in the ``transformers`` library."""
-    return "labels" in inspect.signature(batches.unwrapped(model).forward).parameters
+    return "labels" in inspect.signature(parallel.unwrapped(model).forward).parameters
 
 
 def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +309,7 @@ class _Mapped:
 
 def _first(data: Any, count: int | None) -> Any:
     """The first batches of a loader."""
-    if count is None or isinstance(data, (Mapping, tuple)) or batches._is_pair(data):
+    if count is None or isinstance(data, (Mapping, tuple)) or batches.is_pair(data):
         return data
     return [batch for _, batch in zip(range(math.ceil(count)), data, strict=False)]
 

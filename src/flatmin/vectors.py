@@ -1,7 +1,7 @@
-"""Lists of tensors as one vector: norms, products, random vectors, whole or sharded.
+"""Lists of tensors as one vector: norms, inner products, random vectors, whole or sharded.
 
-The only file that knows ``DTensor`` and process groups. A sharded parameter counts once: every sum over
-coordinates is taken over the local shard and then over the ranks that hold the other shards.
+A sharded parameter counts once: every sum over coordinates is taken over the local shard and then over the ranks that
+hold the other shards.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from .parallel import all_reduce, local, part, shard_groups
 
 BLOCK = 1 << 18
 """Numbers handled at once: large enough to hide call overhead, small enough for a second-level cache."""
@@ -23,44 +25,11 @@ _NORM_BLOCK = 1 << 16
 HALF = (torch.float16, torch.bfloat16)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor`` (asked without importing the distributed package)."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lives on this rank, sharing its memory; plain tensors are returned as they are."""
-    return cast(Any, tensor)._local_tensor if is_sharded(tensor) else tensor
-
-
-def like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A local part ``value`` with the sharding of ``tensor``."""
-    if not is_sharded(tensor):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    spec = cast(Any, tensor)
-    return DTensor.from_local(value, spec.device_mesh, spec.placements, run_check=False, shape=tensor.shape,
-                              stride=tensor.stride())
-
-
-def matched(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient with the placements of its parameter: pending sums are carried out."""
-    if is_sharded(gradient) and tuple(cast(Any, gradient).placements) != tuple(cast(Any, parameter).placements):
-        return cast(Any, gradient).redistribute(placements=cast(Any, parameter).placements)
-    return gradient
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks if it is sharded."""
-    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
-
-
 def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[list[Tensor], ...]]:
     """Walk equally shaped lists of tensors in lockstep, about ``limit`` numbers at a time.
 
     Large contiguous tensors are cut into flat pieces and small ones gathered, so that element-wise work on several
-    lists stays in cache and needs one piece of scratch memory. Yields one list of pieces a column.
+    lists stays in cache and needs scratch memory for one piece. Yields one list of pieces a column.
     """
     if sum(map(Tensor.numel, columns[0])) <= limit:
         if columns[0]:
@@ -87,11 +56,13 @@ def blocks(*columns: Sequence[Tensor], limit: int = BLOCK) -> Iterator[tuple[lis
 
 
 class Scratch:
-    """Room for one block of intermediate results, used again for every block: on the CPU fresh pages cost more than
-    the arithmetic on them."""
+    """Memory for one block of intermediate results, used again for every block.
+
+    On the CPU, writing to newly allocated pages costs more than the arithmetic.
+    """
 
     def __init__(self) -> None:
-        self._rooms: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._blocks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def scaled(self, pieces: Sequence[Tensor], factor: float | Tensor, finite: bool = False) -> list[Tensor]:
         """factor · pieces; overwritten by the next call.
@@ -99,7 +70,7 @@ class Scratch:
         ``finite``: with 0 in the place of inf and nan; the pieces are then of one dtype and device.
         """
         if len(pieces) == 1:
-            out = torch.mul(pieces[0], factor, out=self._room(pieces[0]))
+            out = torch.mul(pieces[0], factor, out=self._memory(pieces[0]))
             return [out.nan_to_num_(0.0, 0.0, 0.0) if finite else out]
         if not finite:
             return list(torch._foreach_mul(list(pieces), factor))
@@ -110,22 +81,23 @@ class Scratch:
         """|pieces|; overwritten by the next call."""
         if len(pieces) > 1:
             return list(torch._foreach_abs(list(pieces)))
-        return [torch.abs(pieces[0], out=self._room(pieces[0]))]
+        return [torch.abs(pieces[0], out=self._memory(pieces[0]))]
 
-    def _room(self, piece: Tensor) -> Tensor:
+    def _memory(self, piece: Tensor) -> Tensor:
         key = (piece.device, piece.dtype)
-        if key not in self._rooms or self._rooms[key].numel() < piece.numel():
-            self._rooms[key] = torch.empty(max(BLOCK, piece.numel()), device=piece.device, dtype=piece.dtype)
-        room = self._rooms[key][: piece.numel()]
-        return room if piece.dim() == 1 else room.view(piece.shape)
+        if key not in self._blocks or self._blocks[key].numel() < piece.numel():
+            self._blocks[key] = torch.empty(max(BLOCK, piece.numel()), device=piece.device, dtype=piece.dtype)
+        block = self._blocks[key][: piece.numel()]
+        return block if piece.dim() == 1 else block.view(piece.shape)
 
 
 def _wide(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _reading(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype in which squares are summed: half precisions overflow and lose them."""
+def _summed_in(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which the squares of half precisions are summed, which they would overflow; None for their own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else None
 
 
@@ -133,7 +105,9 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Per tensor, the sum of squares of its local part: a float64 vector of ``len(tensors)``.
 
     Float32 sums run over blocks of 65 536 and the blocks are added in float64: as fast as a float32 norm and accurate
-    to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3.
+    to about 1e-6, where a plain float32 norm of 58 million numbers is off by 4e-3. On the CPU, tensors whose squares
+    leave the range of float32 are summed again in float64. On other devices, where asking would wait for the device,
+    a norm above about 1e19 is inf, and one below 1e-19 loses digits, down to 0.
     """
     assert tensors
     device = tensors[0].device
@@ -145,33 +119,63 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         if n <= _NORM_BLOCK or not t.is_contiguous():
             small.setdefault((t.device, t.dtype), []).append(i)
             continue
-        flat, cut, dtype = t.view(-1), n - n % _NORM_BLOCK, _reading(t.dtype)
+        flat, cut, dtype = t.view(-1), n - n % _NORM_BLOCK, _summed_in(t.dtype)
         squares = torch.linalg.vector_norm(flat[:cut].view(-1, _NORM_BLOCK), dim=1, dtype=dtype).to(wide).square().sum()
         if cut < n:
             squares = squares + torch.linalg.vector_norm(flat[cut:], dtype=dtype).to(wide).square()
         out[i] = squares.to(device)
     if len(small) == 1 and len(tensors) == len(next(iter(small.values()))):
-        norms = torch._foreach_norm(list(tensors), 2, dtype=_reading(tensors[0].dtype))
-        return torch.stack(list(norms)).to(wide).square()
+        norms = torch._foreach_norm(list(tensors), 2, dtype=_summed_in(tensors[0].dtype))
+        return _exact_where_lost(torch.stack(list(norms)).to(wide).square(), tensors, tensors)
     for (_, dtype), where in small.items():
-        norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_reading(dtype))
+        norms = torch._foreach_norm([tensors[i] for i in where], 2, dtype=_summed_in(dtype))
         for i, value in zip(where, torch.stack(list(norms)).to(device, wide).square().unbind(), strict=True):
             out[i] = value
-    return torch.stack(out)
+    return _exact_where_lost(torch.stack(out), tensors, tensors)
 
 
 def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Per tensor, the inner product of the local parts: a float64 vector of ``len(a)``."""
+    """Per tensor, the inner product of the local parts: a float64 vector of ``len(a)``.
+
+    What leaves the range of float32 is treated as in ``sums_of_squares``.
+    """
     assert len(a) == len(b) and a
     device = a[0].device
     wide = _wide(device)
     out = []
     for x, y in zip(a, b, strict=True):
-        dtype = _reading(x.dtype) or x.dtype
+        dtype = _summed_in(x.dtype) or x.dtype
         pieces = [torch.dot(p.to(dtype), q.to(dtype))
                   for p, q in zip(x.reshape(-1).split(_NORM_BLOCK), y.reshape(-1).split(_NORM_BLOCK), strict=True)]
         out.append(torch.stack(pieces).to(device, wide).sum() if len(pieces) > 1 else pieces[0].to(device, wide))
-    return torch.stack(out)
+    return _exact_where_lost(torch.stack(out), a, b)
+
+
+_SMALLEST = 1e-20
+"""Sums of float32 products above this lost no digits to products below the range of float32."""
+
+
+def _exact_where_lost(found: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner products of tensors, in float64 where products left the range of float32, on the CPU; in place."""
+    if found.device.type != "cpu":
+        return found
+    size = found.abs()
+    low, high = torch.aminmax(size)
+    if float(low) > _SMALLEST and float(high) < math.inf:
+        return found
+    for i in (~((size > _SMALLEST) & (size < math.inf))).nonzero().flatten().tolist():
+        if a[i].dtype != torch.float64 and not (_all_zero(a[i]) or _all_zero(b[i])):
+            pieces = zip(a[i].reshape(-1).split(_NORM_BLOCK), b[i].reshape(-1).split(_NORM_BLOCK), strict=True)
+            found[i] = sum(float(torch.dot(x.double(), y.double())) for x, y in pieces)
+    return found
+
+
+def _all_zero(t: Tensor) -> bool:
+    """Whether no number differs from 0; a NaN does."""
+    if t.numel() == 0:
+        return True
+    low, high = torch.aminmax(t)
+    return float(low) == float(high) == 0
 
 
 class Space:
@@ -187,7 +191,7 @@ class Space:
             raise ValueError("no parameters: pass a model or tensors that require a gradient")
         self._where: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(self.parameters):
-            self._where.setdefault(_shard_groups(p), []).append(i)
+            self._where.setdefault(shard_groups(p), []).append(i)
         self.sharded = any(self._where)
         self._large = [i for i, p in enumerate(self.parameters) if local(p).numel() > _NORM_BLOCK]
         self._small = _gathered(self.parameters)
@@ -200,15 +204,10 @@ class Space:
         """One number a tensor, reduced over the ranks that hold its shards."""
         if not self.sharded:
             return per_tensor
-        import torch.distributed as dist
-
         per_tensor = per_tensor.clone()
         for groups, where in self._where.items():
             index = torch.tensor(where, device=per_tensor.device)
-            part = per_tensor[index]
-            for group in groups:
-                dist.all_reduce(part, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
-            per_tensor[index] = part
+            per_tensor[index] = all_reduce(per_tensor[index], groups, op)
         return per_tensor
 
     def norms(self, a: Sequence[Tensor]) -> Tensor:
@@ -286,19 +285,6 @@ def _gathered(tensors: Sequence[Tensor]) -> list[list[int]]:
     return out
 
 
-def part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor that is sharded like ``parameter``, sharing its memory."""
-    if not is_sharded(parameter) or is_sharded(whole):
-        return local(whole)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    spec = cast(Any, parameter)
-    size, offset = compute_local_shape_and_global_offset(parameter.shape, spec.device_mesh, spec.placements)
-    for dim, (start, length) in enumerate(zip(offset, size, strict=True)):
-        whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
-    return whole
-
-
 def signs(n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """n random numbers ±1 on the generator's device, 64 from each draw."""
     words = torch.randint(-2**63, 2**63 - 1, (-(-n // 64),), generator=generator, device=generator.device)
@@ -323,16 +309,6 @@ def _random(parameter: Tensor, generator: torch.Generator, kind: str) -> Tensor:
     else:
         raise ValueError(f'kind must be "normal", "rademacher" or "uniform", got {kind!r}')
     return part(whole, parameter).to(parameter.device, parameter.dtype).contiguous()
-
-
-def _shard_groups(parameter: Tensor) -> tuple[Any, ...]:
-    """The process groups over which a parameter's coordinates are spread."""
-    if not is_sharded(parameter):
-        return ()
-    spec = cast(Any, parameter)
-    mesh = spec.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(spec.placements)
-                 if placement.is_shard() and mesh.size(dim) > 1)
 
 
 def seeded(seed: int | torch.Generator) -> torch.Generator:

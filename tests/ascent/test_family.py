@@ -16,7 +16,7 @@ OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
 TWINS = {
     "ASAM": (dict(rho=0.5, eta=0.02), oracles.asam, dict(rho=0.5, eta=0.02), (2, 2, 2)),
     "LookSAM": (dict(rho=0.1, k=3, alpha=0.3), oracles.looksam, dict(rho=0.1, k=3, alpha=0.3), (2, 1, 1)),
-    "MomentumSAM": (dict(rho=0.5), oracles.momentum_sam, dict(rho=0.5), (1, 1, 1)),
+    "MomentumSAM": (dict(rho=0.5, perturbation_momentum=None), oracles.momentum_sam, dict(rho=0.5), (1, 1, 1)),
     "EfficientSAM": (dict(rho=0.1, perturbation_ratio=1.0), oracles.sam, dict(rho=0.1), (2, 2, 2)),
     "MemoryEfficientSAM": (dict(rho=0.1), oracles.sam, dict(rho=0.1), (2, 2, 2)),
 }
@@ -79,9 +79,9 @@ def test_the_memory_saving_class_is_sam_bit_for_bit():
     assert_same(*weights)
 
 
-def test_efficient_sam_moves_a_random_part():
+def test_a_random_fraction_moves_a_random_part():
     model = build()
-    optimizer = ascent.EfficientSAM(model, torch.optim.SGD, rho=0.1, perturbation_ratio=0.5, lr=0.0)
+    optimizer = SAM(model, torch.optim.SGD, rho=0.1, direction=ascent.RandomFraction(beta=0.5), lr=0.0)
     start, patterns = flat(model), set()
     for t in range(12):
         stood = []

@@ -250,12 +250,12 @@ def test_loading_into_the_base_leaves_the_cadence_and_loading_here_starts_it_ane
 def test_a_direction_that_draws_resumes_bitwise():
     """The number of the step seeds its draws, also where the cadence has nothing to save."""
     model = build()
-    optimizer = make(model, cls=ascent.EfficientSAM, perturbation_ratio=0.5)
+    optimizer = make(model, direction=ascent.RandomFraction(beta=0.5))
     train(optimizer, model, 0, 3)
     state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     other = build(seed=1)
     other.load_state_dict(weights)
-    resumed = make(other, cls=ascent.EfficientSAM, perturbation_ratio=0.5)
+    resumed = make(other, direction=ascent.RandomFraction(beta=0.5))
     resumed.load_state_dict(state)
     assert_same(train(resumed, other, 3, 9), train(optimizer, model, 3, 9))
 

@@ -243,31 +243,6 @@ def test_weight_norm_inside_a_checkpoint():
     assert H.product == "finite_difference" and torch.allclose(found, Hessian(plain).dense(), atol=1e-7)
 
 
-class Stubborn(torch.autograd.Function):
-    """The identity, with a backward pass that no batching rule knows."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.flatten(0).view(g.shape)
-
-
-@pytest.mark.parametrize("stubborn", (False, True))
-def test_a_block_that_cannot_be_batched_goes_one_by_one(stubborn):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    o = Objective(model, nn.CrossEntropyLoss(), (torch.randn(6, 5), torch.arange(6) % 3))
-    truth = Hessian(o, vmap=False).dense()
-    if stubborn:
-        model[0].register_forward_hook(lambda module, args, out: Stubborn.apply(out))
-    H = Hessian(o, vmap=True)
-    assert torch.allclose(H.dense(), truth, atol=1e-14) and torch.allclose(H.dense(), truth, atol=1e-14)
-    assert H.vmap is not stubborn and H.product == "auto"
-
-
 def test_a_constant_gradient_into_a_function_that_is_once_differentiable():
     """torch's decorator then leaves no mark in the graph, and the Hessian would be zero in silence."""
     class Square(torch.autograd.Function):

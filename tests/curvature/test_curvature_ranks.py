@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import two_ranks
-from flatmin import Objective, vectors
+from flatmin import Objective, parallel
 from flatmin.curvature import (
     Fisher,
     FunctionalPart,
@@ -118,7 +118,7 @@ def gradient_of_a_measure(kind, rank, dtype):
     ours, theirs = objectives(kind, rank, dtype)
     a, b = (o.evaluate(gradient=True) for o in (ours, theirs))
     assert a.samples == b.samples
-    mine = full([vectors.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
+    mine = full([parallel.like(g, p) for g, p in zip(a.gradient, ours.parameters, strict=True)])
     agreed(mine)
     return off(mine, full(b.gradient)), exactly(dtype)
 
@@ -150,7 +150,7 @@ def spectrum(kind, rank, dtype):
     agreed(a.eigenvalues, a.eigenvectors)
     assert bool(a.converged.all()) and a.certified and a.batches == b.batches == 4
     v = theirs.random(torch.Generator().manual_seed(3))
-    mine, others = (o._product_with_forms(v)[1] for o in (ours, theirs))     # batch by batch, of all ranks
+    mine, others = (o.matvec_with_forms(v)[1] for o in (ours, theirs))     # batch by batch, of all ranks
     agreed(*mine)
     assert torch.equal(mine[0].sort().values, others[0].sort().values)
     forms = off(mine[1].sort().values, others[1].sort().values)
@@ -268,7 +268,7 @@ def sharded_trace(kind, rank, dtype):
 def exact_is_refused(kind, rank, dtype):
     ours, _ = objectives(kind, rank, dtype)
     for make in (Hessian, GaussNewton, Fisher, FunctionalPart):
-        with pytest.raises(ValueError, match='no exact products under FSDP2.*product="auto" takes differences'):
+        with pytest.raises(ValueError, match='no exact matvecs under FSDP2.*product="auto" takes differences'):
             make(ours, product="cached")
     with pytest.raises(ValueError, match="no rank can hold the dense matrix"):
         Hessian(ours).dense()
@@ -328,19 +328,19 @@ def goes_on_after_a_kill(kind, rank, dtype):
     dist.broadcast_object_list(folder)
     file = os.path.join(folder[0], "run.pt")
     operator = Hessian(objectives(kind, rank, dtype)[0])
-    product, calls = operator._mean, []
+    multiply, calls = operator._matvec, []
 
-    def dying(v):
+    def dying(*v):
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return product(v)
+        return multiply(*v)
 
     def run(checkpoint):
         found = eigenpairs(operator, 2, tol=1e-2, checkpoint=checkpoint)
         return torch.cat([found.eigenvalues, found.residuals, torch.tensor([float(found.matvecs)])])
 
-    operator._mean = dying
+    operator._matvec = dying
     whole, results = None, []
     for lost in (False, True):
         calls.clear()

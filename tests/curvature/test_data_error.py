@@ -164,9 +164,9 @@ class Mean(Matrix):
                                                                                strict=True)]
         super().__init__(x.T @ (x * s[:, None]) / len(x))
 
-    def _product_with_forms(self, v):
+    def matvec_with_forms(self, v):
         n, a = zip(*self.parts, strict=True)
-        return self._product(v), (torch.tensor(n, dtype=torch.float64), torch.stack([v @ m @ v for m in a]))
+        return self._matvec(v), (torch.tensor(n, dtype=torch.float64), torch.stack([v @ m @ v for m in a]))
 
 
 @pytest.mark.parametrize("logistic", (False, True))

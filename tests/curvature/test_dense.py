@@ -117,6 +117,42 @@ def test_fishers_of_other_likelihoods(loss):
     assert (draws.mean(0) - whole @ v).norm() < 2 * error < 0.2 * (whole @ v).norm()
 
 
+@pytest.mark.parametrize("classes", ("second", "last"))
+def test_fishers_of_tokens(classes):
+    """A row of the three-dimensional outputs is one term, wherever the classes are."""
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x).movedim(-1, 1) if classes == "second" else self.net(x)
+
+    def flat(z, t):
+        return nn.functional.cross_entropy(z.reshape(-1, 3), t.reshape(-1))
+
+    model, x, t = Tokens(), torch.randn(2, 4, 5), torch.randint(0, 3, (2, 4))
+    objective = Objective(model, nn.CrossEntropyLoss() if classes == "second" else flat, (x, t))
+    apart = Objective(model.net, nn.CrossEntropyLoss(), (x.reshape(8, 5), t.reshape(8)))
+    for kind in ("exact", "empirical"):
+        found = Fisher(objective, kind=kind, likelihood="softmax").dense()
+        assert torch.allclose(found, Fisher(apart, kind=kind).dense(), atol=1e-14)
+    v = torch.randn(75)
+    exact = Fisher(apart) @ v
+    draws = torch.stack([Fisher(objective, kind="monte_carlo", likelihood="softmax", seed=s) @ v for s in range(100)])
+    assert (draws.mean(0) - exact).norm() < 0.25 * (draws - exact).norm(dim=1).mean()
+
+
+def test_fishers_of_outputs_without_a_dimension_of_classes():
+    net = nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))
+    x, t = torch.randn(9, 5), torch.rand(9).round()
+    rows = torch.cat([x, torch.ones(9, 1)], 1)      # ∂z/∂(w, b)
+    p = net(x).sigmoid().detach()
+    objective = Objective(net, nn.BCEWithLogitsLoss(), [(x[:4], t[:4]), (x[4:], t[4:])])
+    for kind, weight in (("exact", p * (1 - p)), ("empirical", (p - t) ** 2)):
+        assert torch.allclose(Fisher(objective, kind=kind).dense(), rows.T @ (rows * weight[:, None]) / 9, atol=1e-14)
+
+
 def test_attention_goes_through_the_kernel_that_can():
     model = Attention()
     x, y = torch.randn(6, 5, 4), torch.randint(0, 3, (6,))

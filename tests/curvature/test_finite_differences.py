@@ -158,3 +158,28 @@ def test_differences_across_kinks_are_said_to_mean_little():
     with pytest.warns(UserWarning, match="mean little"):
         off = float((H @ v - exact @ v).norm() / (exact @ v).norm())
     assert off > 0.2 and H.error is not None and H.error > 0.2
+
+
+@pytest.mark.parametrize("scale", (1.0, 300.0))
+def test_large_weights_get_a_large_step(scale):
+    """A layer before a normalization: the function is the same at every scale of the weights, and so are the digits."""
+    net = nn.Sequential(nn.Linear(5, 8, bias=False), nn.LayerNorm(8, elementwise_affine=False), nn.Tanh())
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
+    x, t, v = torch.randn(20, 5), torch.randn(20, 8), torch.randn(40)
+    exact = Hessian(Objective(net, nn.MSELoss(), (x, t))) @ v
+    narrow = Objective(net.float(), nn.MSELoss(), (x.float(), t.float()))
+    found = Hessian(narrow, product="finite_difference") @ v.float()
+    assert (found.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_a_quadratic_needs_one_step():
+    """Where differences are exact, no smaller step is tried: a gradient on either side, nothing more."""
+    net = nn.Linear(5, 3)
+    H = Hessian(Objective(net, nn.MSELoss(), (torch.randn(20, 5), torch.randn(20, 3))), product="finite_difference")
+    counts = []
+    with H.session():       # has checked the product
+        net.register_forward_hook(lambda *_: counts.append(1))
+        for passes in (5, 7):       # the first takes the value and a second step too, for the stated error
+            _ = H @ torch.randn(H.size)
+            assert len(counts) == passes

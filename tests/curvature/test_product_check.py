@@ -346,10 +346,19 @@ class Checkpointed(nn.Module):
         return self.head(checkpoint(lambda z: torch.tanh(self.second(z)), x, use_reentrant=False))
 
 
+class Casts(nn.Module):
+    """Asks for a narrow type in three ways, as models in mixed precision do."""
+
+    def forward(self, x):
+        x = x.to(torch.bfloat16).tanh().float()
+        return x.to(dtype=torch.float16).sin().type_as(x)
+
+
 HEALTHY = {
     "mlp": lambda: over(deep()),
     "mlp in float64": lambda: classification(split=True),
     "mlp in bfloat16": lambda: over(deep(dtype=torch.bfloat16), torch.bfloat16),
+    "casts": lambda: over(deep(Casts())),
     "relu": lambda: over(deep(nn.ReLU(), nn.Linear(8, 8), nn.ReLU())),
     "trained relu": lambda: trained(over(deep(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.ReLU()))),
     "trained leaky relu": lambda: trained(over(deep(nn.Linear(8, 64), nn.LeakyReLU(), nn.Linear(64, 8)))),

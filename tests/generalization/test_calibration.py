@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from flatmin.generalization import calibration as c
+from flatmin.generalization import intervals, predictions
 from flatmin.training.metrics import classification
 
 ERRORS = [c.expected_calibration_error, c.adaptive_calibration_error, c.maximum_calibration_error,
@@ -352,7 +353,8 @@ def test_errors_say_what_is_needed(call, message):
 def test_large_vocabulary_is_read_in_pieces(monkeypatch):
     z, y = tokens()
     whole = [float(f(z, y)) for f in (c.nll, c.brier, c.classwise_calibration_error, c.fit_temperature)]
-    monkeypatch.setattr(c, "_ENTRIES", 64)
+    for module in (predictions, intervals):
+        monkeypatch.setattr(module, "CHUNK", 64)
     assert [float(f(z, y)) for f in (c.nll, c.brier, c.classwise_calibration_error, c.fit_temperature)] == \
         pytest.approx(whole, abs=1e-12)
 

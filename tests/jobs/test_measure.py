@@ -3,7 +3,6 @@
 The modules are tiny and written to a temporary folder; what the measures compute is tested elsewhere.
 """
 
-import argparse
 import json
 import math
 import re
@@ -16,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatmin import Objective, cli, report
-from flatmin.curvature import Hessian
+from flatmin.curvature.objective_operator import ObjectiveOperator
 from flatmin.jobs import measure
-from flatmin.report import measured
+from flatmin.report import measure_figures
+from flatmin.training.weights import load_checkpoint
 
 MODULE = """
 import torch
@@ -176,7 +176,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.save({**{k: v + 1 for k, v in before.items()}, "0.bias": torch.zeros(7)}, "w.pt")
     with pytest.raises(ValueError, match="does not fit"):
-        measure.load_checkpoint(model, "w.pt")
+        load_checkpoint(model, "w.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -185,8 +185,8 @@ def test_what_does_not_fit_leaves_the_model_as_it_was():
     (["mine:objective", "--metrics", ","], "choose from one_step"),
     (["mine:objective", "--k", "0"], "--k must be at least 1"),
     (["mine:objective", "--rho", "-1"], "--rho must be positive"),
-    (["mine:objective", "--tol", "nan"], "--tol must be positive"),
-    (["mine:objective", "--seed", "-1"], "--seed must not be negative"),
+    (["mine:objective", "--tol", "nan"], "--tol: expected a number, got nan"),
+    (["mine:objective", "--seed", "-1"], "--seed must be at least 0, got -1"),
     (["mine"], "module:attribute"),
     ([], "needs module:objective"),
     (["nosuch:objective"], "cannot import 'nosuch'"),
@@ -223,7 +223,7 @@ def test_models_with_data_and_mappings_of_a_language_model(tmp_path):
     record = record_of(tmp_path / "r")
     assert record["data"]["samples"] == 8 and record["data"]["batches"] == 3
     assert record["results"]["spectrum"]["converged"] == [True] and not record["failed"]
-    measure.load_checkpoint(model, "lm.safetensors")
+    load_checkpoint(model, "lm.safetensors")
     assert torch.equal(model.state_dict()["lm_head.weight"], state["transformer.wte.weight"])
     assert run("mine:pair", "--metrics", "one_step", "--out", "p") == 0
 
@@ -236,7 +236,7 @@ def test_ctrl_c_leaves_a_folder_that_resume_continues(tmp_path, capsys, monkeypa
 
     monkeypatch.setitem(measure.METRICS, "trace", stop)
     assert run("mine:objective", "--metrics", "one_step,trace,density", "--out", "r") == 130
-    assert "go on with: flatmin measure --resume r" in capsys.readouterr().err
+    assert "resume with: flatmin measure --resume r" in capsys.readouterr().err
     record = record_of(tmp_path / "r")
     assert record["status"] == "interrupted" and list(record["results"]) == ["one_step"]
     assert "not complete" in (tmp_path / "r" / "report.html").read_text()
@@ -254,15 +254,15 @@ def test_ctrl_c_leaves_a_folder_that_resume_continues(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("metric", ("spectrum", "trace", "density"))
 def test_a_measure_that_was_cut_short_goes_on_in_its_middle(metric, tmp_path, monkeypatch):
     assert run("mine:objective", "--metrics", metric, "--out", "whole") == 0
-    calls, product = [], Hessian._mean
+    calls, multiply = [], ObjectiveOperator._matvec
 
-    def dying(self, v):
+    def dying(self, *v):
         calls.append(1)
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return product(self, v)
+        return multiply(self, *v)
 
-    monkeypatch.setattr(Hessian, "_mean", dying)
+    monkeypatch.setattr(ObjectiveOperator, "_matvec", dying)
     assert run("mine:objective", "--metrics", metric, "--out", "cut") == 130
     assert len(list((tmp_path / "cut" / "checkpoints").glob(f"{metric}-*.pt"))) == 1
     assert run("--resume", "cut") == 0
@@ -306,7 +306,7 @@ def test_a_measure_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeyp
         assert run("mine:objective", "--metrics", "one_step,trace", "--out", "r") == 1
     record, said = record_of(tmp_path / "r"), capsys.readouterr()
     assert record["failed"] == {"one_step": "RuntimeError: no second derivative <b>"} and "trace" in record["results"]
-    assert "not measured: one_step" in said.out and said.err.count("\n") == 1
+    assert "not measured: one-step sharpness" in said.out and said.err.count("\n") == 1
     assert "derivative &lt;b&gt;" in (tmp_path / "r" / "report.html").read_text()
     assert run("--resume", "r") == 0 and record_of(tmp_path / "r")["failed"] == {}
 
@@ -324,7 +324,7 @@ def test_the_page_escapes_whatever_the_record_holds(tmp_path):
 
     text = report.page(poison(record_of(tmp_path / "r")))
     assert "<img" not in text and text.count("<script>") == 1 and "alert(1)</script>" not in text
-    assert measured.summary(poison(record_of(tmp_path / "r")))
+    assert report.table(poison(record_of(tmp_path / "r")))
 
 
 def test_the_page_stands_holes_anywhere_in_the_record(tmp_path, monkeypatch):
@@ -333,11 +333,11 @@ def test_the_page_stands_holes_anywhere_in_the_record(tmp_path, monkeypatch):
 
     assert run("mine:objective", "--metrics", ",".join(m for m in measure.METRICS if m != "surface"), "--out", "r") == 0
     record = record_of(tmp_path / "r")
-    monkeypatch.setattr(measured, "draw", lambda paint, title, size=None: paint(Figure().add_subplot()) or "")
+    monkeypatch.setattr(measure_figures, "draw", lambda paint, title, height=None: paint(Figure().add_subplot()) or "")
 
     def stands(broken, *where):
         try:
-            assert report.page(broken).endswith("</html>\n") and measured.summary(broken)
+            assert report.page(broken).endswith("</html>\n") and report.table(broken)
         except Exception as error:
             raise AssertionError(where) from error
 
@@ -351,7 +351,7 @@ def test_the_page_stands_holes_anywhere_in_the_record(tmp_path, monkeypatch):
         for hole in holes:
             stands(record | {key: hole}, key, hole)
     monkeypatch.undo()
-    assert report.page({"kind": "measure"}).endswith("</html>\n") and measured.summary({"kind": "measure"})
+    assert report.page({"kind": "measure"}).endswith("</html>\n") and report.table({"kind": "measure"})
 
 
 def test_report_writes_the_page_again(tmp_path, capsys):
@@ -363,10 +363,10 @@ def test_report_writes_the_page_again(tmp_path, capsys):
 
 def test_the_flags_are_these():
     """A new flag is a decision: it fails here first."""
-    verbs = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    verbs = next(a for a in cli._parser()._actions if a.dest == "verb").choices
     flags = sorted(o for a in verbs["measure"]._actions for o in a.option_strings if o.startswith("--"))
-    assert flags == ["--against", "--checkpoint", "--help", "--k", "--metrics", "--out", "--quiet", "--resume", "--rho",
-                     "--seed", "--tol"]
+    assert flags == ["--against", "--checkpoint", "--config", "--help", "--k", "--metrics", "--out", "--quiet",
+                     "--resume", "--rho", "--seed", "--tol"]
     shown = verbs["measure"].format_help()
     assert "examples:" in shown and all(name in shown for name in measure.METRICS)
 
@@ -375,7 +375,8 @@ def made_up(one_step=(0.3, 0.2, 0.09, 0.01), **data):
     value, first, second, rest = one_step
     return {"kind": "measure", "status": "complete", "settings": {"rho": 0.1}, "data": {"name": "n", "loss": 1.0},
             "model": {"parameters": 10}, "results": {
-                "one_step": {"value": value, "first_order": first, "second_order": second, "remainder": rest,
+                "one_step": {"value": value, "first_order": first, "second_order": second,
+                             "expansion_holds": abs(rest) <= (abs(first) + abs(second)) / 2,
                              "settings": {"rho": 0.1}, **({"data_stderr": 0.0456} if data else {})},
                 "spectrum": {"eigenvalues": [1.0, 4.0], "residuals": [1e-3, 2e-3], "converged": [True, True],
                              **({"data_stderr": [0.125, 0.75]} if data else {})},
@@ -385,14 +386,15 @@ def made_up(one_step=(0.3, 0.2, 0.09, 0.01), **data):
 
 def test_three_errors_stand_beside_each_number():
     """The solver's, and that of the data where the record has it; older records have no column for it."""
-    shown, page = measured.summary(made_up(data=True)), measured.page(made_up(data=True))
+    shown, page = report.table(made_up(data=True)), report.page(made_up(data=True))
     head, top = (line for line in shown.splitlines() if "computation  data" in line or "largest eigen" in line)
     assert top.split()[2:5] == ["4.0000", "0.0020", "0.75"] and head.index("data") == top.index("0.75")
     words = " ".join(shown.split())
     assert all(text in words for text in ("0.31", "0.98", "0.046", "data: the standard error over batches"))
     assert all(text in page for text in ("0.75", "0.12", "0.98", "standard error over batches"))
-    old, page = measured.summary(made_up()), measured.page(made_up())
-    assert "computation" in old and "data: the standard error" not in old and "<th>standard error</th>" not in page
+    old, page = report.table(made_up()), report.page(made_up())
+    assert "computation" in old and "data: the standard error" not in old
+    assert "standard error over batches</th>" not in page
     assert not any("±" in line for line in shown.splitlines()[1:7])       # two columns with a head each, no ±
 
 
@@ -405,11 +407,11 @@ def test_three_errors_stand_beside_each_number():
     ((0.5, 0.2, 0.1, 0.2), "beyond the range of slope and curvature", "mostly"),
 ])
 def test_a_step_beyond_the_expansion_is_not_split(parts, says, not_said):
-    shown = " ".join(measured.summary(made_up(parts)).split())
+    shown = " ".join(report.table(made_up(parts)).split())
     assert says in shown and not_said not in shown
     record = made_up((0.3, 0.2, 0.09, 0.01))
     record["results"]["one_step"]["expansion_holds"] = False       # the record's own word goes first
-    assert "beyond the range" in " ".join(measured.summary(record).split())
+    assert "beyond the range" in " ".join(report.table(record).split())
 
 
 def test_the_weights_and_the_loss_that_were_measured_are_named(tmp_path, capsys):

@@ -10,15 +10,15 @@ from torch import nn
 
 import flatmin.jobs.compare as module
 from flatmin import cli
-from flatmin.jobs import CompareSettings, Comparison, timing
-from flatmin.jobs.compare import summary
+from flatmin.jobs import timing
+from flatmin.jobs.compare import Comparison, summary
+from flatmin.jobs.settings import CompareSettings
 from flatmin.recipes import Data, Recipe, find_recipe
-from flatmin.report.findings import joined
+from flatmin.report.formatting import joined
 from flatmin.sharpness import Finding
 from flatmin.training.folder import RunFolder
 from flatmin.training.loop import Diverged
 from flatmin.training.methods import METHODS
-from flatmin.training.metrics import classification, standard_errors
 
 
 @pytest.fixture(autouse=True)
@@ -184,21 +184,6 @@ def test_every_test_number_has_its_error_and_every_run_its_optimizer(monkeypatch
         state = torch.load(tmp_path / "run" / "checkpoints" / f"{run['method']}-seed{run['seed']}.state.pt",
                            weights_only=True)
         assert state["optimizer"]["state"][0]["momentum_buffer"].shape == (2, 4) and state["epoch"] == 1
-
-
-def test_standard_errors_are_those_of_many_draws():
-    """Against the spread of the numbers themselves over 400 test sets drawn anew."""
-    n, generator = 500, torch.Generator().manual_seed(1)
-
-    def draw():
-        logits = 1.5 * torch.randn(n, 3, generator=generator)
-        return logits, torch.multinomial((0.5 * logits).softmax(1), 1, generator=generator).flatten()
-
-    found = [classification(*draw()) for _ in range(400)]
-    errors = standard_errors(*draw())
-    for key in ("accuracy", "nll", "ece"):
-        spread = torch.tensor([f[key] for f in found]).std().item()
-        assert errors[key] == pytest.approx(spread, rel=0.3), key
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(monkeypatch, tmp_path, capsys):

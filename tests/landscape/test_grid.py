@@ -96,7 +96,7 @@ def test_two_ranks_share_a_grid(tmp_path):
             try:
                 surface(objective, 3, seed=rank, group=everyone)
             except ValueError as e:
-                assert "seed them alike" in str(e)
+                assert "same seed" in str(e)
             else:
                 raise AssertionError
             def broken(z, y):

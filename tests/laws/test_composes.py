@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracles
 import problems
+from flatmin.ascent.record import MEASURED
 from problems import BASES, batch, build, flat, flat_grad, loss_fn, relative
 from rows import ROWS, TWINS, case_id, cut, parts_for, presets, start, warm_up, whole
 
@@ -61,6 +62,26 @@ def test_loss_and_record_are_those_of_the_unscaled_loss(row):
     assert float(value) == pytest.approx(float(at.loss(at.w)), rel=1e-12)
     assert float(sharpener.last.loss) == pytest.approx(float(at.loss(at.w)), rel=1e-12)
     assert float(sharpener.last.perturbed_loss) < 10
+
+
+@pytest.mark.parametrize("row", [r for r in TWINS if r.groups is None], ids=case_id)
+def test_the_record_is_the_same_with_a_scaler(row):
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = build()
+        optimizer = BASES[row.bases[0]](model.parameters())
+        sharpener = row.make(model, optimizer, scaler=scaler)
+        for t in range(3):
+            row.backward(sharpener, model, parts_for(row, *batch(t)))
+            found.append([float(getattr(sharpener.last, name)) for name in MEASURED])
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+    for plain, scaled in zip(found[:3], found[3:], strict=True):
+        assert scaled == pytest.approx(plain, rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("row", TWINS, ids=case_id)

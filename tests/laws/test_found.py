@@ -100,7 +100,7 @@ def test_later_steps_do_not_look():
     sharpener = presets.sam(model)
     for _ in range(2):
         sharpener.backward(lambda: model(x).square().mean())
-    assert sharpener._inspection.done and not sharpener._inspection._met
+    assert sharpener.view.inspection.done and not sharpener.view.inspection._met
 
 
 # --- parameters that cannot be perturbed -----------------------------------------------------------------------------

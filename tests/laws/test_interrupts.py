@@ -78,7 +78,7 @@ def test_weights_come_back_from_an_interrupt_at_every_line(kind):
         model.zero_grad()
         traced(step, at)
         assert_same(flat(model), before, f"interrupted at {lines[at - 1]}")
-        assert not sharpener.standing, lines[at - 1]
+        assert not sharpener.is_perturbed, lines[at - 1]
     assert [p.data_ptr() for p in model.parameters()] == addresses
     fresh_model, _, fresh = case(kind)
     for m, s in ((model, step), (fresh_model, fresh)):
@@ -87,3 +87,49 @@ def test_weights_come_back_from_an_interrupt_at_every_line(kind):
         torch.manual_seed(1)
         s()
     assert_same(flat_grad(model), flat_grad(fresh_model))
+
+
+@pytest.mark.parametrize("preset", ["friendly_sam", "looksam"])
+def test_an_interrupted_step_is_undone_or_complete(preset):
+    """Gradients that were there, the number of the step and what is kept of it: as before, or as after."""
+    model = build(problems.NoisyNet)
+    sharpener = getattr(presets, preset)(model, rho=0.1)
+    data = cut(*batch(0), (4, 8))
+
+    def step():
+        sharpener.backward(lambda b: model(b[0]), lambda z, b: loss_fn(z, b[1]), batches=data)
+
+    for _ in range(1 if preset == "friendly_sam" else 5):     # LookSAM's next step is a full one
+        step()
+    kept, buffers = sharpener.state_dict(), [b.clone() for b in model.buffers()]
+    earlier = [p.grad.clone() for p in model.parameters()]
+
+    def start():
+        sharpener.load_state_dict(kept)
+        for p, g in zip(model.parameters(), earlier, strict=True):
+            p.grad = g.clone()
+        for b, value in zip(model.buffers(), buffers, strict=True):
+            b.copy_(value)
+        torch.manual_seed(0)
+
+    def seen():
+        state = sharpener.state_dict()
+        memory = [t for kind in sorted(state["memory"]) for _, t in sorted(state["memory"][kind].items())]
+        return torch.cat([torch.tensor([state["step"]], dtype=torch.float64), flat_grad(model),
+                          *[t.flatten() for t in memory]])
+
+    start()
+    before = seen()
+    lines = traced(step)
+    after = seen()
+    assert not torch.equal(before, after)
+    first = {line: at for at, line in reversed(list(enumerate(lines, 1)))}
+    last = {line: at for at, line in enumerate(lines, 1)}
+    outcomes = set()
+    for at in sorted({*first.values(), *last.values()}):
+        start()
+        traced(step, at)
+        now = seen()
+        assert torch.equal(now, before) or torch.equal(now, after), f"interrupted at {lines[at - 1]}"
+        outcomes.add(torch.equal(now, after))
+    assert outcomes == {True, False}

@@ -356,3 +356,14 @@ def test_running_statistics_move_in_widened_passes(preset, options):
             model.zero_grad()
         means[dtype] = model[1].running_mean.float()
     torch.testing.assert_close(means[torch.bfloat16], means[torch.float32], rtol=0.03, atol=0.01)   # bfloat16's digits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_with_radii_of_their_own_all_move_in_float32(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).to(dtype)
+    groups = [{"modules": model[2], "rho": 2e-3}, {"modules": model[4], "rho": 4e-3}]
+    sharpener, x = presets.sam(model, rho=1e-3, groups=groups), torch.randn(4, 8).to(dtype)
+    sharpener.backward(lambda: model(x).float().square().mean())
+    assert sharpener.last.cosine == 1 and not sharpener.last.rounded
+    assert {p.dtype for p in model.parameters()} == {dtype}

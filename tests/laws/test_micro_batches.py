@@ -11,7 +11,7 @@ from torch import nn
 
 import oracles
 import problems
-from flatmin import ascent, presets
+from flatmin import Sharpener, ascent, presets
 from problems import batch, build, flat, flat_grad, loss_fn, relative
 from rows import cut
 
@@ -276,3 +276,55 @@ def test_the_record_of_micro_batches_is_their_mean():
     sharpener.backward(lambda b: evaluated(model, b), batches=DATA)
     assert sharpener.last.gradient_norm == pytest.approx(sum(norms) / len(norms), rel=1e-12)
     assert sharpener.last.radius == pytest.approx(0.1) and sharpener.last.cosine == pytest.approx(1.0)
+
+
+def test_output_gradients_that_share_memory_with_a_parameters_gradient_survive_the_next_micro_batch():
+    """autograd may give a parameter's ``.grad`` the memory of ∂L/∂z, and the next micro-batch adds to it in place."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+        def forward(self):
+            return self.w.view(3)
+
+    model = Bare()
+    data = [torch.tensor(v, dtype=torch.float64) for v in ([1.0, 2.0, 3.0], [3.0, 1.0, 1.0], [0.5, 1.0, 4.0])]
+    presets.functional_sam(model, rho=0.1).backward(lambda b: model(), lambda z, b: (z * b).square().sum(),
+                                                    batches=data)
+    expected = sum(2 * b.square() * model.w.detach() for b in data) / 3     # z = w: J is the identity everywhere
+    assert torch.allclose(model.w.grad, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cadence", [ascent.Every(3), ascent.WarmStart(2)])
+def test_data_selection_takes_plain_steps_over_all_samples(cadence):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
+    model = nn.Linear(3, 2).double()
+    sharpener = Sharpener(model, rule=ascent.Selected(0.5), cadence=cadence)
+    for t in range(3):
+        model.zero_grad()
+        sharpener.backward(lambda s: nn.functional.cross_entropy(model(x[s]), y[s], reduction="none"))
+        if not cadence(t):
+            g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.weight)[0]
+            assert torch.allclose(model.weight.grad, g, rtol=1e-12)
+
+
+def test_friendlys_mean_is_left_as_it_is_by_a_micro_batch_that_does_not_reach_a_parameter():
+    """m = g is a fixed point of m ← λ m + (1 − λ) g, whichever micro-batches reach the parameter."""
+    torch.manual_seed(0)
+    heads = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)]).double()
+    x = torch.randn(3, 4, 2, dtype=torch.float64)
+    sharpener = presets.friendly_sam(heads, scope="micro_batch")
+    steps = [lambda: heads[0](x[0]).square().mean(), lambda: (heads[0](x[1]) + heads[1](x[1])).square().mean(),
+             lambda: heads[0](x[2]).square().mean()]
+    means = []
+    for _ in range(3):
+        heads.zero_grad()
+        sharpener.backward(steps, weights=[0.2, 0.5, 0.3])
+        means.append(sharpener.state_dict()["memory"]["average"])
+    g = torch.autograd.grad(steps[1](), heads[1].weight)[0]
+    for mean in means:
+        assert torch.allclose(mean["1.weight"], g, rtol=1e-12)
+        assert torch.allclose(mean["0.weight"], means[0]["0.weight"], rtol=1e-12)

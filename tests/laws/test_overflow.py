@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import problems
+from flatmin import vectors
 from problems import BASES, assert_same, batch, build, flat, flat_grad, loss_fn
 from rows import ROWS, case_id, cut, parts_for, presets, start, warm_up, whole
 
@@ -206,3 +207,14 @@ def test_an_overflow_is_not_taken_for_a_zero_gradient():
     sharpener.backward(lambda: math.inf * loss_fn(model(x), y))
     assert sharpener.last.skipped
     assert whole(x, y)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+def test_finite_is_every_number_finite(dtype):
+    """Also where their squares are not."""
+    tensors = [torch.full((3, 2), torch.finfo(dtype).max, dtype=dtype), torch.zeros(2, dtype=dtype)]
+    space = vectors.Space([torch.nn.Parameter(t) for t in tensors])
+    assert space.finite(tensors)
+    for bad in (math.inf, -math.inf, math.nan):
+        assert not space.finite([tensors[0], torch.tensor([0, bad], dtype=dtype)])
+        assert not space.finite([torch.where(torch.arange(6).view(3, 2) == 5, bad, 1.0).to(dtype), tensors[1]])

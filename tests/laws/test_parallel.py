@@ -20,6 +20,7 @@ from torch import nn
 
 import problems
 import two_ranks
+from flatmin import Objective
 from problems import BASES, batch, build, flat, flat_grad, loss_fn, relative
 from rows import ROWS, Row, backward, case_id, cut, presets, whole
 from two_ranks import WORLD
@@ -298,12 +299,15 @@ def trainable_outside_the_wrapper_is_refused(kind, rank):
 def fsdp1_is_refused(kind, rank):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    try:
-        presets.sam(FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
-    except ValueError as error:
-        assert "fully_shard" in str(error)
-        return 0.0
-    raise AssertionError("FSDP1 was accepted")
+    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    for use in (presets.sam, lambda m: Objective(m, nn.MSELoss(), (torch.eye(4), torch.eye(4))).value()):
+        try:
+            use(model)
+        except ValueError as error:
+            assert "fully_shard" in str(error)
+        else:
+            raise AssertionError("FSDP1 was accepted")
+    return 0.0
 
 
 def one_rank_may_print(kind, rank):

@@ -8,6 +8,7 @@ would miss an additive guard in the denominator (``‖g‖ + 1e-12``), because g
 import pytest
 import torch
 
+import flatmin
 import oracles
 import problems
 from problems import assert_same, batch, build, flat, flat_grad, loss_fn, standing
@@ -165,3 +166,21 @@ def test_a_group_with_rho_zero_is_outside_the_norm():
 def test_an_impossible_radius_is_refused(rho):
     with pytest.raises(ValueError, match="rho"):
         presets.sam(build(), rho=rho)
+
+
+@pytest.mark.parametrize("named", (1, 2, 3))
+def test_every_group_moves_by_its_own_radius(named):
+    """ε = ρ_j g/‖g‖ on the tensors of group j; ``last.radius`` is the length of the whole step. One to four groups."""
+    model = build()
+    parameters = list(model.parameters())
+    rhos = [0.1] * len(parameters)
+    rhos[:named] = [0.02 * (i + 1) for i in range(named)]
+    sharpener = flatmin.Sharpener(model, rho=0.1, groups=[{"params": [p], "rho": rho} for p, rho in
+                                                          zip(parameters[:named], rhos, strict=False)])
+    x, y = batch(0)
+    g, w, seen = oracles.Point(build(), whole(x, y)), standing(model), []
+    g = g.gradient(g.w)
+    sharpener.backward(lambda: (seen.append(standing(model)), loss_fn(model(x), y))[1])
+    eps = torch.cat([torch.full((p.numel(),), rho) for p, rho in zip(parameters, rhos, strict=True)]) * g / g.norm()
+    torch.testing.assert_close(seen[-1] - w, eps, rtol=1e-9, atol=1e-14)
+    assert sharpener.last.radius == pytest.approx(float(eps.norm()), rel=1e-9)

@@ -317,3 +317,55 @@ def test_evaluation_inside_the_loop_sees_w():
             optimizer.step()
             optimizer.zero_grad()
             previous = flat(model)
+
+
+class Two(nn.Module):
+    """Two layers of equal shapes: their copies could be exchanged unnoticed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+def _wider(model):
+    model.double()
+    for p in model.parameters():
+        p.data += 1e-10
+
+
+def _another_shape(model):
+    for layer in (model.a, model.b):
+        layer.weight.data = torch.cat([layer.weight.data] * 2)[:, :3].clone()
+        layer.bias.data = torch.cat([layer.bias.data] * 2)
+    model.b.weight.data = torch.cat([model.b.weight.data] * 2, 1)
+
+
+def _frozen(model):
+    model.a.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("radii", [(0.5, 0.5), (0.5, 0.1)], ids=["one radius", "two radii"])
+@pytest.mark.parametrize("change", [_wider, _another_shape, _frozen, lambda model: None])
+def test_a_later_step_is_that_of_a_new_sharpener(change, radii):
+    """Memory for the copy of w is kept from step to step: never for two things at once, nor for other tensors."""
+    torch.manual_seed(0)
+    model, x = Two().float(), torch.randn(5, 3).float()
+
+    def sharpener(of):
+        return presets.sam(of, groups=[{"modules": of.a, "rho": radii[0]}, {"modules": of.b, "rho": radii[1]}]
+                           if radii[0] != radii[1] else None, rho=radii[0])
+
+    old = sharpener(model)
+    old.backward(lambda: model(x).square().mean())
+    model.zero_grad()
+    change(model)
+    x, twin, before = x.to(model.a.weight.dtype), copy.deepcopy(model), snapshot(model)
+    old.backward(lambda: model(x).square().mean())
+    sharpener(twin).backward(lambda: twin(x).square().mean())
+    assert_weights_kept(model, before)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if p.requires_grad:
+            assert_same(p.grad, q.grad)

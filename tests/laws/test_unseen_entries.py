@@ -188,8 +188,8 @@ def test_a_step_on_the_device_is_not_read():
     p = nn.Parameter(torch.ones(3, device="meta"))
     optimizer = SimpleNamespace(state={p: {"exp_avg_sq": torch.ones(3, device="meta"),
                                            "step": torch.ones((), device="meta")}})
-    ascent = SimpleNamespace(optimizer=optimizer, rows=[SimpleNamespace(parameter=p)])
-    assert direction._root(ascent, 0, {"betas": (0.9, 0.999)}).is_meta
+    info = SimpleNamespace(optimizer=optimizer, parameters=[SimpleNamespace(parameter=p)])
+    assert direction._root(info, 0, {"betas": (0.9, 0.999)}).is_meta
 
 
 @pytest.mark.parametrize("make,found", [

@@ -27,6 +27,7 @@ from flatmin.curvature import (
     spectral_density,
     trace,
 )
+from flatmin.curvature.objective_operator import ObjectiveOperator
 from flatmin.linalg import basis, checkpoint
 from nets import classification, symmetric
 
@@ -40,11 +41,11 @@ class Dying(Matrix):
         super().__init__(symmetric(e))
         self.at, self.error, self.products = at, error, 0
 
-    def _product(self, v):
+    def _matvec(self, v):
         self.products += 1
         if self.products == self.at:
             raise self.error
-        return super()._product(v)
+        return super()._matvec(v)
 
 
 @pytest.fixture
@@ -145,9 +146,9 @@ torch.set_num_threads(1)
 
 class Slow(Matrix):
     products = 0
-    def _product(self, v):
+    def _matvec(self, v):
         self.products += 1
-        return super()._product(v)
+        return super()._matvec(v)
 
 def residuals(operator, values, x):
     print("certifying", flush=True)
@@ -165,7 +166,8 @@ print(operator.products, found.matvecs, *found.eigenvalues.tolist())
 def test_killed_while_certifying(tmp_path):
     """SIGKILL, which no handler sees: the recurrence is not run again."""
     command = [sys.executable, "-c", KILLED, str(tmp_path / "run.pt")]
-    options = {"env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, "text": True}
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    options = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, "text": True}
     with subprocess.Popen([*command, "yes"], stdout=subprocess.PIPE, **options) as first:
         assert first.stdout.readline() == "certifying\n"
         first.send_signal(signal.SIGKILL)
@@ -275,10 +277,11 @@ def test_no_run_takes_up_that_of_another(name, tmp_path):
 def test_products_of_a_model_go_on_to_the_same_bits(tmp_path, monkeypatch):
     """The graphs that a session kept are made anew."""
     whole = trace(Hessian(classification(split=True)), rtol=0.1)
-    operator, product = Hessian(classification(split=True)), Hessian._mean
+    operator, multiply = Hessian(classification(split=True)), ObjectiveOperator._matvec
     calls = iter(range(100))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Hessian, "_mean", lambda self, v: product(self, v) if next(calls) != 7 else _interrupt())
+        patch.setattr(ObjectiveOperator, "_matvec",
+                      lambda self, *v: multiply(self, *v) if next(calls) != 7 else _interrupt())
         trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt"))
     assert trace(operator, rtol=0.1, checkpoint=str(tmp_path / "run.pt")) == whole
 

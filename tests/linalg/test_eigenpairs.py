@@ -1,5 +1,6 @@
 """Eigenpairs of random symmetric matrices against ``torch.linalg.eigh``, and the ways to fool a Krylov method."""
 
+import math
 import os
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flatmin.curvature import Hessian, Matrix, eigenpairs, eigenvalues, power_iteration
+from flatmin.linalg.certificate import DOUBT, _excludes
 from flatmin.linalg.eigenpairs import wanted
 from nets import classification, symmetric
 
@@ -83,6 +85,8 @@ def test_values_alone_recognise_their_ghosts():
     e = torch.cat([torch.linspace(0, 1, 80), torch.tensor([10.0, 20.0])])
     found = eigenvalues(Matrix(symmetric(e).float()), 6, tol=1e-5, max_matvecs=300)
     assert found.copies[-1] > 1     # the recurrence did find it again and again
+    every = eigenvalues(Matrix(symmetric(e).float()), 82, tol=1e-5, max_matvecs=300)
+    assert 200 < every.copies.sum() <= every.matvecs == 300     # a Ritz value is at most one copy
     assert found.values.tolist() == pytest.approx(e.sort().values[-6:].tolist(), abs=2e-3)
     assert found.converged.all()
 
@@ -129,6 +133,13 @@ def test_the_power_method_at_any_scale(scale, which):
     assert not rough.converged and rough.residual == pytest.approx(float(off), rel=1e-3)    # of the vector returned
 
 
+def test_the_power_method_stops_as_soon_as_the_largest_stands_out():
+    a = Matrix(symmetric(torch.cat([torch.tensor([1000.0]), torch.linspace(-1, 1, 60)])))
+    for which in ("largest", "magnitude"):
+        found = power_iteration(a, which, tol=1e-3)
+        assert found.converged and found.matvecs <= 4 and found.value == pytest.approx(1000)
+
+
 def test_values_alone_in_float64_are_as_exact_as_they_say():
     e = torch.linspace(0, 1, 60, dtype=torch.float64) ** 3
     found = eigenvalues(Matrix(symmetric(e)), 3, tol=1e-10)
@@ -145,6 +156,24 @@ def test_all_copies_of_a_multiple_eigenvalue():
     plain = eigenpairs(Matrix(symmetric(e)), 7)     # nobody looked: copies are missing, and that is not called complete
     assert plain.complete is None and plain.matvecs < found.matvecs and plain.eigenvalues[0] < 1.9
     assert eigenpairs(Matrix(symmetric(e)), 5, block=6, certify=False).eigenvalues.tolist() == pytest.approx([3] * 5)
+
+
+@pytest.mark.parametrize("gap", (1e-6, 1e-3, 0.1, 3.0))
+@pytest.mark.parametrize("n", (20, 10**6))
+def test_a_search_excludes_where_the_chebyshev_polynomial_says_so(gap, n):
+    """An eigenvector with the share s² of a start would have been seen at degree d: s² γ T_d(1 + 2γ)² > 1; s² is
+    smaller than ½π δ²/n with probability δ."""
+    low, high = -1.0, 4.0
+    gamma = gap / (1.1 * (high - low))      # the other end of the spectrum may lie 10 % further out
+    t = [1.0, 1 + 2 * gamma]
+    while len(t) < 40:
+        t.append(2 * t[1] * t[-1] - t[-2])
+    share = 0.5 * math.pi * DOUBT**2 / n
+    for steps in range(20 if gap > 1 else 3, 40):   # at a low degree T is more than half of the exponential
+        assert _excludes(high + gap, low, high, steps, n) == (share * gamma * t[steps - 1] ** 2 > 1)
+    assert not _excludes(high, low, high, 10**6, n) and not _excludes(high - gap, low, high, 10**6, n)
+    if gap < 0.01:
+        assert _excludes(high + gap, low, high, 10**5, n)
 
 
 def test_what_did_not_converge_says_so():
@@ -169,9 +198,9 @@ def test_the_certificate_is_of_a_fresh_product():
     assert torch.allclose(found.residuals, residuals, atol=1e-13)
 
     class Drifting(Matrix):
-        def _product(self, v):
+        def _matvec(self, v):
             self.matrix = self.matrix + 0.003 * torch.eye(self.size)
-            return super()._product(v)
+            return super()._matvec(v)
 
     with pytest.warns(UserWarning, match="did not converge"):
         assert not eigenpairs(Drifting(torch.diag(torch.arange(1.0, 41.0))), 2, tol=1e-6).converged.any()
@@ -199,6 +228,14 @@ def test_memory_is_foretold():
         eigenpairs(Huge(), 2, certify=False)
 
 
+def test_the_basis_holds_as_many_vectors_as_documented():
+    a = Matrix(torch.diag(torch.cat([torch.rand(1100), torch.tensor([50.0, 100.0])])))
+    assert eigenpairs(a, 1, certify=False).settings["basis"] == 43
+    assert eigenpairs(a, 2, certify=False).settings["basis"] == 46      # 3k + 40
+    assert eigenpairs(a, 1, basis=20, certify=False).settings["basis"] == 20
+    assert eigenpairs(Matrix(symmetric(torch.rand(60))), 1).settings["basis"] == 60
+
+
 def test_resumes_after_a_kill(tmp_path):
     file = str(tmp_path / "run.pt")
     e = torch.linspace(-1, 1, 300)
@@ -206,11 +243,11 @@ def test_resumes_after_a_kill(tmp_path):
     class Dying(Matrix):
         products = 0
 
-        def _product(self, v):
+        def _matvec(self, v):
             Dying.products += 1
             if Dying.products == 60:
                 raise KeyboardInterrupt
-            return super()._product(v)
+            return super()._matvec(v)
 
     with pytest.raises(KeyboardInterrupt):
         eigenpairs(Dying(symmetric(e)), 3, basis=25, checkpoint=file)
@@ -229,7 +266,7 @@ def test_progress_and_wrong_arguments(capsys):
     assert calls and "converged" in calls[-1][1]
     eigenpairs(a, 2, progress=True)
     assert "eigenpairs" in capsys.readouterr().err
-    for wrong in ({"k": 0}, {"which": "top"}, {"tol": 0}, {"basis": 2, "k": 2}):
+    for wrong in ({"k": 0}, {"which": "top"}, {"tol": 0}, {"basis": 2, "k": 2}, {"basis": 7, "k": 2, "block": 3}):
         with pytest.raises(ValueError):
             eigenpairs(a, **wrong)
 
@@ -237,7 +274,7 @@ def test_progress_and_wrong_arguments(capsys):
 def test_certificates_of_composed_operators_are_fresh_too():
     calls = []
     objective = classification()
-    objective._outputs, inner = lambda *a: (calls.append(1), inner(*a))[1], objective._outputs
+    objective.model.register_forward_hook(lambda *_: calls.append(1))
     eigenpairs(2 * (Hessian(objective) + Hessian(objective)), 1, certify=False)
     assert len(calls) == 2
     with Hessian(objective).session():

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from flatmin.curvature import Hessian, Matrix, condition_number, diagonal, frobenius, spectral_density, trace
+from flatmin.linalg.confidence import quantile
 from nets import classification, only_samples, symmetric
 
 SPECTRA = {
@@ -92,6 +94,28 @@ def test_frobenius_and_diagonal():
     assert float((error / d.stderr[0]).square().mean()) == pytest.approx(1, abs=0.35)
 
 
+def test_the_stated_errors_of_a_diagonal_are_those_of_its_samples(monkeypatch):
+    e = SPECTRA["indefinite"]
+    a, signs = Matrix(symmetric(e)), []
+    draw = a.random
+    monkeypatch.setattr(a, "random", lambda *args: signs.append(draw(*args)) or signs[-1].clone())
+    found = diagonal(a, rtol=1e-6, max_matvecs=7)
+    rows = torch.stack(signs[:found.matvecs])
+    samples = rows * (rows @ symmetric(e))
+    assert found.matvecs == 7 and not found.converged
+    torch.testing.assert_close(found.values[0], samples.mean(0))
+    torch.testing.assert_close(found.stderr[0], samples.std(0, unbiased=True) / 7**0.5)
+
+
+@pytest.mark.parametrize("confidence", (0.5, 0.68, 0.95, 0.999))
+def test_quantiles_converge_to_those_of_student(confidence):
+    """The terms go to the third power of 1/degrees, so that the error falls with the fourth."""
+    exact = stats.t(df=torch.tensor([1, 2, 60, 120]).numpy()).ppf((1 + confidence) / 2)
+    error = [abs(quantile(confidence, n) - t) for n, t in zip((1, 2, 60, 120), exact, strict=True)]
+    assert error[0] < 1e-9 * exact[0] and error[1] < 1e-9 * exact[1]
+    assert error[3] < error[2] / 13 + 1e-12
+
+
 @pytest.mark.usefixtures("only_samples")
 def test_density_moments_mass_at_zero_and_band():
     e = torch.cat([torch.zeros(120), torch.linspace(1, 4, 80)])
@@ -118,6 +142,13 @@ def test_the_share_next_to_zero_of_eigenvalues_of_many_scales(decades):
     truth = float((e.abs() <= 1e-4).double().mean())
     low, high = found.settings["bounds"]
     assert abs(found.value - truth) <= 2 * found.stderr and 0 <= low <= high <= 1
+
+
+def test_the_range_of_a_density_is_that_of_its_outermost_nodes():
+    found = spectral_density(Matrix(symmetric(torch.tensor([-2.0, 1.0, 5.0]))))
+    assert found.range == pytest.approx((-2, 5))
+    found = spectral_density(Matrix(symmetric(SPECTRA["indefinite"])), probes=3, steps=12)
+    assert found.range == (min(float(t.min()) for t in found.nodes), max(float(t.max()) for t in found.nodes))
 
 
 @pytest.mark.usefixtures("only_samples")

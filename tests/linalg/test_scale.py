@@ -137,11 +137,11 @@ def test_a_basis_on_disk_is_taken_up_where_it_was(tmp_path, monkeypatch):
     class Dying(Matrix):
         products = 0
 
-        def _product(self, v):
+        def _matvec(self, v):
             Dying.products += 1
             if Dying.products == 30:
                 raise RuntimeError("killed")
-            return super()._product(v)
+            return super()._matvec(v)
 
     matrix = symmetric(torch.linspace(-1, 1, 300))
     A, options = Dying(matrix), {"k": 2, "tol": 1e-6, "basis": 20, "place": "disk", "folder": str(tmp_path)}

@@ -1,5 +1,6 @@
 """The report: sentences, tables and the page, from made-up records."""
 
+import doctest
 import html
 import json
 import math
@@ -10,13 +11,17 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from flatmin import report
 from flatmin.errors import RunFolderError
-from flatmin.report import measured
-from flatmin.report.figures import _style, color
-from flatmin.report.findings import headline, worse
-from flatmin.report.reading import Gap, Stat, plus_minus
+from flatmin.report import compare_figures, compare_findings, fields, formatting, spread
+from flatmin.report.compare_record import CompareRecord
+from flatmin.report.figures import line_style
+from flatmin.report.measure_findings import sentence
+from flatmin.report.measure_record import MeasureRecord
+from flatmin.report.page import policy
+from flatmin.report.spread import Gap, Stat, plus_minus
 
 BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31, 0.25, 0.052, 0.008, 12.0, 1.93),
           "asam": (0.785, 1.42, 0.23, 0.071, 0.011, 9.5, 2.11)}
@@ -40,47 +45,41 @@ def run(method, seed, level, rng, epochs):
             "sharpness": {"rho": 0.05, "value": first + second + 1e-4, "first_order": first, "second_order": second,
                           "remainder": 1e-4},
             "hessian": {"eigenvalue": top, "residual": 2e-3, "converged": True, "matvecs": 40},
-            "line": {"x": x, "values": [0.4 * nll + 0.04 * top * t * t + 0.01 * t for t in x]}}
+            "line": {"x": x, "values": [0.4 * nll + 0.04 * top * t * t + 0.01 * t for t in x], "stderr": [0.01] * 26,
+                     "unit": 2.0, "draws": 5}}
 
 
-def summarize(record):
-    import statistics
+def headline(record):
+    return compare_findings.headline(CompareRecord(record))
 
-    parts = {"accuracy": "test", "nll": "test", "ece": "test", "value": "sharpness", "first_order": "sharpness",
-             "second_order": "sharpness", "eigenvalue": "hessian", "residual": "hessian"}
-    record["summary"] = {}
-    for m in dict.fromkeys(r["method"] for r in record["runs"]):
-        mine = [r for r in record["runs"] if r["method"] == m]
-        values = {k: [r[p][k] for r in mine] for k, p in parts.items()}
-        record["summary"][m] = {"sharpness" if k == "value" else k: {
-            "mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else "nan", "n": len(v)}
-            for k, v in values.items()}
-    return record
+
+def worse(record):
+    return compare_findings.worse(CompareRecord(record))
 
 
 def fake(levels=None, seeds=3, epochs=30, rng=0):
     levels, rng = levels or BEFORE, random.Random(rng)
     grid = [0.02, 0.05, 0.1, 0.2]
-    return summarize({
+    return {
         "kind": "compare", "status": "complete", "created": "2026-01-02T03:04:05",
         "settings": {"epochs": epochs, "noise": 0.6, "optimizer": {"lr": 0.05, "momentum": 0.9}, "grid": grid},
         "versions": {"flatmin": "0.1", "torch": "2.13.0", "python": "3.12.1", "platform": "Linux", "threads": 2},
-        "data": {"name": "digits", "train": 1000, "test": 797, "classes": 10, "noise": 0.6, "held_out": 200},
+        "data": {"name": "digits", "train": 1000, "test": 797, "chance": 0.1, "noise": 0.6, "held_out": 200},
         "selection": {m: {"grid": grid, "scores": [0.31 - (math.log(g / 0.1) / 9) ** 2 + 0.005 * i for g in grid],
                           "chosen": 0.1, "criterion": "accuracy on held-out training data"}
                       for i, m in enumerate(levels) if m != "sgd"},
         "runs": [run(m, s, level, rng, epochs) for m, level in levels.items() for s in range(seeds)],
         "timing": {m: {"seconds": 0.0007 * v[-1], "ratio": v[-1], "quartiles": [0.97 * v[-1], 1.04 * v[-1]]}
-                   for m, v in levels.items()}})
+                   for m, v in levels.items()}}
 
 
 def test_table_is_aligned():
     for record in (fake(), fake(seeds=1), fake({"sgd": BEFORE["sgd"], "名前": BEFORE["sam"]})):
         lines = report.table(record).splitlines()
         assert lines[1] == "─" * len(lines[1])
-        if record["summary"].get("asam"):
+        if "名前" not in lines[-2]:
             assert len({len(line) for line in lines[:5]}) == 1
-    assert "± " in report.table(fake()) and "±" not in report.table(fake(seeds=1))
+    assert report.table(fake()).startswith("mean ± sd  ") and "±" not in report.table(fake(seeds=1))
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -180,7 +179,7 @@ def test_the_page_is_whole_and_asks_for_nothing(record):
 def test_an_interrupted_run_shows_what_it_has():
     record = fake(seeds=1)
     record |= {"status": "interrupted", "runs": record["runs"][:2]}
-    del record["timing"], record["summary"]
+    del record["timing"]
     record["selection"]["asam"] |= {"scores": [0.3], "chosen": None}
     text = report.page(record)
     assert "This run is not complete" in text and "2 trainings finished" in text and "not yet" in text
@@ -190,7 +189,7 @@ def test_an_interrupted_run_shows_what_it_has():
     assert "No result yet" in report.page(record) and "How the radius was chosen" in report.page(record)
 
 
-@pytest.mark.parametrize("cut", ["runs", "summary", "timing", "selection", "settings", "versions", "data", "created"])
+@pytest.mark.parametrize("cut", ["runs", "timing", "selection", "settings", "versions", "data", "created"])
 def test_any_section_may_be_missing(cut):
     record = fake()
     del record[cut]
@@ -200,7 +199,6 @@ def test_any_section_may_be_missing(cut):
     for part in ("history", "test", "sharpness", "hessian", "line", "rho"):
         record = fake()
         del record["runs"][0][part]
-        record.pop("summary")
         assert "<h1>" in report.page(record)
 
 
@@ -212,7 +210,7 @@ def test_an_empty_record_says_so():
 @pytest.mark.parametrize("bounds, said", (([0.66, 0.72], "69 ± 2.6 % of all"), ([0.1, 0.8], "Between 10 and 80 %")))
 def test_a_share_next_to_zero_that_is_not_resolved(bounds, said):
     zero = {"value": 0.69, "stderr": 0.026, "settings": {"bounds": bounds}}
-    assert said in measured.sentence(measured.Measured({"results": {"density": {"x": [0.0], "mass_at_zero": zero}}}))
+    assert said in sentence(MeasureRecord({"results": {"density": {"x": [0.0], "mass_at_zero": zero}}}))
 
 
 def test_numbers_that_are_not_finite():
@@ -225,10 +223,10 @@ def test_numbers_that_are_not_finite():
 
     record = fake()
     record["runs"][3:6] = [spoil(r) for r in record["runs"][3:6]]
-    del record["summary"]
     assert any("SAM diverged: " in line for line in worse(record))
     assert report.findings(record)[0].startswith("ASAM has the highest")
-    assert "nan" in report.table(record) and "<h1>" in report.page(record)
+    sam = next(line for line in report.table(record).splitlines() if line.startswith("SAM "))
+    assert sam.split()[1:6] == ["–"] * 5 and "<h1>" in report.page(record)
     record["runs"] = [spoil(r) for r in record["runs"]]
     assert "No result yet" in report.page(record)
 
@@ -245,8 +243,8 @@ def test_many_methods():
     record = fake({"sgd": BEFORE["sgd"], **{f"m{i}": BEFORE["sam"] for i in range(17)}}, seeds=2)
     text = report.page(record)
     assert all(f"<span>m{i}</span>" in text for i in range(17))
-    looks = [(color(i), *map(str, _style(i))) for i in range(18)]
-    assert len(set(looks)) == 18 and [c for c, *_ in looks].count(looks[0][0]) == 1
+    looks = [line_style(i) for i in range(18)]
+    assert len({str(look) for look in looks}) == 18 and [look.color for look in looks].count(0) == 1
 
 
 def test_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -275,6 +273,60 @@ def test_a_folder_without_a_record(tmp_path, text):
 def test_the_report_is_imported_without_matplotlib():
     code = "import sys, flatmin.report; assert not {'matplotlib', 'numpy.random'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", "import torch; " + code.replace(", 'numpy.random'", "")], check=True)
+
+
+@pytest.mark.parametrize("module", [fields, formatting, spread])
+def test_the_examples_of_the_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
+
+
+def test_a_negative_part_is_subtracted():
+    record = fake()
+    for r in record["runs"]:
+        r["sharpness"]["second_order"] *= -0.1
+        r["sharpness"]["value"] = r["sharpness"]["first_order"] + r["sharpness"]["second_order"]
+    for shown in (report.table(record), report.page(record)):
+        assert re.search(r"0\.0\d+ − 0\.00\d+", shown) and "+ −" not in shown and "+ -" not in shown
+
+
+def test_the_calibration_error_is_in_percent_everywhere():
+    """0.2 and 0.4 in the record."""
+    record = fake(levels(ece=0.4))
+    sgd, sam = ([r["test"]["ece"] for r in record["runs"] if r["method"] == m] for m in ("sgd", "sam"))
+    percent = pytest.approx([100 * sum(v) / 3 for v in (sgd, sam)], abs=0.5)
+    line, = [line for line in report.findings(record) if "Calibration" in line]
+    assert list(map(float, re.findall(r"([\d.]+) ± [\d.]+ %", line))) == percent
+    assert "ECE %" in report.table(record) and "Calibration error, %</th>" not in report.page(record)
+    cells = re.findall(r'data-head="Calibration error, %"><div><b>([\d.]+)', report.page(record))
+    assert list(map(float, cells)) == percent
+
+
+def test_every_axis_has_a_name(monkeypatch):
+    named = []
+
+    def named_axes(paint, title, height=3.7):
+        axes = Figure().add_subplot()
+        paint(axes)
+        named.append((title, axes.get_xlabel(), axes.get_ylabel()))
+        return ""
+
+    monkeypatch.setattr(compare_figures, "draw", named_axes)
+    report.page(fake())
+    assert len(named) == 7 == len({title for title, *_ in named}) and all(all(row) for row in named), named
+
+
+def test_on_a_phone_every_cell_names_its_column():
+    """The style sheet shows data-head in front of a cell, instead of the heads."""
+    text = report.page(fake())
+    heads = re.findall(r'<th scope="col">([^<]+)', text)[1:]
+    assert re.findall(r'<td[^>]* data-head="([^"]+)"', text) == 3 * heads and len(heads) == 6
+    assert "content:attr(data-head)" in text and "thead{display:none}" in text
+
+
+def test_only_the_scripts_of_surfaces_may_run():
+    assert "script-src" not in policy([]) and policy(["<script>a</script>"] * 2).count("sha256") == 1
+    assert "default-src 'none'" in policy([])
 
 
 class Tags(HTMLParser):
@@ -312,7 +364,8 @@ def test_a_method_at_chance_competes_for_nothing(idle):
     assert not any(re.search(rf"\b{name}\b", line) for line in others), others
     assert not headline(record).startswith(name)
     row = re.search(rf'<tr class="s\d"><th scope="row">{name}</th>(.*?)</tr>', report.page(record), re.S).group(1)
-    assert "class=strong" not in row and "<td" in row
+    assert "strong" not in row and "<td" in row
+    assert 'class="strong"' in report.page(record)
     assert f"not above chance (10.0 %), so not compared: {name}" in report.table(record)
 
 
@@ -332,11 +385,13 @@ def test_the_diagnosis_prints_the_radius_to_try_next():
     record["diagnosis"] = {
         "sgd": {"runs": 4, "rho": None, "next_rho": None, "next_rho_because": "", "findings": []},
         "sam": {"runs": 4, "rho": 0.1, "next_rho": 0.05, "next_rho_because": "rho too large", "findings": [
-            {"name": "rho too large", "symptom": "the loss more than doubles over the step", "cause": "c<", "runs": 3,
+            {"name": "rho too large", "symptom": "the loss more than doubles over the step", "cause": "c<", "runs": 2,
+             "in": ["seed 0", "seed 2"],
              "solution": "lower rho", "evidence": {"sharpness over loss": 1.5}}]},
         "asam": {"runs": 4, "rho": 1.0, "next_rho": 1.0, "next_rho_because": "no finding", "findings": []}}
     page, table = report.page(record), report.table(record)
-    assert "SAM: the loss more than doubles over the step</b> in 3 of 4 runs" in page and "C&lt;; lower rho." in page
+    assert "SAM: the loss more than doubles over the step</b> in seed 0 and seed 2 (2 of 4 runs)" in page
+    assert "C&lt;; lower rho." in page
     assert page.count("next</b>") == 1 and "SAM: try ρ = 0.05 next" in page
     assert "SAM: rho too large at ρ = 0.1; try 0.05 next" in table and "ASAM: " not in table
     for broken in ({}, {"sam": None}, {"sam": {"findings": [3, {}], "runs": "nan"}}, {"sam": {"findings": "x"}}):
@@ -348,7 +403,6 @@ def test_a_comparison_beyond_the_expansion_says_so():
     for run in record["runs"]:
         if run["method"] == "sam":
             run["sharpness"]["value"] *= 3
-    record = summarize(record)
     said = " ".join(report.findings(record))
     assert "For SAM, a step of ρ = 0.05 is beyond the range of slope and curvature" in said
     assert "a third part is what slope and curvature leave unexplained" in report.table(record)

@@ -11,15 +11,14 @@ import torch
 from test_report import EVIL, Tags, fake
 
 from flatmin import report
-from flatmin.jobs import CompareSettings, Comparison
-from flatmin.report.turning import turnable
+from flatmin.jobs.compare import Comparison
+from flatmin.jobs.settings import CompareSettings
+from flatmin.report.surface import turnable
 from flatmin.training.folder import RunFolder
 
 
 def with_landscape(methods=("sgd", "sam", "asam")):
     record = fake()
-    for run in record["runs"]:
-        run["line"] |= {"stderr": [0.01] * 26, "unit": 2.0, "draws": 5}
     grid = [[0.1 * (i - 1) ** 2 + 0.2 * (j - 1) ** 2 + 0.3 for j in range(4)] for i in range(5)]
     points = [[0.0, 0.0], [3.0, 0.0], [1.0, 2.0]][:len(methods)]
     record["plane"] = {"methods": list(methods), "seed": 0, "x": [-1.0, 0.0, 1.0, 2.0, 4.0], "y": [-1.0, 0.0, 1.0, 3.0],
@@ -50,8 +49,7 @@ def test_both_surfaces_turn_and_name_their_solutions():
 
 def test_lines_have_their_band_and_both_scales():
     text = report.page(with_landscape())
-    assert "two standard errors" in text and "distance / length of the weights" in text
-    assert "distance / length" not in report.page(fake()), "a record that does not know the length"
+    assert "two standard errors" in " ".join(text.split()) and "distance / length of the weights" in text
 
 
 @pytest.mark.parametrize("methods", [("sgd",), ("sgd", "sam")])

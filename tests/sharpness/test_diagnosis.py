@@ -15,8 +15,17 @@ from flatmin.jobs.compare import steps_of
 from flatmin.recipes import Recipe, find_recipe
 from flatmin.sharpness import diagnose, next_radius
 from flatmin.sharpness.diagnosis import LARGER, SMALLER, TABLE, WITHOUT_RHO, Finding, consistent
-from flatmin.training.loop import RECORDED, Diverged, Plan, batches, train
-from flatmin.training.methods import METHODS, gradient, optimizer_for
+from flatmin.training.loop import (
+    RECORDED,
+    Diverged,
+    Plan,
+    batches,
+    gradient,
+    optimizer_for,
+    sharpener_for,
+    train,
+)
+from flatmin.training.methods import METHODS
 from problems import NoisyNet, Vector, batch, build, loss_fn
 
 
@@ -294,7 +303,7 @@ def test_which_methods_step_by_rho():
         torch.manual_seed(0)
         model = SMALL.model()
         optimizer = optimizer_for(method.base, model, SMALL)
-        sharpener, radii = method.sharpener(model, optimizer, 0.1), []
+        sharpener, radii = sharpener_for(method, model, optimizer, 0.1), []
         for index in list(batches(200, 20, 0, 0))[:8]:
             gradient(sharpener, model, SMALL, data.train_inputs[index], data.train_targets[index])
             radii.append(sharpener.last.radius)

@@ -5,11 +5,14 @@ direction   where is uphill?            Gradient, Adaptive, Layerwise, Fisher, P
 rule        which gradient is kept?     Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
 cadence     when is it paid for?        EveryStep, Every (with Reuse), WarmStart
 rho         how far?                    a number, LinearRho, RhoFollowsLearningRate; by_depth for groups
-façade      torch.optim.Optimizer       SAM, ASAM, LookSAM, EfficientSAM, MomentumSAM, MemoryEfficientSAM
+façade      torch.optim.Optimizer       SAM; its relatives, ASAM, LookSAM, ..., are in flatmin.compat
 """
 
+import importlib
+from typing import Any
+
 from . import presets
-from .cadences import Every, EveryStep, LinearRho, Reuse, RhoFollowsLearningRate, WarmStart
+from .cadences import Every, EveryStep, Reuse, WarmStart
 from .directions import (
     Adaptive,
     Fisher,
@@ -22,14 +25,21 @@ from .directions import (
     RandomFraction,
     WithWeightDecay,
 )
-from .facade import ASAM, SAM, EfficientSAM, LookSAM, MemoryEfficientSAM, MomentumSAM
+from .facade import SAM
 from .parameters import by_depth
 from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
+from .schedules import LinearRho, RhoFollowsLearningRate
 from .sharpener import Sharpener
 
 __all__ = [
-    "ASAM", "SAM", "Adaptive", "EfficientSAM", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient",
-    "Layerwise", "LinearRho", "LogitOnly", "LookSAM", "MemoryEfficientSAM", "Momentum", "MomentumSAM", "Plain",
-    "Preconditioned", "Random", "RandomFraction", "Reuse", "RhoFollowsLearningRate", "Selected", "Sharpener",
-    "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "by_depth", "presets",
+    "SAM", "Adaptive", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient", "Layerwise", "LinearRho",
+    "LogitOnly", "Momentum", "Plain", "Preconditioned", "Random", "RandomFraction", "Reuse", "RhoFollowsLearningRate",
+    "Selected", "Sharpener", "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "by_depth", "presets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that live in ``flatmin.compat``, which stands above this package, under their earlier address."""
+    if name in ("ASAM", "EfficientSAM", "LookSAM", "MemoryEfficientSAM", "MomentumSAM"):
+        return getattr(importlib.import_module("flatmin.compat"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

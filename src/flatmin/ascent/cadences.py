@@ -1,10 +1,10 @@
-"""When is the second pass paid for? And how ρ moves over the steps."""
+"""When is the second pass paid for?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, final
+from typing import Protocol, final
 
 from torch import Tensor
 
@@ -46,10 +46,14 @@ class Reuse:
 
 
 class Cadence(Protocol):
-    """``cadence(t)`` says whether step t (from 0) takes the second pass; ``reuse`` what the others make of the last."""
+    """``cadence(t)`` says whether step t, counted from 0, takes the second pass.
 
-    counts_steps: ClassVar[bool]  # whether the number of the step matters, and has to be saved
+    ``reuse`` says what the other steps do with the last full one; None: they are plain steps. ``counts_steps`` says
+    whether the number of the step has to be saved.
+    """
 
+    @property
+    def counts_steps(self) -> bool: ...
     @property
     def reuse(self) -> Reuse | None: ...
 
@@ -61,7 +65,7 @@ class Cadence(Protocol):
 class EveryStep:
     """Every step takes both passes."""
 
-    counts_steps: ClassVar[bool] = False
+    counts_steps = False
 
     @property
     def reuse(self) -> Reuse | None:
@@ -78,7 +82,7 @@ class Every:
 
     k: int = 5
     reuse: Reuse | None = None
-    counts_steps: ClassVar[bool] = True
+    counts_steps = True
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -95,7 +99,7 @@ class WarmStart:
 
     steps: int
     then: Cadence = field(default_factory=EveryStep)
-    counts_steps: ClassVar[bool] = True
+    counts_steps = True
 
     @property
     def reuse(self) -> Reuse | None:
@@ -103,36 +107,3 @@ class WarmStart:
 
     def __call__(self, step: int) -> bool:
         return step >= self.steps and self.then(step - self.steps)
-
-
-@final
-@dataclass(frozen=True)
-class LinearRho:
-    """ρ from ``start`` to ``end`` over ``steps`` steps, constant after."""
-
-    start: float
-    end: float
-    steps: int
-
-    def __call__(self, step: int, lr: float | None) -> float:
-        return self.start + (self.end - self.start) * min(1.0, step / max(1, self.steps))
-
-
-@final
-@dataclass(frozen=True)
-class RhoFollowsLearningRate:
-    """ρ = ρ_min + (ρ_max − ρ_min)(lr − lr_min)/(lr_max − lr_min) (GSAM's schedule, arXiv:2203.08065).
-
-    Needs ``optimizer=``; the learning rate is the one of its first group.
-    """
-
-    rho_max: float
-    rho_min: float
-    lr_max: float
-    lr_min: float = 0.0
-
-    def __call__(self, step: int, lr: float | None) -> float:
-        if lr is None:
-            raise ValueError("a radius that follows the learning rate needs optimizer=")
-        share = (float(lr) - self.lr_min) / (self.lr_max - self.lr_min)
-        return self.rho_min + (self.rho_max - self.rho_min) * min(1.0, max(0.0, share))

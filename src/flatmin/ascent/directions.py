@@ -1,127 +1,20 @@
-"""Where is uphill? Each direction turns the gradient into ε/ρ = d/‖d‖ in its own norm.
+"""Where is uphill? Each direction turns the gradient into ε/ρ = d/norm, of length 1 in its own norm.
 
-Steepest ascent in a diagonal metric T maximises gᵀε subject to ‖T⁻¹ε‖_p ≤ ρ. With u = T g:
-
-    p = 2: ε = ρ T u/‖u‖₂        p = ∞: ε = ρ T sign(u)        p = 1: ε = ρ T sign(u) on argmax|u| alone
-
-T = 1 is SAM, T = |w| + η is ASAM, T = F^(-½) is Fisher SAM, T = M^(-½) the Adam-preconditioned form.
-
-A direction is a frozen dataclass whose call overwrites ``ascent.d`` (on entry the gradient) and returns the norm that
-divides it. It says what it needs: ``needs_gradient`` (a first pass at w) and ``needs_optimizer``.
+A direction is a frozen dataclass called with an :class:`~flatmin.ascent.steepest.AscentInfo`; it returns an
+:class:`~flatmin.ascent.steepest.Ascent`. It says what it needs: a gradient at w, the optimizer, the number of the step.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, final
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .. import vectors
-from ..vectors import Space
-from .parameters import Row
-
-
-@dataclass
-class Ascent:
-    """What a direction may look at. ``w`` and ``d`` are the local parts of the parameters that will move."""
-
-    space: Space
-    rows: list[Row]  # the parameters that will move: .parameter, .name, .role and .group of each
-    w: list[Tensor]
-    d: list[Tensor]
-    gradient_norm: Tensor | None
-    memory: dict[str, dict[str, Tensor]]  # what was kept at the step before, by kind and parameter; not to be written
-    step: int
-    optimizer: torch.optim.Optimizer | None = None
-    loss_scale: Tensor | None = None
-    keep: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what to keep: forgotten if the step is skipped
-    stretch: Tensor | float = 1.0  # set by a direction whose step is not ρ long: its length in units of ρ
-    metric: Metric | None = None  # T of the norm ‖T⁻¹ε‖_p in which the step is ρ long; None: 1
-    p: float = 2
-    across: float | None = None  # combines the tensors' lengths, where that is not p
-
-    def narrow(self, chosen: Sequence[bool]) -> None:
-        """Leave tensors out: they will not move."""
-        if all(chosen):
-            return
-        where = [i for i, c in enumerate(chosen) if c]
-        self.rows, self.w = [self.rows[i] for i in where], [self.w[i] for i in where]
-        self.d = [self.d[i] for i in where] if self.d else []
-        self.space = Space([r.parameter for r in self.rows])
-        self.gradient_norm = self.space.norm(self.d) if self.d else None
-
-    def length(self, rhos: Sequence[float] | None = None) -> Tensor:
-        """The length of d in the direction's own norm, each tensor first multiplied by its radius."""
-        u = self.d
-        if self.metric is not None:
-            scales = [self.metric(i, w, d) for i, (w, d) in enumerate(zip(self.w, self.d, strict=True))]
-            u = [d if t is None else vectors.ratio(d, t) for d, t in zip(u, scales, strict=True)]
-        if self.p == 2:
-            each = self.space.norms(u)
-        else:
-            ends = [(t.abs().sum() if self.p == 1 else t.abs().amax()).to(u[0].device, torch.float64) for t in u]
-            each = self.space.reduce_each(torch.stack(ends), "sum" if self.p == 1 else "max")
-        if rhos is not None:
-            each = each * torch.tensor(rhos, dtype=each.dtype, device=each.device)
-        return torch.linalg.vector_norm(each, self.across or self.p)
-
-
-class Direction(Protocol):
-    """``direction(ascent)`` overwrites ``ascent.d`` and returns the norm (0-d) by which it is to be divided.
-
-    A direction that draws by the number of the step says so by ``counts_steps = True``, so that it is saved.
-    """
-
-    needs_gradient: ClassVar[bool]
-    needs_optimizer: ClassVar[bool]
-
-    def __call__(self, ascent: Ascent) -> Tensor: ...
-
-
-Metric = Callable[[int, Tensor, Tensor], Tensor | None]  # metric(i, w, d): T of tensor i, None for 1
-
-
-def steepest(ascent: Ascent, metric: Metric | None, p: float) -> Tensor:
-    """Overwrite d by T · dual_p(T g) and return the norm of T g that belongs to p. ``metric(i, w, d)`` gives T."""
-    ascent.metric, ascent.p = metric, p
-    if metric is not None:
-        _apply(ascent, metric)
-    if p == 2:
-        norm = ascent.space.norm(ascent.d) if metric is not None or ascent.gradient_norm is None else (
-            ascent.gradient_norm)
-    elif p == float("inf"):
-        for d in ascent.d:
-            d.sign_()
-        norm = ascent.space.norm(ascent.d, p)  # 1, or 0 for a zero gradient
-    elif p == 1:
-        norm = _keep_largest(ascent)
-    else:
-        raise ValueError(f"p must be 1, 2 or infinity, got {p}")
-    if metric is not None:
-        _apply(ascent, metric)
-    return norm
-
-
-def _apply(ascent: Ascent, metric: Metric) -> None:
-    for i, (w, d) in enumerate(zip(ascent.w, ascent.d, strict=True)):
-        t = metric(i, w, d)
-        if t is not None:
-            d.mul_(t)
-
-
-def _keep_largest(ascent: Ascent) -> Tensor:
-    """d becomes the sign where |d| is largest, 0 elsewhere; returns the number of such places (ties share)."""
-    top = ascent.space.norm(ascent.d, float("inf"))
-    counts = []
-    for d in ascent.d:
-        mask = (d.abs() == top.to(d.device, d.dtype)) & (d != 0)
-        counts.append(mask.sum().to(ascent.d[0].device, torch.float64))
-        d.sign_().mul_(mask)
-    return ascent.space.reduce(torch.stack(counts))
+from .. import parallel, vectors
+from .steepest import Ascent, AscentInfo, DiagonalNorm, Direction, steepest
 
 
 @final
@@ -131,18 +24,18 @@ class Gradient:
 
     p: float = 2
     normalized: bool = True
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
+    needs_gradient = True
+    needs_optimizer = False
+    counts_steps = False
 
-    def __call__(self, ascent: Ascent) -> Tensor:
+    def __call__(self, info: AscentInfo) -> Ascent:
         if not self.normalized:  # USAM: ε = ρ g; under a GradScaler g carries the loss scale
-            scale = torch.ones((), dtype=torch.float64, device=ascent.d[0].device)
-            if ascent.loss_scale is not None:
-                scale = ascent.loss_scale.to(scale)
-            assert ascent.gradient_norm is not None
-            ascent.stretch = ascent.gradient_norm / scale
-            return scale
-        return steepest(ascent, None, self.p)
+            scale = torch.ones((), dtype=torch.float64, device=info.gradient[0].device)
+            if info.loss_scale is not None:
+                scale = info.loss_scale.to(scale)
+            assert info.gradient_norm is not None
+            return Ascent(info, info.gradient, scale, info.gradient_norm / scale)
+        return steepest(info, None, self.p)
 
 
 @final
@@ -161,8 +54,9 @@ class Adaptive:
     kind: str = "element"
     biases: bool = False
     by_group: bool = False
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
+    needs_gradient = True
+    needs_optimizer = False
+    counts_steps = False
 
     def __post_init__(self) -> None:
         if self.eta < 0:
@@ -170,41 +64,39 @@ class Adaptive:
         if self.kind not in ("element", "filter", "layer"):
             raise ValueError(f'kind must be "element", "filter" or "layer", got {self.kind!r}')
 
-    def __call__(self, ascent: Ascent) -> Tensor:
+    def __call__(self, info: AscentInfo) -> Ascent:
         if self.kind == "layer":
-            norms = ascent.space.norms(ascent.w)
-            return steepest(ascent, lambda i, w, d: self._if_scaled(ascent, i, norms[i].to(w) + self.eta), self.p)
+            norms = info.space.norms(info.w)
+            return steepest(info, lambda i, w, d: self._if_scaled(info, i, norms[i].to(w) + self.eta), self.p)
         if self.kind == "filter":
-            return steepest(ascent, lambda i, w, d: self._filterwise(ascent, i, w), self.p)
+            return steepest(info, lambda i, w, d: self._filterwise(info, i, w), self.p)
         if self.p == 2:
-            return self._elementwise(ascent)
-        return steepest(ascent, lambda i, w, d: self._if_scaled(ascent, i, w.abs() + self.eta), self.p)
+            return self._elementwise(info)
+        return steepest(info, lambda i, w, d: self._if_scaled(info, i, w.abs() + self.eta), self.p)
 
-    def _scaled(self, ascent: Ascent, i: int) -> bool:
-        row = ascent.rows[i]
-        if self.by_group and not row.group.get("adaptive"):
+    def _is_scaled(self, info: AscentInfo, i: int) -> bool:
+        parameter = info.parameters[i]
+        if self.by_group and not parameter.group.get("adaptive"):
             return False
-        return self.biases or not row.role.endswith("bias")
+        return self.biases or not parameter.role.endswith("bias")
 
-    def _if_scaled(self, ascent: Ascent, i: int, t: Tensor) -> Tensor | None:
-        return t if self._scaled(ascent, i) else None
+    def _if_scaled(self, info: AscentInfo, i: int, t: Tensor) -> Tensor | None:
+        return t if self._is_scaled(info, i) else None
 
-    def _filterwise(self, ascent: Ascent, i: int, w: Tensor) -> Tensor | None:
-        if not self._scaled(ascent, i):
+    def _filterwise(self, info: AscentInfo, i: int, w: Tensor) -> Tensor | None:
+        if not self._is_scaled(info, i):
             return None
         if w.dim() < 2:
             return w.abs() + self.eta
-        rows = torch.linalg.vector_norm(w.flatten(1), dim=1) + self.eta
-        return rows.view(-1, *[1] * (w.dim() - 1))
+        filters = torch.linalg.vector_norm(w.flatten(1), dim=1) + self.eta
+        return filters.view(-1, *[1] * (w.dim() - 1))
 
-    def _elementwise(self, ascent: Ascent) -> Tensor:
+    def _elementwise(self, info: AscentInfo) -> Ascent:
         """The common case, in two sweeps over blocks that stay in cache: d ← T g with its norm, then d ← T d."""
-        ascent.metric = lambda i, w, d: self._if_scaled(ascent, i, w.abs() + self.eta)
-        where = [i for i in range(len(ascent.w)) if self._scaled(ascent, i)]
+        where = [i for i in range(len(info.w)) if self._is_scaled(info, i)]
         if not where:
-            return steepest(ascent, None, 2)
-        w, d = [ascent.w[i] for i in where], [ascent.d[i] for i in where]
-
+            return steepest(info, None, 2)
+        w, d = [info.w[i] for i in where], [info.gradient[i] for i in where]
         scratch = vectors.Scratch()
 
         def scales(ws: list[Tensor]) -> list[Tensor]:
@@ -217,10 +109,11 @@ class Adaptive:
         for ws, ds in vectors.blocks(w, d):
             blocks, last = blocks + 1, scales(ws)
             torch._foreach_mul_(ds, last)
-        norm = ascent.space.norm(ascent.d)
+        norm = info.space.norm(info.gradient)
         for ws, ds in vectors.blocks(w, d):
             torch._foreach_mul_(ds, last if last is not None and blocks == 1 else scales(ws))
-        return norm
+        own_norm = DiagonalNorm(lambda i, w, d: self._if_scaled(info, i, w.abs() + self.eta))
+        return Ascent(info, info.gradient, norm, own_norm=own_norm)
 
 
 @final
@@ -231,16 +124,17 @@ class Layerwise:
     The radius is relative: max_j ‖ε_j‖/‖w_j‖ = ρ. A tensor of zeros does not move.
     """
 
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
+    needs_gradient = True
+    needs_optimizer = False
+    counts_steps = False
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        norms = ascent.space.norms(ascent.w)
-        ascent.metric, ascent.across = lambda i, w, d: norms[i].to(w), float("inf")
-        scales = vectors.ratio(norms, ascent.space.norms(ascent.d))
-        for d, scale in zip(ascent.d, scales, strict=True):
+    def __call__(self, info: AscentInfo) -> Ascent:
+        norms = info.space.norms(info.w)
+        scales = vectors.ratio(norms, info.space.norms(info.gradient))
+        for d, scale in zip(info.gradient, scales, strict=True):
             d.mul_(scale.to(d.device, d.dtype if d.dtype == torch.float64 else torch.float32))
-        return (scales.amax() > 0).to(scales)  # 0: nowhere to go
+        own_norm = DiagonalNorm(lambda i, w, d: norms[i].to(w), across=float("inf"))
+        return Ascent(info, info.gradient, (scales.amax() > 0).to(scales), own_norm=own_norm)  # norm 0: no step
 
 
 @final
@@ -254,17 +148,18 @@ class Fisher:
 
     eta: float = 1.0
     p: float = 2
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
+    needs_gradient = True
+    needs_optimizer = False
+    counts_steps = False
 
     def __post_init__(self) -> None:
         if self.eta < 0:
             raise ValueError(f"eta must not be negative, got {self.eta}")
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        _unscale(ascent)
-        roots = [(1 + self.eta * d.square()).rsqrt() for d in ascent.d]
-        return steepest(ascent, lambda i, w, d: roots[i], self.p)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        info = info.unscaled()
+        roots = [(1 + self.eta * g.square()).rsqrt() for g in info.gradient]
+        return steepest(info, lambda i, w, d: roots[i], self.p)
 
 
 @final
@@ -287,8 +182,9 @@ class Preconditioned:
     bias_correction: bool = True
     norm: str = "l2"
     floor: float = 1.0
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = True
+    needs_gradient = True
+    needs_optimizer = True
+    counts_steps = False
 
     def __post_init__(self) -> None:
         if self.norm not in ("l2", "dual", "raw"):
@@ -298,55 +194,55 @@ class Preconditioned:
         if not self.floor >= 0:
             raise ValueError(f"floor must not be negative, got {self.floor}")
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        raw = ascent.gradient_norm if ascent.gradient_norm is not None else ascent.space.norm(ascent.d)
-        before = [d.clone() for d in ascent.d] if self.norm == "dual" else []
-        self._divide(ascent)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        raw = info.gradient_norm if info.gradient_norm is not None else info.space.norm(info.gradient)
+        before = [g.clone() for g in info.gradient] if self.norm == "dual" else []
+        d = info.gradient
+        self._divide(info, d)
         if self.norm == "dual":
-            return ascent.space.dot(before, ascent.d).clamp_min(0).sqrt()
-        length = ascent.space.norm(ascent.d)
+            return Ascent(info, d, info.space.dot(before, d).clamp_min(0).sqrt())
+        length = info.space.norm(d)
         if self.norm == "l2":
-            return length
-        ascent.stretch = vectors.ratio(length, raw)
-        return raw
+            return Ascent(info, d, length)
+        return Ascent(info, d, raw, vectors.ratio(length, raw))
 
-    def _divide(self, ascent: Ascent) -> None:
+    def _divide(self, info: AscentInfo, d: list[Tensor]) -> None:
         """d ← M⁻¹ d."""
-        assert ascent.optimizer is not None
-        groups = {id(p): group for group in ascent.optimizer.param_groups for p in group["params"]}
-        owners = [groups.get(id(row.parameter)) for row in ascent.rows]
-        floors = self._floors(ascent, owners)
-        for i, (d, floor) in enumerate(zip(ascent.d, floors, strict=True)):
-            root = self._root(ascent, i, owners[i])
-            floor = floor.to(d.device, d.dtype if root is None else root.dtype)
-            d.div_(floor if root is None else root + floor)
+        assert info.optimizer is not None
+        groups = {id(p): group for group in info.optimizer.param_groups for p in group["params"]}
+        owners = [groups.get(id(p.parameter)) for p in info.parameters]
+        floors = self._floors(info, owners)
+        for i, (t, floor) in enumerate(zip(d, floors, strict=True)):
+            root = self._root(info, i, owners[i])
+            floor = floor.to(t.device, t.dtype if root is None else root.dtype)
+            t.div_(floor if root is None else root + floor)
 
-    def _floors(self, ascent: Ascent, owners: list[dict[str, Any] | None]) -> Tensor:
+    def _floors(self, info: AscentInfo, owners: list[dict[str, Any] | None]) -> Tensor:
         """max(eps, floor · m) of each tensor; 1 as long as there is no second moment anywhere."""
         sums, counts = [], []
-        for i, d in enumerate(ascent.d):
-            root = self._root(ascent, i, owners[i])
+        for i, d in enumerate(info.gradient):
+            root = self._root(info, i, owners[i])
             wide = torch.float64 if d.dtype == torch.float64 else torch.float32
             sums.append(d.new_zeros((), dtype=wide) if root is None else root.sum(dtype=wide))
             counts.append(d.new_zeros((), dtype=wide) if root is None else torch.count_nonzero(root).to(wide))
-        total, count = (ascent.space.reduce_each(torch.stack([t.to(ascent.d[0].device) for t in each]))
+        total, count = (info.space.reduce_each(torch.stack([t.to(info.gradient[0].device) for t in each]))
                         for each in (sums, counts))
         mean = torch.where(count > 0, vectors.ratio(total, count), vectors.ratio(total.sum(), count.sum()))
         return torch.where(count.sum() > 0, (self.floor * mean).clamp_min(self.eps), 1.0)
 
-    def _root(self, ascent: Ascent, i: int, owner: dict[str, Any] | None) -> Tensor | None:
+    def _root(self, info: AscentInfo, i: int, owner: dict[str, Any] | None) -> Tensor | None:
         """v̂^power of one tensor; None before its first update."""
-        assert ascent.optimizer is not None
-        state = ascent.optimizer.state.get(ascent.rows[i].parameter)
+        assert info.optimizer is not None
+        state = info.optimizer.state.get(info.parameters[i].parameter)
         if not state:
             return None
         if "exp_avg_sq" not in state:
-            raise ValueError(f"{type(ascent.optimizer).__name__} keeps no second moment (exp_avg_sq): the "
+            raise ValueError(f"{type(info.optimizer).__name__} keeps no second moment (exp_avg_sq): the "
                              "preconditioned direction needs Adam, AdamW or an optimizer like them")
-        v = vectors.local(state["exp_avg_sq"])
+        v = parallel.local(state["exp_avg_sq"])
         if self.bias_correction:
             if owner is None or "betas" not in owner or "step" not in state:
-                raise ValueError(f"{type(ascent.optimizer).__name__} keeps no betas in its groups or no step in its "
+                raise ValueError(f"{type(info.optimizer).__name__} keeps no betas in its groups or no step in its "
                                  "state, which the bias correction needs: Preconditioned(bias_correction=False)")
             beta2, step = float(owner["betas"][1]), state["step"]
             v = v / (1 - beta2 ** (step.double() if isinstance(step, Tensor) else step))  # nothing is read to the host
@@ -362,23 +258,24 @@ class Momentum:
     the gradient of a new batch opposes the buffer, so −v is uphill. Before the optimizer's first step ε = 0.
     """
 
-    needs_gradient: ClassVar[bool] = False
-    needs_optimizer: ClassVar[bool] = True
+    needs_gradient = False
+    needs_optimizer = True
+    counts_steps = False
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        assert ascent.optimizer is not None
-        ascent.d = [self._uphill(ascent, i) for i in range(len(ascent.w))]
-        return ascent.space.norm(ascent.d)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        d = [self._uphill(info, i) for i in range(len(info.w))]
+        return Ascent(info, d, info.space.norm(d))
 
-    def _uphill(self, ascent: Ascent, i: int) -> Tensor:
-        state = ascent.optimizer.state.get(ascent.rows[i].parameter, {}) if ascent.optimizer is not None else {}
+    def _uphill(self, info: AscentInfo, i: int) -> Tensor:
+        assert info.optimizer is not None
+        state = info.optimizer.state.get(info.parameters[i].parameter, {})
         v = state.get("momentum_buffer", state.get("exp_avg"))
         if v is not None:
-            return vectors.local(v).neg()
-        if state or (ascent.optimizer is not None and not _keeps_momentum(ascent.optimizer)):
-            raise ValueError(f"{type(ascent.optimizer).__name__} keeps no momentum buffer: the momentum direction "
+            return parallel.local(v).neg()
+        if state or not _keeps_momentum(info.optimizer):
+            raise ValueError(f"{type(info.optimizer).__name__} keeps no momentum buffer: the momentum direction "
                              "needs SGD(momentum=...), Adam, AdamW or an optimizer like them")
-        return torch.zeros_like(ascent.w[i])
+        return torch.zeros_like(info.w[i])
 
 
 def _keeps_momentum(optimizer: torch.optim.Optimizer) -> bool:
@@ -391,26 +288,27 @@ class Friendly:
     """ε = ρ d/‖d‖ with d = g − σ m, m ← λ m + (1 − λ) g (F-SAM, arXiv:2403.12350).
 
     Uses m from before this step; the first step takes d = g and starts m there, as the authors' code does. m moves once
-    a step: where each micro-batch has its own ε, by the mean of their gradients. A skipped step leaves m as it was.
+    a step: where each micro-batch has its own ε, to the mean of what each makes of it. A skipped step leaves m as it
+    was, and so does a batch that does not reach a parameter. Defaults are those of the authors' runs on CIFAR.
     """
 
     sigma: float = 1.0
-    decay: float = 0.9
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
+    decay: float = 0.6
+    needs_gradient = True
+    needs_optimizer = False
+    counts_steps = False
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        _unscale(ascent)
-        average = ascent.memory.get("average", {})
-        kept = ascent.keep["average"] = {}
-        for row, d in zip(ascent.rows, ascent.d, strict=True):
-            m = average.get(row.name)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        info = info.unscaled()
+        before, after = info.memory.get("average", {}), {}
+        for parameter, d in zip(info.parameters, info.gradient, strict=True):
+            m = before.get(parameter.name)
             if m is None:
-                kept[row.name] = d.clone()
+                after[parameter.name] = d.clone()
             else:
-                kept[row.name] = self.decay * m + (1 - self.decay) * d
+                after[parameter.name] = self.decay * m + (1 - self.decay) * d
                 d.sub_(m, alpha=self.sigma)
-        return ascent.space.norm(ascent.d)
+        return Ascent(info, info.gradient, info.space.norm(info.gradient), memory={"average": after})
 
 
 @final
@@ -419,13 +317,13 @@ class Random:
     """ε = ρ z/‖z‖ with z standard normal: one pass with the plain rule. Drawn from ``seed`` and the step's number."""
 
     seed: int = 0
-    needs_gradient: ClassVar[bool] = False
-    needs_optimizer: ClassVar[bool] = False
-    counts_steps: ClassVar[bool] = True
+    needs_gradient = False
+    needs_optimizer = False
+    counts_steps = True
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        ascent.d = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)))
-        return ascent.space.norm(ascent.d)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        d = info.space.random(vectors.seeded(_mixed(self.seed, info.step)))
+        return Ascent(info, d, info.space.norm(d))
 
 
 @final
@@ -442,14 +340,19 @@ class RandomFraction:
     beta: float = 0.5
     seed: int = 0
     per_tensor: bool = True
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
-    counts_steps: ClassVar[bool] = True
+    counts_steps = True
 
     def __post_init__(self) -> None:
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta must lie in (0, 1], got {self.beta}")
-        _needs_of(self.inner, self)
+
+    @property
+    def needs_gradient(self) -> bool:
+        return self.inner.needs_gradient
+
+    @property
+    def needs_optimizer(self) -> bool:
+        return self.inner.needs_optimizer
 
     def chosen(self, count: int, step: int) -> list[bool]:
         """Which of ``count`` tensors move at a step; never none of them."""
@@ -459,38 +362,20 @@ class RandomFraction:
         draws = [generator.random() for _ in range(count)]
         return [u <= max(self.beta, min(draws)) for u in draws]
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        ascent.narrow(self.chosen(len(ascent.rows), ascent.step))
-        norm = self.inner(ascent)
+    def __call__(self, info: AscentInfo) -> Ascent:
+        ascent = self.inner(info.only(self.chosen(len(info.parameters), info.step)))
+        length = ascent.length
         if not self.per_tensor:
-            draws = ascent.space.random(vectors.seeded(_mixed(self.seed, ascent.step)), "uniform")
+            draws = ascent.info.space.random(vectors.seeded(_mixed(self.seed, info.step)), "uniform")
             for d, u in zip(ascent.d, draws, strict=True):
                 d.mul_(u < self.beta)
-            ascent.stretch = vectors.ratio(ascent.length(), norm)
-        ascent.stretch = ascent.stretch / self.beta
-        return norm * self.beta
-
-
-def _needs_of(inner: Direction, outer: Direction) -> None:
-    """A direction around another one needs what that one needs."""
-    for need in ("needs_gradient", "needs_optimizer", "counts_steps"):
-        own = need == "counts_steps" and getattr(outer, need)
-        object.__setattr__(outer, need, own or getattr(inner, need, False))
+            length = vectors.ratio(ascent.own_length(), ascent.norm)
+        return replace(ascent, norm=ascent.norm * self.beta, length=length / self.beta)
 
 
 def _mixed(seed: int, step: int) -> int:
     """A generator seed for a step; consecutive steps must not share a stream."""
     return (seed * 1_000_003 + step * 7_919 + 17) % (2**63)
-
-
-def _unscale(ascent: Ascent) -> None:
-    """Take a loss scale out of d, for directions that depend on the gradient's scale."""
-    if ascent.loss_scale is not None:
-        inverse = 1 / ascent.loss_scale
-        vectors.scale(inverse, ascent.d)
-        ascent.loss_scale = None
-        if ascent.gradient_norm is not None:
-            ascent.gradient_norm = ascent.gradient_norm * inverse.to(ascent.gradient_norm)
 
 
 @final
@@ -503,18 +388,22 @@ class WithWeightDecay:
 
     weight_decay: float
     inner: Direction = Gradient()
-    needs_gradient: ClassVar[bool] = True
-    needs_optimizer: ClassVar[bool] = False
-    counts_steps: ClassVar[bool] = False
+    needs_gradient = True
 
     def __post_init__(self) -> None:
         if not self.inner.needs_gradient:
             raise ValueError(f"weight decay enters the ascent through the gradient, which {type(self.inner).__name__} "
                              "does not use")
-        _needs_of(self.inner, self)
 
-    def __call__(self, ascent: Ascent) -> Tensor:
-        _unscale(ascent)
-        vectors.axpy(self.weight_decay, ascent.w, ascent.d)
-        ascent.gradient_norm = ascent.space.norm(ascent.d)
-        return self.inner(ascent)
+    @property
+    def needs_optimizer(self) -> bool:
+        return self.inner.needs_optimizer
+
+    @property
+    def counts_steps(self) -> bool:
+        return self.inner.counts_steps
+
+    def __call__(self, info: AscentInfo) -> Ascent:
+        info = info.unscaled()
+        vectors.axpy(self.weight_decay, info.w, info.gradient)
+        return self.inner(replace(info, gradient_norm=info.space.norm(info.gradient)))

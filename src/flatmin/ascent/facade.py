@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,112 +12,15 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import PerturbedStateError
+from ..parallel import local
 from ..perturbed import Buffers, RandomState, buffer_registries, unchanged_buffers, unchanged_random_state
-from ..vectors import Space, local, matched
-from .cadences import Cadence, Every, Reuse
-from .directions import Adaptive, Direction, Momentum, RandomFraction
+from .cadences import Cadence
+from .closures import ClosurePasses, ForeignGradients, GradientsBeforeClosure, NoGradient
+from .directions import Adaptive, Direction
 from .parameters import check_rho, devices_of
 from .rules import Rule
 from .sharpener import Sharpener
-
-
-class _NoGradient(Exception):
-    """The closure left no gradient: there is nothing to step on."""
-
-
-class _EarlierGradients:
-    """Gradients found before a closure's first call: does the closure clear them, and if not, are they its own?"""
-
-    def __init__(self, found: list[tuple[nn.Parameter, Tensor]]):
-        self.found = found
-        self._reached: set[nn.Parameter] = set()
-        self._kept: list[tuple[nn.Parameter, Tensor]] = []
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around the first call: what the closure has not cleared is set aside before it would be added to."""
-        self.put_back()
-        self._reached, self._kept = set(), []
-        hooks = [p.register_hook(partial(self._set_aside, p)) for p, _ in self.found if p.requires_grad]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for p, gradient in self.found:
-            if p not in self._reached and p.grad is gradient:  # nothing was added to it through autograd
-                self._keep(p)
-
-    def put_back(self) -> None:
-        """The gradients as they were found."""
-        for p, gradient in self.found:
-            p.grad = gradient
-
-    def _set_aside(self, parameter: nn.Parameter, _: Tensor) -> None:
-        if parameter not in self._reached:
-            self._keep(parameter)
-        self._reached.add(parameter)
-
-    def _keep(self, parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is not None and bool(local(gradient).any()):
-            self._kept.append((parameter, gradient))
-
-    @property
-    def unsettled(self) -> bool:
-        """Whether gradients were there that the closure has not cleared."""
-        return bool(self._kept)
-
-    def check(self) -> None:
-        """With the closure's own gradient at w in ``p.grad``: raise if there were others, or else forget them."""
-        if self._kept:
-            space = Space([p for p, _ in self._kept])
-            earlier = [local(g) for _, g in self._kept]
-            own = [torch.zeros_like(g) if p.grad is None else local(matched(p.grad, p))
-                   for (p, _), g in zip(self._kept, earlier, strict=True)]
-            size, off = float(space.norm(own)), float(space.norm([a - b for a, b in zip(earlier, own, strict=True)]))
-            rounding = max(torch.finfo(g.dtype).eps for g in earlier) ** (2 / 3)
-            if math.isfinite(size) and not off <= rounding * size:  # inf and nan: the step is skipped, nothing is lost
-                raise _ForeignGradients(
-                    f"step(closure) found gradients (norm {float(space.norm(earlier)):.3g}) that the closure neither "
-                    f"clears nor computes itself (norm {size:.3g}, difference {off:.3g}), and would lose them. Let "
-                    "the closure call zero_grad, or clear them before; to accumulate micro-batches use "
-                    "flatmin.Sharpener, which takes a list of them; to go on from the gradients that are there, call "
-                    "first_step, the closure and second_step")
-        self.found, self._kept = [], []
-
-
-class _ForeignGradients(ValueError):
-    """Gradients were present that are not the closure's own."""
-
-
-class _ClosurePasses:
-    """Passes made by calling the user's closure; it back-propagates itself."""
-
-    alone = False
-
-    def __init__(self, closure: Callable[[], Any], sharpener: Sharpener, earlier: _EarlierGradients):
-        self._closure, self._sharpener, self._earlier = closure, sharpener, earlier
-        self.first: Any = None
-        self._calls = 0
-
-    def loss(self) -> Tensor:
-        self._sharpener.clear_gradients()
-        if self._calls == 0:
-            with self._earlier.watched():
-                self.first = value = self._call()
-            if not self._sharpener.standing:  # a gradient at w + ε cannot be compared
-                self._earlier.check()
-            if not self._sharpener.has_gradients:
-                raise _NoGradient
-        else:
-            value = self._call()
-        self._calls += 1
-        return value.detach() if isinstance(value, Tensor) else torch.tensor(float("nan") if value is None else value)
-
-    def _call(self) -> Any:
-        with torch.enable_grad():
-            return self._closure()
+from .step import Step
 
 
 class SAM(Optimizer):
@@ -162,7 +62,7 @@ class SAM(Optimizer):
         if isinstance(base_optimizer, Optimizer):
             raise ValueError("pass the optimizer's class, not an instance: SAM(params, torch.optim.SGD, rho=0.05, "
                              "lr=0.1); around an optimizer you already have use flatmin.Sharpener")
-        if rule is not None and rule.second != "loss":
+        if rule is not None and (rule.second.needs_outputs or rule.second.needs_samples):
             raise ValueError(f"{type(rule).__name__} needs the network's outputs, which a closure does not show: use "
                              "flatmin.Sharpener")
         if base_optimizer is torch.optim.LBFGS:
@@ -189,7 +89,7 @@ class SAM(Optimizer):
             setattr(self, f"_optimizer_{kind}_hooks", getattr(base, f"_optimizer_{kind}_hooks"))
         self._patch_step_function()
         self._warned_capturable_if_run_uncaptured = True
-        self._between = False  # first_step was called and second_step was not
+        self._step: Step | None = None  # between first_step and second_step
         self._left: list[tuple[nn.Parameter, TensorWeakRef, int]] = []  # the last step's gradients, their versions
         self._seen: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         self._complete(base.param_groups)
@@ -232,7 +132,7 @@ class SAM(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._refuse_standing("assigning param_groups")
+        self._refuse_between_steps("assigning param_groups")
         self._complete(groups)
         before, self.base_optimizer.param_groups = self.base_optimizer.param_groups, groups
         try:
@@ -252,20 +152,20 @@ class SAM(Optimizer):
 
     def first_step(self, zero_grad: bool = False) -> None:
         """With the gradient at w in ``p.grad``: move to w + ε."""
-        if self._between:
+        if self._step is not None:
             raise PerturbedStateError("first_step was called twice: call second_step first, or restore() to abandon "
                                       "a step whose second pass failed")
         self._follow()
-        if not self.sharpener.has_gradients:
+        if not self.sharpener.view.has_gradients:
             raise ValueError("first_step needs gradients: call loss.backward() before it")
-        self._between = True
-        if not self.sharpener.pays:  # a plain step of the cadence: the second gradient is taken at w
+        self._step = self.sharpener.begin()
+        if not self._step.pays:  # a plain step of the cadence: the second gradient is taken at w
             if zero_grad:
                 self.zero_grad()
             return
         kept = [] if zero_grad else [(p, p.grad.clone()) for p in self._parameters() if p.grad is not None]
         try:
-            self.sharpener.perturb()
+            self._step.perturb()
         except BaseException:
             self.restore()
             raise
@@ -274,13 +174,13 @@ class SAM(Optimizer):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """With the gradient at w + ε in ``p.grad``: go back to w and take the base optimizer's step."""
-        if not self._between:
+        step = self._step
+        if step is None:
             raise PerturbedStateError("second_step needs a first_step before it")
-        is_perturbed = self.sharpener.standing
+        is_perturbed = step.is_perturbed
         self.restore()
-        if self.sharpener.has_gradients:  # the caller ran the passes: their losses are not known here
-            outcome = self.sharpener.combined(None, None) if is_perturbed else self.sharpener.plain_record(None)
-            self.sharpener.finish(outcome)
+        if step.view.has_gradients:  # the caller ran the passes: their losses are not known here
+            self.sharpener.finish(step, step.combine(None, None) if is_perturbed else step.plain(None))
         self._opt_called = True  # what an LR scheduler looks for
         self._step_base()
         if zero_grad:
@@ -288,8 +188,8 @@ class SAM(Optimizer):
 
     def restore(self) -> None:
         """Give back w after a second pass that failed; without effect otherwise."""
-        self._between = False
-        self.sharpener.restore()
+        self.sharpener.abandon()
+        self._step = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
         """Both passes and the base optimizer's step, in torch's closure convention.
@@ -309,28 +209,32 @@ class SAM(Optimizer):
                 "then second_step(zero_grad=True); or leave your optimizer as it is and use flatmin.Sharpener, which "
                 "stands where loss.backward() stood"
             )
-        if self._between:
-            raise PerturbedStateError("step was called between first_step and second_step")
+        if self._step is not None or self.sharpener.is_perturbed:
+            raise PerturbedStateError("step was called between first_step and second_step, or from within itself")
         self._follow()
         left = {p for p, gradient, version in self._left
                 if p.grad is not None and gradient() is p.grad and _version(p.grad) == version}
-        earlier = _EarlierGradients([(p, p.grad) for p in self._parameters() if p.grad is not None and p not in left])
-        before = self._surroundings() if earlier.found else []
-        passes = _ClosurePasses(closure, self.sharpener, earlier)
+        found = GradientsBeforeClosure([(p, p.grad) for p in self._parameters()
+                                        if p.grad is not None and p not in left])
+        undo = self._surroundings() if found.found else []
+        step = self.sharpener.begin()
+        passes = ClosurePasses(closure, step, found)
         try:
-            record = self.sharpener.run(passes)
-            if earlier.unsettled:
-                self._check_at_w(closure, earlier)
-        except _NoGradient:
+            outcome = step.run(passes)
+            if found.unsettled:
+                self._check_at_w(closure, found)
+        except NoGradient:
+            self.sharpener.abandon()
             return passes.first
         except BaseException as error:
-            self.sharpener.clear_gradients()
-            earlier.put_back()
-            if isinstance(error, _ForeignGradients):
-                for restore in before:
+            self.sharpener.abandon()
+            self.sharpener.view.clear_gradients()
+            found.put_back()
+            if isinstance(error, ForeignGradients):
+                for restore in undo:
                     restore()
             raise
-        self.sharpener.finish(record)
+        self.sharpener.finish(step, outcome)
         self._step_base()
         return passes.first
 
@@ -338,14 +242,14 @@ class SAM(Optimizer):
         """What a refused closure may have changed beside the gradients: how to give it back."""
         return [Buffers(buffer_registries(self._module)).restore, RandomState(devices_of(self._parameters())).set]
 
-    def _check_at_w(self, closure: Callable[[], Any], earlier: _EarlierGradients) -> None:
+    def _check_at_w(self, closure: Callable[[], Any], found: GradientsBeforeClosure) -> None:
         """After a step whose only pass was at w + ε: compare the gradients found with the closure's own at w."""
         result = [(p, p.grad) for p in self._parameters()]
-        self.sharpener.clear_gradients()
+        self.sharpener.view.clear_gradients()
         with unchanged_buffers(self._module), unchanged_random_state(devices_of(self._parameters())):
             with torch.enable_grad():
                 closure()
-        earlier.check()
+        found.check()
         for p, gradient in result:
             p.grad = gradient
 
@@ -363,14 +267,14 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``rho`` and ``adaptive``."""
-        self._refuse_standing("adding a group")
+        self._refuse_between_steps("adding a group")
         check_rho(param_group.get("rho", self._settings["rho"]))
         self.base_optimizer.add_param_group(param_group)
         self._follow()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's ``state_dict``, and a ``sharpener`` entry where a direction or cadence has state."""
-        self._refuse_standing("saving")
+        self._refuse_between_steps("saving")
         self._follow()
         state = self.base_optimizer.state_dict()
         if self._chosen or self.sharpener.has_state or any(callable(group["rho"]) for group in self.param_groups):
@@ -379,7 +283,7 @@ class SAM(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, or the state of a plain base optimizer; then the cadence starts anew."""
-        self._refuse_standing("loading")
+        self._refuse_between_steps("loading")
         state_dict = dict(state_dict)
         extra = state_dict.pop("sharpener", None)
         self.base_optimizer.load_state_dict(state_dict)
@@ -387,7 +291,7 @@ class SAM(Optimizer):
         self.sharpener.load_state_dict({"step": 0, "memory": {}} if extra is None else extra)
 
     def __getstate__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._refuse_standing("copying or pickling")
+        self._refuse_between_steps("copying or pickling")
         self._follow()
         return {"base_optimizer": self.base_optimizer, "_settings": self._settings, "_module": self._module,
                 "_parts": self._parts, "_chosen": self._chosen, "sharpener_state": self.sharpener.state_dict()}
@@ -401,8 +305,8 @@ class SAM(Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _refuse_standing(self, what: str) -> None:
-        if self._between:
+    def _refuse_between_steps(self, what: str) -> None:
+        if self._step is not None:
             raise PerturbedStateError(f"{what} between first_step and second_step would take w + ε for the weights: "
                                       "call second_step (or restore) first")
 
@@ -413,44 +317,3 @@ def _version(tensor: Tensor) -> int:
 
 def _contents(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
     return [(group, list(group["params"])) for group in groups]
-
-
-def ASAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.5, eta: float = 0.01,
-         biases: bool = False, **options: Any) -> SAM:
-    """:class:`SAM` with the paper's adaptive direction, T = |w| + η on weights (arXiv:2102.11600).
-
-    With bare parameters, tensors of one dimension count as biases; pass the module to tell normalization weights
-    apart. ``biases=True`` scales those too, for which the radius is usually larger (2.0).
-    """
-    return SAM(params, base_optimizer, rho, direction=Adaptive(eta, biases=biases), **options)
-
-
-def LookSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, k: int = 5, alpha: float = 0.7,
-            **options: Any) -> SAM:
-    """:class:`SAM` every k steps, re-using its sharpness component between (arXiv:2203.02714).
-
-    ``step(closure)`` evaluates once on the steps between; ``first_step``/``second_step`` cannot save the pass.
-    """
-    return SAM(params, base_optimizer, rho, cadence=Every(k, Reuse(alpha)), **options)
-
-
-def EfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05,
-                 perturbation_ratio: float = 0.5, **options: Any) -> SAM:
-    """:class:`SAM` moving a random fraction of the tensors, scaled by its inverse (ESAM's SWP, arXiv:2110.03141).
-
-    Its data selection needs per-sample losses: ``flatmin.presets.esam``.
-    """
-    return SAM(params, base_optimizer, rho, direction=RandomFraction(beta=perturbation_ratio), **options)
-
-
-def MomentumSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 3.0, **options: Any) -> SAM:
-    """:class:`SAM` along minus the base optimizer's momentum: ``step(closure)`` evaluates once (arXiv:2401.12033)."""
-    return SAM(params, base_optimizer, rho, direction=Momentum(), **options)
-
-
-def MemoryEfficientSAM(params: Any, base_optimizer: Callable[..., Optimizer], rho: Any = 0.05, **options: Any) -> SAM:
-    """:class:`SAM` that keeps its copy of w in the host's memory: an accelerator holds weights and one gradient.
-
-    Works with activation checkpointing in the model, which is what saves the rest.
-    """
-    return SAM(params, base_optimizer, rho, offload=True, **options)

@@ -25,16 +25,21 @@ class Inspection:
         self._met: dict[int, tuple[Tensor, Tensor | None]] = {}  # in the first pass, with their gradient before
         self._second = False  # the pass at w + ε has begun
         self.done = False
-        self.looked = False
-        self.inflexible = False  # own autograd functions or recomputed modules, which see the dtype of the weights
+        self._looked = False
+        self._dtype_matters = False  # own autograd functions or recomputed modules see the dtype of the weights
 
     def __call__(self, roots: list[Tensor]) -> None:
         known = {id(p) for p in self._parameters}
         for node in _nodes(roots):
-            self.inflexible |= isinstance(node, BackwardCFunction)
+            self._dtype_matters |= isinstance(node, BackwardCFunction)
             if self._leaves and type(node).__name__ == "AccumulateGrad":
                 self._meet(node.variable, known)  # pyright: ignore[reportAttributeAccessIssue]
-        self.looked = True
+        self._looked = True
+
+    @property
+    def flexible(self) -> bool:
+        """Whether a pass was seen, and nothing in it that the dtype of the weights matters to."""
+        return self._looked and not self._dtype_matters
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -46,7 +51,7 @@ class Inspection:
             handle.remove()
 
     def _recomputed(self, *_: object) -> None:
-        self.inflexible = True
+        self._dtype_matters = True
 
     def _meet(self, leaf: Tensor, known: set[int]) -> None:
         if id(leaf) in known:

@@ -1,4 +1,4 @@
-"""The parameters a sharpener works on: one row each, with its name, its role and the group whose ρ it takes."""
+"""The parameters of a model: each with its name, its role and the group whose ρ it takes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .wrappers import wrapped_name
+from ..parallel import wrapped_name
 
 Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter. ``group`` is shared and may be changed between steps by whoever owns it."""
+class ParameterInfo:
+    """A parameter, its place in the model and its group. A ``group`` is shared and may change between steps."""
 
     index: int
     name: str
@@ -49,8 +49,9 @@ def role(module: nn.Module | None, name: str, parameter: Tensor) -> str:
     return "weight" if parameter.dim() >= 2 else "bias"
 
 
-def rows_of(model: nn.Module | None, groups: Groups | None, default: dict[str, Any]) -> list[Row]:
-    """All parameters of a model (or, without one, of the groups), each once, tied weights too."""
+def list_parameters(model: nn.Module | None, groups: Groups | None, default: dict[str, Any]
+                    ) -> list[ParameterInfo]:
+    """Every parameter of a model, or without one of the groups; tied weights once."""
     group_of: dict[int, dict[str, Any]] = {}
     listed: list[nn.Parameter] = []
     for group in groups or ():
@@ -66,11 +67,11 @@ def rows_of(model: nn.Module | None, groups: Groups | None, default: dict[str, A
         known = {id(p) for _, p, _ in named}
         if any(id(p) not in known for p in listed):
             raise ValueError("a group lists a parameter that the model does not have")
-    return [Row(i, n, p, r, group_of.get(id(p), default)) for i, (n, p, r) in enumerate(named)]
+    return [ParameterInfo(i, n, p, r, group_of.get(id(p), default)) for i, (n, p, r) in enumerate(named)]
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
-    """Every parameter once: its name without what wrappers add, so that a state fits the model wrapped or not."""
+    """Every parameter once, named without what wrappers add: a saved state fits the model wrapped or not."""
     seen: set[int] = set()
     names = {"": ""}  # of modules: as the model has it -> without wrappers
     out = []
@@ -89,13 +90,13 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     return out
 
 
-def refuse_unsupported(model: nn.Module | None, rows: Iterable[Row]) -> None:
+def refuse_unsupported(model: nn.Module | None, parameters: Iterable[ParameterInfo]) -> None:
     """Raise for trainable parameters with which a step would fail later, or go wrong."""
-    for row in rows:
-        p = row.parameter
+    for info in parameters:
+        p = info.parameter
         if p.requires_grad and not p.is_floating_point():
-            raise ValueError(f"{row.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep the "
-                             "real and imaginary parts as two parameters, or freeze it")
+            raise ValueError(f"{info.name} is {p.dtype}: only real floating-point parameters can be perturbed; keep "
+                             "the real and imaginary parts as two parameters, or freeze it")
     for path, module in model.named_modules() if model is not None else ():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
             refuse_sparse(f"{path}.weight" if path else "weight")
@@ -143,11 +144,6 @@ def check_rho(rho: Any) -> Any:
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not math.isfinite(rho) or rho < 0:
         raise ValueError(f"rho must be a finite number that is not negative, got {rho!r}")
     return float(rho)
-
-
-def rho_at(rho: Any, step: int, lr: float | None) -> float:
-    """The value of a ρ or of its schedule at a step."""
-    return check_rho(rho(step, lr)) if callable(rho) else check_rho(rho)
 
 
 def devices_of(parameters: Iterable[Tensor]) -> list[torch.device]:

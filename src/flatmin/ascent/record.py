@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..vectors import local
+from ..parallel import local
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -29,8 +30,8 @@ class Outcome:
     perturbed_gradient_norm: Tensor | None = None
     radius: Tensor | float = 0.0
     cosine: Tensor | float | None = None
-    gradients: dict[int, Tensor] = field(default_factory=dict)  # g by row, where the cadence re-uses it
-    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what the direction keeps, by kind and name
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # g by parameter, where the cadence re-uses it
+    memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # for later steps, by kind and name
 
 
 def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: float) -> None:
@@ -40,6 +41,38 @@ def accumulate(total: dict[Key, Tensor], new: Mapping[Key, Tensor], weight: floa
             local(total[key]).add_(local(tensor), alpha=weight)
         else:
             total[key] = tensor * weight
+
+
+class MemoryMean:
+    """Mean over micro-batches of what a direction keeps, with weights that sum to one.
+
+    A micro-batch that does not reach a parameter leaves what is kept of it as it was before the step; where there was
+    nothing, the mean is over the others.
+    """
+
+    def __init__(self, before: Mapping[str, Mapping[str, Tensor]]):
+        self._before = before
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._weights: dict[tuple[str, str], list[float]] = {}
+        self._count = 0
+
+    def add(self, memory: Mapping[str, Mapping[str, Tensor]], weight: float) -> None:
+        self._count += 1
+        for kind, tensors in memory.items():
+            accumulate(self._sums.setdefault(kind, {}), tensors, weight)
+            for name in tensors:
+                self._weights.setdefault((kind, name), []).append(weight)
+
+    def result(self) -> dict[str, dict[str, Tensor]]:
+        for (kind, name), weights in self._weights.items():
+            total, share = self._sums[kind][name], sum(weights)
+            if len(weights) == self._count:
+                continue
+            if name in self._before.get(kind, {}):
+                total.add_(self._before[kind][name], alpha=1 - share)
+            elif share:
+                total.div_(share)
+        return self._sums
 
 
 def merged(outcomes: Sequence[tuple[float, Outcome]]) -> Outcome:
@@ -124,3 +157,21 @@ class StepRecord:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepRecord, (self.passes, self.skipped, {name: self._read(name) for name in self._values})
+
+
+def warn_of_skip() -> bool:
+    """Say that a step was skipped; True, for callers that say it once."""
+    warnings.warn("a loss or gradient of this step is inf or NaN: every p.grad is None now and optimizers skip the "
+                  "step; last.skipped says so from here on. Look at the batch, the learning rate or the radius",
+                  stacklevel=4)
+    return True
+
+
+def warn_of_rounding(record: StepRecord) -> bool:
+    """Say that a step was rounded away, if it was; whether it was."""
+    if not record.cosine < 0.95:
+        return False
+    warnings.warn(f"half-precision weights rounded the step away: radius {record.radius:.3g}, cosine "
+                  f"{record.cosine:.2f} with the step asked for. Keep float32 weights and compute in half precision "
+                  "(torch.autocast, or FSDP2's MixedPrecisionPolicy(param_dtype=...)).", stacklevel=4)
+    return True

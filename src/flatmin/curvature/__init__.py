@@ -1,4 +1,4 @@
-"""Curvature matrices that are never built, and algorithms that see only their products with vectors.
+"""Curvature matrices that are never built, and algorithms that see only their matvecs.
 
 * matrices over an ``Objective``: ``Hessian``, ``GaussNewton``, ``FunctionalPart`` (H − G), ``Fisher``;
 * the ends of a spectrum: ``eigenpairs``, ``power_iteration``, ``eigenvalues`` (three vectors of memory);

@@ -1,4 +1,4 @@
-"""What can be said with the whole matrix at hand, for small models."""
+"""Measures of the whole matrix, for small models."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from ..linalg.eigenpairs import eigenpairs
 from ..linalg.operator import CurvatureOperator, require_operator
 from ..objective import Objective
 from ..results import Scalar
+from .double_backward import second_derivatives
+from .functional import of_parameters
 from .hessian import Hessian
-from .products import on_module
 
 SMALL = 2000
 
 
 def dense_hessian(objective: Objective) -> Tensor:
-    """The Hessian (n, n) by ``torch.func.hessian``, n² numbers: the slow truth that products are tested against.
+    """The Hessian (n, n) by ``torch.func.hessian``, n² numbers: slow; matvecs are tested against it.
 
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> dense_hessian(Objective(model, torch.nn.MSELoss(), (torch.full((1, 1), 3.0), torch.zeros(1, 1)))).tolist()
     [[18.0]]
     """
-    from .products import second_derivatives
-
     w = objective.parameters
     total, weights = None, []
     with objective.session(), second_derivatives(objective), CompositeNorms():
         for batch in objective.weighted_batches():
-            loss, at = on_module(batch, w, lambda t: t.loss(t.outputs()))
+            loss, at = of_parameters(batch, w, lambda t: t.loss(t.outputs()))
             rows = torch.func.hessian(loss)(at)
             h = torch.cat([torch.cat([block.reshape(p.numel(), q.numel()) for block, q in zip(row, w, strict=True)], 1)
                            for row, p in zip(rows, w, strict=True)]) * batch.weight

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import batches
-from ..objective import Objective, WeightedBatch
-from .fallback import Inexact
+from ..evaluation import WeightedBatch
+from ..objective import Objective
+from .finite_differences import Differences
 from .gauss_newton import loss_curvature, sandwich
-from .objective_operator import require_objective
-from .outputs import OutputHessian, TangentDifferences, outputs_and_loss
-from .products import LinearMap, Product
+from .linearization import Linearization, LinearMap
+from .objective_operator import ObjectiveOperator, Parameters, Product, require_objective
+from .output_differences import OutputDifference, OutputHessian, TangentDifference, outputs_and_loss
 
 Kind = Literal["exact", "monte_carlo", "empirical"]
 Likelihood = Literal["softmax", "gaussian", "bernoulli"]
 
 
-class Fisher(Inexact):
+def Fisher(objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood | None = None, seed: int = 0,
+           parameters: Parameters = None, product: Product = "auto") -> ObjectiveOperator:
     """F = (1/N) Σ_n J_nᵀ E[r rᵀ] J_n with r = ∂ℓ_n/∂z_n, over the N terms whose mean the loss is.
 
     ``kind`` says what the expectation is over:
 
-    * "exact": targets drawn from the model's own distribution, in closed form; equal to ``GaussNewton`` for the
+    * "exact": over targets drawn from the model's own distribution, in closed form; equal to ``GaussNewton`` for the
       likelihoods here, whose outputs are natural parameters;
     * "monte_carlo": one drawn target a term, fixed by ``seed``; its expectation is the exact one;
     * "empirical": the targets of the data, r rᵀ as it is. Not an estimate of the other two, and small where the fit is
@@ -47,54 +49,45 @@ class Fisher(Inexact):
 
     J. Martens, JMLR 21(146), 2020; F. Kunstner et al., NeurIPS 2019 (on the empirical one).
     """
+    if kind not in ("exact", "monte_carlo", "empirical"):
+        raise ValueError(f'kind must be "exact", "monte_carlo" or "empirical", got {kind!r}')
+    require_objective(objective)
+    expected = _ExpectedSquare(kind, likelihood or _likelihood(objective), seed)
+    if isinstance(batches.option(objective.loss_fn, "weight"), Tensor):
+        raise ValueError("Fisher has no meaning for a loss with weights on classes; take GaussNewton")
+    linearization = Linearization(
+        name="Fisher", reverse=expected.linearize, settings={"kind": kind, "likelihood": expected.likelihood},
+        differences=lambda operator, objective: Differences(operator, objective, OutputDifference(
+            operator, objective, TangentDifference(expected.of))))
+    return ObjectiveOperator(objective, linearization, parameters=parameters, product=product)
 
-    def __init__(self, objective: Objective, *, kind: Kind = "exact", likelihood: Likelihood | None = None,
-                 seed: int = 0, parameters: str | nn.Module | Sequence[str | nn.Module] | None = None,
-                 product: Product = "auto"):
-        if kind not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(f'kind must be "exact", "monte_carlo" or "empirical", got {kind!r}')
-        require_objective(objective)
-        self.kind: Kind = kind
-        self.likelihood: Likelihood = likelihood or _likelihood(objective)
-        self.seed = seed
-        if isinstance(batches.option(objective.loss_fn, "weight"), Tensor):
-            raise ValueError("Fisher has no meaning for a loss with weights on classes; take GaussNewton")
-        super().__init__(objective, self._linearize_batch,
-                         lambda operator: TangentDifferences(operator, self._expectation), parameters=parameters,
-                         product=product, products=("auto", "cached", "recomputed"))
 
-    def _again(self, names: list[str]) -> Fisher:
-        return Fisher(self.objective, kind=self.kind, likelihood=self.likelihood, seed=self.seed, parameters=names,
-                      product=self.product)
+@dataclass(frozen=True)
+class _ExpectedSquare:
+    """E[r rᵀ] in the space of one batch's outputs."""
 
-    def _variant(self) -> str:
-        return f"{self.kind} {self.likelihood} {self.seed}"
+    kind: Kind
+    likelihood: Likelihood
+    seed: int
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"kind": self.kind, "likelihood": self.likelihood}
-
-    def _linearize_batch(self, batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
+    def linearize(self, batch: WeightedBatch, w: list[nn.Parameter]) -> LinearMap:
         z, loss = outputs_and_loss(batch)
-        return sandwich(z, w, lambda: self._expectation(batch, z, loss))
+        return sandwich(z, w, lambda: self.of(batch, z, loss))
 
-    def _expectation(self, batch: WeightedBatch, z: Tensor, loss: Tensor) -> OutputHessian:
+    def of(self, batch: WeightedBatch, z: Tensor, loss: Tensor) -> OutputHessian:
         """u ↦ E[r rᵀ] u, times the number of terms."""
-        exact = loss_curvature(z, loss)
+        exact, objective = loss_curvature(z, loss), batch.session
         if self.kind == "exact":
             return exact
         c, = torch.autograd.grad(loss, z, retain_graph=True)
-        rows = _Rows(z, self._classes_second(z))
-        n = batch.weight / (1 if self.likelihood == "softmax" or self.objective.sums else rows.of(z).shape[-1])
+        rows = _Rows(z, _classes_second(z, objective.loss_fn))
+        n = batch.weight / (1 if self.likelihood == "softmax" or objective.sums else rows.of(z).shape[-1])
         if self.kind == "empirical":
             r = rows.of(c) * n
         else:       # ignored terms are those without a gradient
             r = self._drawn(rows.of(z.detach()), rows.of(exact(torch.ones_like(z))), n, batch.index)
             r = r * (rows.of(c) != 0).any(-1, keepdim=True)
         return lambda u: rows.back(r * (r * rows.of(u)).sum(-1, keepdim=True) / n)
-
-    def _classes_second(self, z: Tensor) -> bool:
-        loss = batches.base_function(self.objective.loss_fn)
-        return z.dim() > 2 and (isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy)
 
     def _drawn(self, z: Tensor, curvature: Tensor, n: float, index: int) -> Tensor:
         """∂ℓ/∂z for targets drawn from the model; ``curvature`` is ∂²L/∂z² · 1, which fixes the scale of the loss."""
@@ -121,6 +114,11 @@ class _Rows:
 
     def back(self, t: Tensor) -> Tensor:
         return t.reshape(-1) if self.flat else t.movedim(-1, self.dim)
+
+
+def _classes_second(z: Tensor, loss_fn: object) -> bool:
+    loss = batches.base_function(loss_fn)
+    return z.dim() > 2 and (isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy)
 
 
 def _likelihood(objective: Objective) -> Likelihood:

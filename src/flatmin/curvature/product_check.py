@@ -21,11 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import batches, perturbed
 from ..linalg import memory
-from ..parallel import Ranks
 
 if TYPE_CHECKING:
     from ..objective import Objective
-    from .products import ObjectiveOperator
+    from .linearization import OverObjective as ObjectiveOperator
 
 SAMPLES = 4
 
@@ -82,11 +81,7 @@ def check_product(operator: ObjectiveOperator) -> ProductCheck:
     """
     objective = operator.objective
     with objective.session():
-        if objective._watch is not None:    # nothing was evaluated yet: errors of the user's code belong here
-            with torch.enable_grad():
-                for batch in objective.weighted_batches():
-                    batch.loss(batch.outputs())
-                    break
+        objective.evaluate_once()       # outside the check, where an error would count as a reason not to check
         found = _checked(operator)
         wrong, impossible = objective.ranks.total(float(not found.agrees), float(bool(found.impossible)))
     if wrong and found.agrees:
@@ -104,7 +99,7 @@ def _checked(operator: ObjectiveOperator) -> ProductCheck:
         return ProductCheck(reason=f"a float64 copy takes {memory.size(needed)}, half of the free memory is "
                                    f"{memory.size(free)}")
     try:
-        batch = next((batch for _, batch, _ in objective._weighted()), None)
+        batch = next((batch for batch in objective.batches() if objective.weight(batch) > 0), None)
         if batch is None:
             return ProductCheck(reason="this rank has no batch")
         n = batches.samples_in(batch)
@@ -134,50 +129,56 @@ def _compared(twin: ObjectiveOperator, samples: int) -> ProductCheck:
         for p, unit in zip(w, units, strict=True):
             p.add_(_random(p, generator), alpha=COARSE * unit)
     v = torch.cat([unit * _random(p, generator).reshape(-1) for p, unit in zip(w, units, strict=True)])
-    found = _along(twin, v, units, samples)
-    reached = _reached(twin)            # an embedding holds the row at padding_idx fixed
+    gradient = _gradient(twin)
+    found, losses = _along(twin, v, units, gradient, samples)
+    reached = (gradient != 0).double()      # an embedding holds the row at padding_idx fixed
     if not found.agrees and not bool(reached.all()):
-        found = _along(twin, v * reached, units, samples)
-    right, error = _has_right_gradient(twin, v * reached)
+        found, _ = _along(twin, v * reached, units, gradient, samples)
+    right, error = True, 0.0
+    if not losses or not _near(float(gradient @ v), (losses[0] - losses[1]) / (2 * STEPS[0])):
+        right, error = _has_right_gradient(twin, v * reached, gradient)
     if right is False:
         return replace(found, agrees=False, gradient=False, error=error, samples=samples, reason="",
                        layer="a layer, or of the loss," if found.agrees else _layer(twin))
     return found if found.agrees else replace(found, layer=_layer(twin), gradient=right is True)
 
 
-def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], samples: int) -> ProductCheck:
+def _along(twin: ObjectiveOperator, v: Tensor, units: Sequence[float], gradient: Tensor,
+           samples: int) -> tuple[ProductCheck, tuple[float, ...]]:
+    """What became of the comparison along v, and the losses at w ± STEPS[0] v."""
     differences = twin.differences()
     assert differences is not None
     with differences.at(v) as difference:
-        first = difference(STEPS[0])
+        first, _, _, losses = difference(STEPS[0])
     try:
-        exact = twin._product(v).split(twin.numels)
+        exact = twin.matvec(v).split(twin.numels)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:    # and the gradient could be computed
-        return ProductCheck(impossible=str(error).splitlines()[0])
+        return ProductCheck(impossible=str(error).splitlines()[0]), losses
     if not bool(first.isfinite().all()) or not all(bool(t.isfinite().all()) for t in exact):
-        return ProductCheck(reason="a product or a gradient is not finite")
+        return ProductCheck(reason="a product or a gradient is not finite"), losses
     with differences.at(v) as difference:
-        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h)).split(twin.numels),
-                                  units, _gradient(twin).split(twin.numels))
+        verdict, error = _verdict(exact, lambda h: (first if h == STEPS[0] else difference(h).av).split(twin.numels),
+                                  units, gradient.split(twin.numels))
     if verdict is None:
-        return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few digits)")
-    return ProductCheck(error=error, samples=samples, agrees=verdict)
+        return ProductCheck(reason="differences of gradients at two step sizes do not agree (kinks, or too few "
+                                   "digits)"), losses
+    return ProductCheck(error=error, samples=samples, agrees=verdict), losses
 
 
-def _reached(twin: ObjectiveOperator) -> Tensor:
-    """1 where the gradient is not exactly zero."""
-    return (_gradient(twin) != 0).double()
+def _near(slope: float, difference: float) -> bool:
+    """Whether a component of the gradient is a difference of losses."""
+    return abs(slope - difference) <= 0.01 * max(abs(slope), abs(difference))
 
 
-def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None, float]:
+def _has_right_gradient(twin: ObjectiveOperator, v: Tensor, gradient: Tensor) -> tuple[bool | None, float]:
     """Whether the gradient's component along v is a difference of the loss, and their relative difference.
 
     None where the differences do not agree with each other either (kinks), or have too few digits.
     """
     w = [p.detach().clone() for p in twin.parameters]
-    slope, found, size = float(_gradient(twin) @ v), [], 0.0
+    slope, found, size = float(gradient @ v), [], 0.0
     for h in (1e-6, 1e-5, COARSE):
         values = []
         for sign in (1, -1):
@@ -186,7 +187,7 @@ def _has_right_gradient(twin: ObjectiveOperator, v: Tensor) -> tuple[bool | None
             values.append(float(twin.objective.value()))
         size = max(size, *map(abs, values))
         found.append((values[0] - values[1]) / (2 * h))
-        if abs(slope - found[-1]) <= 0.01 * max(abs(slope), abs(found[-1])):
+        if _near(slope, found[-1]):
             break
     for p, start in zip(twin.parameters, w, strict=True):
         p.detach().copy_(start)
@@ -266,18 +267,14 @@ def _double(t: Tensor) -> Tensor:
 
 def _twin(operator: ObjectiveOperator, batch: Any) -> ObjectiveOperator:
     """The same operator on one batch and on the parameters that the model has now."""
-    objective = copy.copy(operator.objective)
-    objective.data = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))]
-    objective._ranks = Ranks(nn.Identity())     # each rank by itself
-    objective._around = _InDouble
-    objective._buffers = objective.moving_buffers()     # in float64 now
-    if isinstance(objective.loss_fn, functools.partial):
-        f = objective.loss_fn
-        objective.loss_fn = functools.partial(f.func, *batches.each_tensor(f.args, _double),
-                                              **batches.each_tensor(f.keywords, _double))
+    objective = operator.objective
+    data, loss_fn = [batches.each_tensor(batch, lambda t: _double(t).to(objective.device))], objective.loss_fn
+    if isinstance(loss_fn, functools.partial):
+        loss_fn = functools.partial(loss_fn.func, *batches.each_tensor(loss_fn.args, _double),
+                                    **batches.each_tensor(loss_fn.keywords, _double))
     twin = copy.copy(operator)
-    twin.objective = objective
-    twin = twin._again(operator.names)
+    twin.objective = objective.alone(data, loss_fn, _InDouble)
+    twin = twin.restrict(operator.names)
     twin.product = "forward" if operator.product == "forward" else "recomputed"
     return twin
 

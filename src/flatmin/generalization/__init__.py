@@ -1,4 +1,4 @@
-"""What flatness is worth in use: bounds on the risk, calibration, and robustness of weights and inputs."""
+"""Generalization: bounds on the risk, calibration, and robustness of weights and inputs."""
 
 from . import calibration, pac_bayes, posteriors, robustness
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import batches, perturbed, vectors
+from .. import batches, parallel, perturbed, vectors
 from ..linalg.confidence import moments
 from ..linalg.trace import Diagonal
 from ..objective import Objective
@@ -91,7 +91,7 @@ def from_curvature(objective: Objective, curvature: Diagonal | Sequence[Tensor] 
     >>> round(q.variance[0][0, 0].item(), 6)             # 1 / (100 · 10 + 1)
     0.000999
     """
-    w = [vectors.full(p.detach()).clone() for p in objective.parameters]
+    w = [parallel.full(p.detach()).clone() for p in objective.parameters]
     v = _prior(prior_mean, w)
     d = sum(t.numel() for t in w)
     if isinstance(curvature, (int, float, Scalar)):
@@ -236,8 +236,8 @@ def risk(objective: Objective, posterior: Gaussian, *, draws: int = 200, delta: 
     with objective.session(), torch.no_grad():
         for _ in range(draws):
             noise = space.random(generator)
-            shift = [vectors.part(m, p) - vectors.local(p.detach()) + xi * vectors.part(s, p).sqrt() for m, p, xi, s in
-                     zip(posterior.mean, parameters, noise, posterior.variance, strict=True)]
+            shift = [parallel.part(m, p) - parallel.local(p.detach()) + xi * parallel.part(s, p).sqrt()
+                     for m, p, xi, s in zip(posterior.mean, parameters, noise, posterior.variance, strict=True)]
             with perturbed.displaced(parameters, shift):
                 wrong, n = _error_rate(objective, error)
             rates.append(wrong)

@@ -1,7 +1,7 @@
-"""What the loss gains when weights are disturbed as they are in use: noise, rounding, pruning, low rank.
+"""The rise of the loss when weights are changed as in deployment: noise, rounding, pruning, low rank.
 
-Each function returns the rise L(w + δ) − L(w) and gives the weights back bit for bit. Beside the measured rise stands
-what curvature predicts of it: gᵀδ + ½ δᵀHδ for the δ that was made, ½ tr(HΣ) for noise of covariance Σ.
+Each function returns the rise L(w + δ) − L(w) and restores the weights bit for bit. Beside the measured rise is
+the one predicted from curvature: gᵀδ + ½ δᵀHδ for the δ that was made, ½ tr(HΣ) for noise of covariance Σ.
 
 ``quantized``, ``pruned`` and ``truncated`` act on all weights with two dimensions or more, frozen ones included, except
 those of embeddings (and what is tied to one): as tools for deployment do, biases, normalization and embeddings stay.
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import batches, perturbed, vectors
+from .. import batches, parallel, perturbed, vectors
 from ..curvature import Hessian, trace
 from ..objective import Objective
-from ..results import Scalar, uncertain
+from ..results import Scalar, uncertain, weighted_mean
 from ..sharpness.cautions import warn_of_rounded_step
 from .corruptions import corrupt
 
@@ -107,7 +107,7 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
         draws: independent draws; each is a pair δ, −δ (two passes over the data) unless ``antithetic`` is off, so that
             the first-order term cancels.
         predict: whether to compute ½ tr(HΣ), by random probes to a relative error of ``rtol``, with at
-            most ``max_matvecs`` products.
+            most ``max_matvecs`` matvecs.
         metric: ``metric(outputs, batch)``, a mean over the batch like the loss, such as ``accuracy``.
         seed: of the draws.
 
@@ -124,7 +124,7 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
         raise ValueError(f"sigma must be positive and draws at least 1, got sigma={sigma}, draws={draws}")
     parameters, generator = objective.parameters, vectors.seeded(seed)
     space = vectors.Space(parameters)
-    norms = space.norms([vectors.local(p.detach()) for p in parameters]).tolist()
+    norms = space.norms([parallel.local(p.detach()) for p in parameters]).tolist()
     scale = [sigma * norm / math.sqrt(p.numel()) if relative else sigma
              for p, norm in zip(parameters, norms, strict=True)]
     with objective.session(check=True):
@@ -143,7 +143,7 @@ def weight_noise(objective: Objective, sigma: float, *, draws: int = 10, relativ
     predicted, error = math.nan, math.nan
     if predict:
         H = Hessian(objective)
-        variance = torch.cat([torch.full((vectors.local(p).numel(),), s**2, dtype=H.dtype, device=H.device)
+        variance = torch.cat([torch.full((parallel.local(p).numel(),), s**2, dtype=H.dtype, device=H.device)
                               for p, s in zip(parameters, scale, strict=True)])
         if bool((variance > 0).any()):
             found = trace(H.preconditioned(variance), rtol=rtol, max_matvecs=max_matvecs, seed=seed)
@@ -165,7 +165,7 @@ def quantized(objective: Objective, bits: int = 4, *, group: int | None = None, 
         bits: 2 to 16.
         group: None for a scale an output channel; 128 is usual below 8 bits.
         parameters: names of parameters or modules; by default all matrices but embeddings.
-        predict: whether to compute gᵀδ + ½ δᵀHδ, one gradient and one product with the Hessian.
+        predict: whether to compute gᵀδ + ½ δᵀHδ, one gradient and one Hessian-vector product.
         metric: ``metric(outputs, batch)``, a mean over the batch like the loss, such as ``accuracy``.
 
     Raises:
@@ -206,10 +206,10 @@ def pruned(objective: Objective, share: float = 0.5, *, scope: str = "global", p
 
     def change(w: Iterator[_Weight]) -> list[Tensor]:
         if scope == "tensor":
-            return [vectors.part(zeroed(t.whole.flatten()).view(t.whole.shape), t.parameter) for t in w]
+            return [parallel.part(zeroed(t.whole.flatten()).view(t.whole.shape), t.parameter) for t in w]
         rows = list(w)
         flat = zeroed(torch.cat([t.whole.flatten() for t in rows]))
-        return [vectors.part(part.view(t.whole.shape), t.parameter) for part, t in
+        return [parallel.part(part.view(t.whole.shape), t.parameter) for part, t in
                 zip(flat.split([t.whole.numel() for t in rows]), rows, strict=True)]
 
     return _replaced(objective, change, parameters, predict, metric, {"share": share, "scope": scope})
@@ -262,7 +262,7 @@ def curve(measure: Callable[..., Rise], objective: Objective, **settings: Any) -
 
     ordered = [points[i] for i in order]
     areas = [area(row) for row in zip(*(p.rises for p in ordered), strict=True)]
-    return Curve(value=area([p.value for p in ordered]), stderr=_mean(areas, ordered[0].weights)[1],
+    return Curve(value=area([p.value for p in ordered]), stderr=weighted_mean(areas, ordered[0].weights)[1],
                  name=measure.__name__.replace("_", " "), axis=axis, x=tuple(map(float, settings[axis])),
                  points=tuple(points), metric_area=area([p.metric for p in ordered]),
                  settings={k: v for k, v in settings.items() if k not in (axis, "metric")})
@@ -304,7 +304,7 @@ def _by_rows(w: _Weight, change: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of the matrix (outputs, everything else), as this rank's part of the weight."""
     turned = w.whole.movedim(w.outputs, 0)
     new = change(turned.flatten(1)).view(turned.shape).movedim(0, w.outputs)
-    return vectors.part(new.contiguous(), w.parameter)
+    return parallel.part(new.contiguous(), w.parameter)
 
 
 def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[Tensor]], parameters: Parameters,
@@ -314,8 +314,8 @@ def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[T
     names = [name for name, _, _ in chosen]
     with _trainable([p for _, p, _ in chosen]):
         with torch.no_grad():
-            new = change(_Weight(p, vectors.full(p.detach()), outputs) for _, p, outputs in chosen)
-            delta = [_wide(t) - _wide(vectors.local(p.detach())) for t, (_, p, _) in zip(new, chosen, strict=True)]
+            new = change(_Weight(p, parallel.full(p.detach()), outputs) for _, p, outputs in chosen)
+            delta = [_wide(t) - _wide(parallel.local(p.detach())) for t, (_, p, _) in zip(new, chosen, strict=True)]
         moved = [p for _, p, _ in chosen]
         with objective.session(check=True):
             before = _evaluate(objective, metric)
@@ -331,7 +331,7 @@ def _replaced(objective: Objective, change: Callable[[Iterator[_Weight]], list[T
 def _second_order(objective: Objective, moved: Sequence[nn.Parameter], delta: Sequence[Tensor]) -> float:
     """gᵀδ + ½ δᵀHδ."""
     found = {id(p): t for p, t in zip(moved, delta, strict=True)}
-    along = [found[id(p)] if id(p) in found else torch.zeros_like(vectors.local(p.detach()))
+    along = [found[id(p)] if id(p) in found else torch.zeros_like(parallel.local(p.detach()))
              for p in objective.parameters]
     g = objective.evaluate(gradient=True).gradient
     H = Hessian(objective)
@@ -372,22 +372,12 @@ def _of_all_ranks(objective: Objective, rows: list[tuple[float, float, float]]) 
 
 def _record(before: _Evaluation, rises: Sequence[float], weights: Sequence[float], predicted: float, error: float,
             changed: int, size: int, metric: float, value: float | None = None, **settings: Any) -> Rise:
-    mean, stderr = _mean(rises, weights)
+    mean, stderr = weighted_mean(rises, weights)
     if before.sums and value is not None:       # batches are summed, so the rise is their number times the mean
         stderr *= len(rises)
     return Rise(value=mean if value is None else value, stderr=stderr, predicted=predicted, predicted_stderr=error,
                 loss=before.loss, rises=tuple(rises), weights=tuple(weights), changed=changed, size=size, metric=metric,
                 metric_before=before.metric, settings=settings)
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Σ n x / Σ n and its standard error over independent batches."""
-    total, k = math.fsum(weights), len(values)
-    mean = math.fsum(n * x for n, x in zip(weights, values, strict=True)) / total
-    if k < 2:
-        return mean, math.nan
-    off = math.fsum((n * (x - mean)) ** 2 for n, x in zip(weights, values, strict=True))
-    return mean, math.sqrt(k / (k - 1) * off) / total
 
 
 def _chosen(objective: Objective, parameters: Parameters) -> list[tuple[str, nn.Parameter, int]]:

@@ -1,7 +1,6 @@
-"""What is done with a recipe, a model or a run: compare, measure; orchestration and run folders only."""
+"""What is done with a recipe or a model; orchestration and run folders only.
 
-from .compare import Comparison
-from .measure import Measurement, MeasureSettings
-from .settings import CompareSettings
-
-__all__ = ["CompareSettings", "Comparison", "MeasureSettings", "Measurement"]
+jobs.settings   CompareSettings, MeasureSettings: what a job is asked for; imports no torch
+jobs.compare    Comparison: train methods side by side, measure them
+jobs.measure    Measurement: measure one model at one checkpoint
+"""

@@ -22,6 +22,7 @@ from ..ascent.parameters import is_normalization
 from ..curvature import Hessian, eigenpairs
 from ..errors import RunFolderError
 from ..objective import Objective
+from ..progress import Display, clock
 from ..recipes import find_recipe
 from ..sharpness import Finding, diagnose, next_radius, one_step
 from ..sharpness.diagnosis import LARGER, SMALLER, WITHOUT_RHO, beyond, consistent
@@ -31,7 +32,6 @@ from ..training.methods import Method, find_methods
 from ..training.metrics import classification, logits_of, standard_errors
 from ..training.recipe import Data, Recipe
 from . import landscape, timing
-from .progress import Progress, clock
 from .settings import CompareSettings, fixed_radii
 
 MEASURED_RHO = 0.05
@@ -40,7 +40,7 @@ HELD_OUT = "the run with held-out data"
 
 
 class Comparison:
-    """One run of the job over a folder; :meth:`run` continues whatever the record already holds."""
+    """One comparison, kept in a folder; :meth:`run` does what the record does not hold yet."""
 
     def __init__(self, settings: CompareSettings, folder: RunFolder, record: dict[str, Any] | None = None,
                  quiet: bool = False):
@@ -53,18 +53,18 @@ class Comparison:
         self.recipe.probe(self.data)
         self.methods = self._usable(find_methods(settings.methods))
         self.radii = fixed_radii(settings.rho)
-        self.record = self._new_record() if record is None else self._taken_up(record)
+        self.record = self._new_record() if record is None else self._resumed(record)
 
     def run(self) -> dict[str, Any]:
         """Do what is left; the record is saved after every piece of work, also when interrupted."""
         steps = self._steps()
-        self.progress = Progress(sum(steps.values()), self.quiet)
+        self.progress = Display("", unit="step", total=sum(steps.values()), quiet=self.quiet)
         try:
             self.record["status"] = "running"
             self.folder.save_record(self.record)
             if not self.quiet and any(steps.values()):
                 left = timing.predicted(self.recipe, self.data, self.methods, steps)
-                self.progress.announce(f"{sum(steps.values())} training steps, about {clock(left)} on this machine")
+                self.progress.line(f"{sum(steps.values())} training steps, about {clock(left)} on this machine")
             for method in self.methods:
                 self._choose(method)
             for seed in range(self.settings.seeds):
@@ -86,9 +86,15 @@ class Comparison:
             self.record["summary"] = summary(self.record["runs"])
             raise
         finally:
-            self.progress.close()
+            self.progress.end()
             self.folder.save_record(self.record)
         return self.record
+
+    @property
+    def failure(self) -> str:
+        """What a finished run did not reach, in one line; empty where a run ended well."""
+        lost = [run["diverged"] for run in self.record["runs"] if "diverged" in run]
+        return "every run diverged: " + lost[0] if lost and len(lost) == len(self.record["runs"]) else ""
 
     def _usable(self, methods: list[Method]) -> list[Method]:
         """Leave out, with the reason in the record, what this model cannot be trained with."""
@@ -101,11 +107,12 @@ class Comparison:
             raise ValueError("; ".join(f"{k}: {v}" for k, v in self.left_out.items()))
         return kept
 
-    def _taken_up(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _resumed(self, record: dict[str, Any]) -> dict[str, Any]:
+        """An earlier record, where it is of the same data."""
         known = record["data"].get("fingerprint")
         if known not in (None, self.data.fingerprint()):
             raise RunFolderError(f"the data of recipe {self.settings.recipe} are not those that {self.folder.path} "
-                                 "began with: bring them back, or start a new run with --out")
+                                 "began with: restore them, or start a new run with --out")
         return record
 
     def _new_record(self) -> dict[str, Any]:
@@ -168,7 +175,7 @@ class Comparison:
         plan = Plan(f"choose-{method.name}-{rho}-{fold}", self.recipe, method, rho, 500 + fold, self.epochs, x[kept],
                     y[kept], held_out=None if fold else (x[held], y[held]))
         try:
-            model, history = train(plan, self.progress.tick)
+            model, history = train(plan, self.progress.step)
             score = accuracy(model, x[held], y[held])
         except Diverged as error:
             history, score = error.history, 0.0
@@ -203,10 +210,10 @@ class Comparison:
         state = state if state is not None and state["key"] == key else None
         run: dict[str, Any] = {"method": method.name, "seed": seed, "rho": rho}
         try:
-            model, run["history"] = train(plan, self.progress.tick, self.folder, state)
+            model, run["history"] = train(plan, self.progress.step, self.folder, state)
             run |= self._measure(model)
             self.folder.save_weights(key, model)
-        except Diverged as error:  # a result like any other: the comparison goes on
+        except Diverged as error:  # a result like any other: the other runs are still done
             run["history"] = error.history or run.get("history")
             run |= {"diverged": str(error), "test": dict.fromkeys(("accuracy", "nll", "ece"), math.nan)}
         self.record["runs"].append(run)

@@ -1,7 +1,7 @@
 """``flatmin measure``: what is known about the sharpness of one model at one checkpoint, each number with its error.
 
 The model and its loss come from the user's own code as an :class:`flatmin.Objective`; weights may come from a file.
-Each measure is written to the record as soon as it is there, so that an interrupted run goes on where it stopped.
+Each measure is written to the record as soon as it is there, so that an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import copy
 import dataclasses
 import datetime
 import functools
-import hashlib
 import math
 import platform
-import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,78 +22,27 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..curvature import Hessian, eigenpairs, spectral_density, trace
 from ..errors import RunFolderError
-from ..landscape import line, models, surface
+from ..files import digest
+from ..landscape import line
+from ..measures import METRICS as OFFERED
+from ..measures import Options, find_metrics
 from ..objective import Objective
+from ..progress import Display
 from ..results import plain
-from ..sharpness import (
-    agreement,
-    average_case,
-    compare,
-    critical_sharpness,
-    largest_random,
-    m_sharpness,
-    normalized_flatness,
-    one_step,
-    worst_case,
-)
+from ..sharpness import compare
 from ..sharpness.cautions import samples_in
 from ..tensorscope import objective_for
 from ..training.folder import RunFolder
 from ..training.recipe import Recipe
-from ..training.user_code import said, users_own
-
-DEFAULT = "one_step,spectrum,trace,density"
-TRACE_ERROR, TRACE_PRODUCTS = 0.05, 1000
-"""The standard error that the trace is measured to, relative, and the most products spent on it."""
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What to measure of which objective.
-
-    Args:
-        objective: ``module:attribute``, an objective or what makes one (see :func:`find_objective`).
-        checkpoint: a file of weights for its model.
-        metrics: names from ``METRICS`` with commas between, or "all".
-        k: how many of the largest eigenvalues.
-        rho: the radius of the sharpness measures.
-        tol: residual of the eigenvalues, relative to the largest.
-        seed: of random starts, probes and directions, and of torch before the user's code is called.
-        against: a file of other weights, to be compared with on the same data.
-    """
-
-    objective: str
-    checkpoint: str | None = None
-    metrics: str = DEFAULT
-    k: int = 5
-    rho: float = 0.05
-    tol: float = 1e-3
-    seed: int = 0
-    against: str | None = None
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), _KINDS[f.name]
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{f.name} cannot be {value!r}")
-        find_metrics(self.metrics)
-        if self.k < 1:
-            raise ValueError(f"--k must be at least 1, got {self.k}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
-        for name in ("rho", "tol"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-
-
-_KINDS: dict[str, Any] = {"objective": str, "checkpoint": (str, type(None)), "metrics": str, "k": int,
-                          "rho": (int, float), "tol": (int, float), "seed": int, "against": (str, type(None))}
+from ..training.user_code import load_object, said
+from ..training.weights import load_checkpoint
+from .measures import MEASURES
+from .settings import MeasureSettings
 
 
 class Measurement:
-    """One run of the job over a folder; :meth:`run` does what the record does not hold yet."""
+    """One measurement, kept in a folder; :meth:`run` takes the measures that the record does not hold yet."""
 
     def __init__(self, settings: MeasureSettings, folder: RunFolder, record: dict[str, Any] | None = None,
                  quiet: bool = False):
@@ -108,12 +54,12 @@ class Measurement:
         self.other = None if settings.against is None else _with_weights(self.objective, settings.against)
         self.metrics += [] if self.other is None else ["comparison"]
         new = self._new_record()
-        self.record = new if record is None else self._taken_up(record, new)
+        self.record = new if record is None else self._resumed(record, new)
 
     def run(self) -> dict[str, Any]:
         """Measure what is left; the record is saved after every measure, also when interrupted.
 
-        A measure that cannot be taken of this model is recorded under ``failed`` with the reason; the others go on.
+        A measure that cannot be taken of this model is recorded under ``failed`` with the reason; the others are taken.
         """
         record = self.record
         left = [m for m in self.metrics if m not in record["results"]]
@@ -131,9 +77,14 @@ class Measurement:
             self.folder.save_record(record)
         return record
 
+    @property
+    def failure(self) -> str:
+        """What a finished run did not reach, in one line; empty where nothing failed."""
+        return "not measured: " + ", ".join(self.record["failed"]) if self.record["failed"] else ""
+
     def _take(self, name: str, title: str) -> None:
         record, start = self.record, time.monotonic()
-        self.show = _Line(title, self.quiet)
+        self.show = Display(title, quiet=self.quiet)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -158,8 +109,10 @@ class Measurement:
                                                            else ""))
 
     def file(self, name: str) -> str:
-        """Where a long measure of these very weights keeps its state."""
-        return str(self.folder.path / "checkpoints" / f"{name}-{_fingerprint(self.objective.model)}.pt")
+        """The file in which a long measure of these weights keeps its state."""
+        state = self.objective.model.state_dict()
+        weights = digest(*(part for name, t in state.items() if isinstance(t, torch.Tensor) for part in (name, t)))
+        return str(self.folder.path / "checkpoints" / f"{name}-{weights[:16]}.pt")
 
     def _new_record(self) -> dict[str, Any]:
         objective, model = self.objective, self.objective.model
@@ -192,46 +145,43 @@ class Measurement:
             "results": {}, "timing": {}, "warnings": {}, "failed": {},
         }
 
-    def _taken_up(self, record: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    def _resumed(self, record: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+        """An earlier record, where it is of the same weights, data and loss."""
         old, new = record["model"], now["model"]  # norms: a user's own training may differ in rounding
         norms = ("norm", "against_norm") if "against_norm" in new else ("norm",)
         if old.get("parameters") != new["parameters"] or not all(_close(old.get(k), new[k]) for k in norms):
-            raise RunFolderError(f"the weights are not those that {self.folder.path} began with: bring them back, or "
+            raise RunFolderError(f"the weights are not those that {self.folder.path} began with: restore them, or "
                                  "start a new run with --out")
         a, b = record["data"], now["data"]
         if a.get("samples") != b["samples"] or not _close(a.get("loss"), b["loss"]):
             raise RunFolderError(f"the data or the loss are not those that {self.folder.path} began with (loss "
-                                 f"{a.get('loss')} then, {b['loss']} now): bring them back, or start a new run with "
+                                 f"{a.get('loss')} then, {b['loss']} now): restore them, or start a new run with "
                                  "--out")
         return record
 
 
-def _spectrum(job: Measurement) -> Any:
-    return eigenpairs(Hessian(job.objective), job.settings.k, tol=job.settings.tol, seed=job.settings.seed,
-                      progress=job.show, checkpoint=job.file("spectrum"))
+def _take(name: str, job: Measurement) -> Any:
+    """One measure with the settings of the run, as it goes into the record."""
+    measure, settings = MEASURES[name], job.settings
+    # a radius of each coordinate: perturbations then have the length rho in the root mean square
+    rho = settings.rho / (math.sqrt(job.record["model"]["parameters"]) if measure.radius == "coordinate" else 1)
+    file = job.file(name) if measure.resumable else None
+    found = measure(job.objective, Options(rho=rho, k=settings.k, tol=settings.tol, seed=settings.seed,
+                                           progress=job.show, checkpoint=file))
+    return _RECORDED[name](found) if name in _RECORDED else found
 
 
-def _trace(job: Measurement) -> Any:
-    return trace(Hessian(job.objective), rtol=TRACE_ERROR, max_matvecs=TRACE_PRODUCTS, seed=job.settings.seed,
-                 progress=job.show, checkpoint=job.file("trace"))
-
-
-def _density(job: Measurement) -> Any:
-    found = spectral_density(Hessian(job.objective), seed=job.settings.seed, progress=job.show,
-                             checkpoint=job.file("density"))
+def _density(found: Any) -> dict[str, Any]:
     x, density, error = found.density()
     return plain(found) | {"x": x, "density": density, "density_stderr": error, "nodes": found.nodes,
                            "weights": found.weights}
 
 
-def _m_sharpness(job: Measurement) -> Any:
-    m = max(1, min(128, math.ceil(job.record["data"]["samples"] / 4)))
-    return m_sharpness(job.objective, m, job.settings.rho, iterations=10, restarts=0, seed=job.settings.seed)
-
-
-def _surface(job: Measurement) -> Any:
-    found = surface(job.objective, seed=job.settings.seed, checkpoint=job.file("surface"))
+def _surface(found: Any) -> dict[str, Any]:
     return plain(found) | {"names": found.plane.names, "units": found.units}
+
+
+_RECORDED: dict[str, Callable[[Any], dict[str, Any]]] = {"density": _density, "surface": _surface}
 
 
 def _comparison(job: Measurement) -> Any:
@@ -251,38 +201,7 @@ def _comparison(job: Measurement) -> Any:
     return found | {"path": {"x": path.x.tolist(), "values": plain(path.values), "models": plain(path.models)}}
 
 
-METRICS: dict[str, Callable[[Measurement], Any]] = {
-    "one_step": lambda job: one_step(job.objective, job.settings.rho),
-    "spectrum": _spectrum,
-    "trace": _trace,
-    "density": _density,
-    "worst_case": lambda job: worst_case(job.objective, job.settings.rho, seed=job.settings.seed),
-    "adaptive_worst_case": lambda job: worst_case(job.objective, job.settings.rho, adaptive="element",
-                                                  seed=job.settings.seed),
-    "average_case": lambda job: average_case(job.objective, job.settings.rho
-                                             / math.sqrt(job.record["model"]["parameters"]), seed=job.settings.seed),
-    "largest_random": lambda job: largest_random(job.objective, job.settings.rho, seed=job.settings.seed),
-    "m_sharpness": _m_sharpness,
-    "normalized_flatness": lambda job: normalized_flatness(job.objective, seed=job.settings.seed),
-    "critical_sharpness": lambda job: critical_sharpness(job.objective),
-    "agreement": lambda job: agreement(job.objective, job.settings.rho, seed=job.settings.seed),
-    "line": lambda job: line(job.objective, "filter", draws=3, seed=job.settings.seed),
-    "surface": _surface,
-}
-
-
-def find_metrics(text: str) -> list[str]:
-    """The names in ``a,b,c`` or "all", in the order in which they are measured.
-
-    Raises:
-        ValueError: an unknown name; the message lists the choices.
-    """
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in METRICS and name != "all"]
-    if unknown or not names:
-        raise ValueError(f"unknown metric {', '.join(map(repr, unknown)) or repr(text)}: choose from "
-                         f"{', '.join(METRICS)}, or all")
-    return [name for name in METRICS if name in names or "all" in names]
+METRICS: dict[str, Callable[[Measurement], Any]] = {name: functools.partial(_take, name) for name in OFFERED}
 
 
 def find_objective(name: str, seed: int = 0) -> Objective:
@@ -292,12 +211,12 @@ def find_objective(name: str, seed: int = 0) -> Objective:
     examples that ``compare`` measures on), or a function without arguments that returns one of them, ``(model, data)``
     or ``(model, data, loss_fn)``: there, batches are ``(inputs, targets)`` or mappings as in the ``transformers``
     library, whose labels default to the inputs, and the loss to what their kind asks for. Torch is seeded before the
-    import and before the call, so that the same weights come back when a run is resumed.
+    import and before the call, so that a resumed run finds the same weights.
 
     Raises:
         ValueError: no such module or attribute, something else, or the user's code raised.
     """
-    value = users_own(name, seed)
+    value = load_object(name, seed)
     if isinstance(value, Recipe):
         torch.manual_seed(seed)
         data, n = value.load(None).with_noise(value.noise), value.curvature_samples
@@ -318,70 +237,6 @@ def _with_weights(objective: Objective, path: str) -> Objective:
     return other
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Weights and buffers from a ``.safetensors`` file or a torch file of tensors; all of them fit, or none is set.
-
-    ``{"model": ...}`` and ``{"state_dict": ...}`` are looked into, a prefix that all names share (a wrapper's, or
-    Lightning's ``model.``) is taken off where the names fit only without it, and weights tied to one that is there may
-    be missing. Nothing but tensors and plain values is unpickled.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read, or names or shapes do not fit; the first of them are listed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zip files, safetensors
-        raise ValueError(f"cannot read the checkpoint {path} ({type(error).__name__}): it must hold a state_dict of "
-                         "tensors, as .safetensors or by torch.save(model.state_dict(), ...), not a whole model"
-                         ) from error
-    state = models.fitting(models._inner(state), model.state_dict()) if isinstance(state, Mapping) else state
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"the checkpoint {path} holds no state_dict, it holds {_held(state)}")
-    own = model.state_dict()
-    own = {name: t for name, t in own.items() if isinstance(t, torch.Tensor)}
-    there = {t.data_ptr() for name, t in own.items() if name in state and t.numel()}
-    missing = [name for name, t in own.items() if name not in state and t.data_ptr() not in there]
-    unexpected = [name for name in state if name not in own and not str(name).endswith("_extra_state")]
-    shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(t.shape)}" for name, t in own.items()
-              if name in state and isinstance(state[name], torch.Tensor) and state[name].shape != t.shape]
-    wrong = [f"{what} {_first(names)}" for what, names in
-             (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
-    if wrong:
-        raise ValueError(f"the checkpoint {path} does not fit the model {type(model).__name__}: {'; '.join(wrong)}")
-    broken = [name for name, t in own.items() if name in state and t.is_floating_point()
-              and bool(state[name].isnan().any())]
-    if broken:
-        raise ValueError(f"the checkpoint {path} holds NaN in {_first(broken)}")
-    model.load_state_dict(state, strict=False)
-
-
-def _first(names: list[str], most: int = 3) -> str:
-    rest = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _held(state: Any) -> str:
-    return f"{_first(list(state), 5) or 'nothing'}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, t in model.state_dict().items():
-        if isinstance(t, torch.Tensor):
-            digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-            digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _loss_name(function: Any) -> str:
     """What the loss is called, as far as it has a name."""
     if function is None:
@@ -398,29 +253,3 @@ def _norm(objective: Objective) -> float:
 
 def _close(a: Any, b: float) -> bool:
     return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-9)
-
-
-class _Line:
-    """The progress of one measure: a line that is written over on a terminal, one now and then elsewhere."""
-
-    def __init__(self, title: str, quiet: bool, every: float = 20.0):
-        self._title, self._quiet, self._terminal = title, quiet, sys.stderr.isatty()
-        self._every = 0.2 if self._terminal else every
-        self._start = self._last = time.monotonic()
-        if self._terminal:
-            self._write("...")
-
-    def __call__(self, products: int, text: str) -> None:
-        now = time.monotonic()
-        if now - self._last > self._every:
-            self._last, gone = now, now - self._start
-            self._write(f"{products} products, {text}, {gone:.0f} s gone, {gone / max(1, products):.2g} s a product")
-
-    def end(self, text: str) -> None:
-        self._write(text, last=True)
-
-    def _write(self, text: str, last: bool = False) -> None:
-        if not self._quiet:
-            start, end = ("\r", "\x1b[K" + "\n" * last) if self._terminal else ("", "\n")
-            sys.stderr.write(f"{start}{self._title}: {text}{end}")
-            sys.stderr.flush()

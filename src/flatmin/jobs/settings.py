@@ -1,47 +1,100 @@
-"""What a comparison is asked for."""
+"""What a job is asked for: each setting once, with its type, default and help; the command line is made from this.
+
+Nothing here imports torch, so that a help text or a wrong call takes no time. What only torch can check (recipes,
+names of measures, the user's own code) is checked when a job starts, before anything is written.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..measures import DEFAULT_METRICS
 from ..training.methods import find_methods
-
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("recipe", "methods", "rho", "data"), (str, "text")),
-    **dict.fromkeys(("seeds", "epochs", "threads"), (int, "a whole number")), "noise": ((int, float), "a number"),
-}
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Settings of a comparison; None takes the recipe's own."""
+    """What to compare on which recipe.
+
+    Raises:
+        ValueError: a value of the wrong type or out of its range, or an unknown method.
+    """
 
     recipe: str = "digits"
+    """what is trained: digits, fashion-mnist, cifar10, or module:attribute"""
     methods: str = "sgd,sam,asam"
+    """methods with commas between, or all"""
     seeds: int = 3
+    """runs per method"""
     noise: float | None = None
+    """share of training labels drawn again at random (default: the recipe's)"""
     epochs: int | None = None
+    """passes over the training data (default: the recipe's)"""
     rho: str | None = None
+    """one radius for all, or method=radius,... (default: chosen from a small grid)"""
     data: str | None = None
+    """folder with the recipe's files"""
     threads: int = 1
+    """threads of the process; one is fastest for small models"""
 
     def __post_init__(self) -> None:
-        for name, (kind, what) in _KINDS.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be {what}, got {value!r}")
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
-        if self.noise is not None and not 0 <= self.noise <= 1:
-            raise ValueError(f"--noise is a share from 0 to 1, got {self.noise}")
-        if self.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        check_types(self)
+        _check(self, "seeds", lambda v: v >= 1, "at least 1")
+        _check(self, "epochs", lambda v: v >= 1, "at least 1")
+        _check(self, "noise", lambda v: 0 <= v <= 1, "a share from 0 to 1")
+        _check(self, "threads", lambda v: v >= 1, "at least 1")
         find_methods(self.methods)
         fixed_radii(self.rho)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What to measure of which model.
+
+    Raises:
+        ValueError: a value of the wrong type or out of its range.
+    """
+
+    objective: str
+    """what is measured, from your own code: module:attribute"""
+    checkpoint: str | None = None
+    """file of weights for its model (default: as your code made them)"""
+    metrics: str = DEFAULT_METRICS
+    """measures with commas between, or all"""
+    k: int = 5
+    """how many of the largest eigenvalues"""
+    rho: float = 0.05
+    """radius of the sharpness measures"""
+    tol: float = 1e-3
+    """residual of the eigenvalues, relative to the largest"""
+    seed: int = 0
+    """of random starts, probes and directions, and of torch before your code is called"""
+    against: str | None = None
+    """file of other weights to compare with, by every measure"""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _check(self, "k", lambda v: v >= 1, "at least 1")
+        _check(self, "rho", lambda v: math.isfinite(v) and v > 0, "positive")
+        _check(self, "tol", lambda v: math.isfinite(v) and v > 0, "positive")
+        _check(self, "seed", lambda v: v >= 0, "at least 0")
+
+
+def check_types(settings: Any) -> None:
+    """Raise a ``ValueError`` where a field of a dataclass does not have the type that it is declared with."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        accepted = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
+            raise ValueError(f"{field.name} must be {_NAMES.get(kinds[0], kinds[0].__name__)}, got {value!r}")
 
 
 def fixed_radii(text: str | None) -> dict[str, float]:
@@ -65,3 +118,12 @@ def fixed_radii(text: str | None) -> dict[str, float]:
             find_methods(name)
         out[name.strip()] = value
     return out
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a number"}
+
+
+def _check(settings: Any, name: str, holds: Callable[[Any], bool], what: str) -> None:
+    value = getattr(settings, name)
+    if value is not None and not holds(value):
+        raise ValueError(f"--{name} must be {what}, got {value}")

@@ -1,4 +1,4 @@
-"""How long a training step takes: measured side by side for the record, and beforehand for whoever waits."""
+"""The time of a training step: measured side by side for the record, and predicted before a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ascent import Sharpener
-from ..training.loop import batches
-from ..training.methods import Method, gradient, optimizer_for
+from ..training.loop import batches, gradient, optimizer_for, sharpener_for
+from ..training.methods import Method
 from ..training.recipe import Data, Recipe
 
 Trainee = tuple[nn.Module, torch.optim.Optimizer, Sharpener | None]
@@ -57,7 +57,7 @@ def _trainees(recipe: Recipe, methods: Sequence[Method], rhos: Mapping[str, floa
         torch.manual_seed(0)
         model = recipe.model()
         optimizer = optimizer_for(method.base, model, recipe)
-        out.append((model, optimizer, method.sharpener(model, optimizer, rhos[method.name])))
+        out.append((model, optimizer, sharpener_for(method, model, optimizer, rhos[method.name])))
     return out
 
 

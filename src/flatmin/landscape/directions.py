@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 
 Kind = Literal["filter", "layer", "random", "gradient", "eigenvectors", "update", "pca"]
 KINDS = ("filter", "layer", "random", "gradient", "eigenvectors", "update", "pca")
@@ -20,7 +20,7 @@ KINDS = ("filter", "layer", "random", "gradient", "eigenvectors", "update", "pca
 
 def wide(t: Tensor) -> Tensor:
     """A local tensor in which directions can be added: half precisions become float32."""
-    t = vectors.local(t.detach())
+    t = parallel.local(t.detach())
     return t.float() if t.dtype in vectors.HALF else t
 
 
@@ -60,7 +60,7 @@ def random_direction(parameters: Sequence[Tensor], seed: int | torch.Generator =
     if normalize is None:
         return _against(space, d, orthogonal_to)
     for i, p in enumerate(parameters):
-        if vectors.is_sharded(p) and (normalize == "layer" or vectors.local(p).shape[1:] != p.shape[1:]):
+        if parallel.is_sharded(p) and (normalize == "layer" or parallel.local(p).shape[1:] != p.shape[1:]):
             way_out = 'use "filter" or' if normalize == "layer" else "shard along dimension 0, or use"
             raise ValueError(f'a {normalize} is spread over ranks: {way_out} "random" directions')
         others = [other[i] for other in orthogonal_to]
@@ -145,5 +145,5 @@ def given(space: vectors.Space, direction: Sequence[Any]) -> list[Tensor]:
     if [getattr(t, "shape", None) for t in d] != [p.shape for p in space.parameters]:
         raise ValueError(f"the direction needs one tensor for each of the {len(space.parameters)} parameters that "
                          f"require a gradient, of their shapes; got {len(d)} tensors")
-    return [wide(vectors.part(t, p)).to(vectors.local(p).device, wide(p).dtype, copy=True)
+    return [wide(parallel.part(t, p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
             for t, p in zip(d, space.parameters, strict=True)]

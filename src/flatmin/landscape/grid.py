@@ -1,12 +1,11 @@
-"""The loss on many points of a plane: resumable, and shared over ranks."""
+"""The loss on many points of a plane: can be resumed, and ranks can share the points."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,29 @@ from torch import Tensor
 
 from .. import vectors
 from ..errors import RunFolderError
+from ..files import digest, replace_file
 from ..objective import Objective
+from ..parallel import Group
 from ..sharpness.cautions import warn_of_rounded_step
 from .plane import BatchNorm, Plane, PlaneModel
 
 FORMAT = "flatmin.landscape 1"
 
+DIFFERENT = ("the ranks hold different weights, directions or points: give all the same seed, or pass as group= the "
+             "ranks that are replicas of each other")
+
 
 def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: BatchNorm = "frozen",
              checkpoint: str | os.PathLike[str] | None = None, group: Any = None, seconds: float = 10.0) -> Tensor:
-    """L at w + Σ_k c_k d_k for every row c of ``points``; NaN and inf are kept.
+    """L at w + Σ_k c_k d_k for every row c of ``points``; NaN and inf are kept as values.
 
     Args:
         objective: L.
         plane: w and the d_k.
         points: (n, k), float64.
         batch_norm: what running statistics do.
-        checkpoint: a file written every few ``seconds`` and at the end, also when interrupted; where it is there
-            already, only missing points are computed. It is replaced in one step, never left half written.
+        checkpoint: a file written every ``seconds`` and at the end, also when interrupted. Where it exists, only
+            missing points are computed. It is replaced in one step, so it is never half written.
         group: a process group whose ranks all hold the model and the data and share the points.
 
     Returns:
@@ -42,31 +46,31 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
         RunFolderError: if the file belongs to other weights, directions, points or data.
         ValueError: if L at the middle, c = 0, is not ``objective.value()`` at the same weights.
     """
-    ranks = _Ranks(group)
+    ranks = Group(group)
     if ranks.size > 1 and vectors.Space(objective.parameters).sharded:
         raise ValueError("sharded weights are evaluated by all ranks together: leave group= out")
     points = points.to(torch.float64)
-    standing = PlaneModel(objective, plane, batch_norm)
-    with standing.open():
+    model = PlaneModel(objective, plane, batch_norm)
+    with model.open():
         origin, error = float("nan"), None
         try:
-            origin = standing.centre()
+            origin = model.centre()
         except Exception as e:
             error = e
-        ranks.share(error)
+        ranks.raise_everywhere(error)
         key = "" if checkpoint is None and ranks.size == 1 else \
             fingerprint(plane, points, (batch_norm, objective.mode, objective.seed))
-        ranks.agree(key)
+        ranks.refuse_different(key, DIFFERENT)
         moved = points.norm(dim=1)
         if bool(moved.any()):       # where rounding is worst
             nearest = points[moved.where(moved > 0, torch.inf).argmin()].tolist()
-            warn_of_rounded_step(objective, standing.realised(nearest), stacklevel=5)
-        file = _kept(objective, checkpoint, key, origin, len(points), ranks, seconds)
+            warn_of_rounded_step(objective, model.realised(nearest), stacklevel=5)
+        file = _opened(objective, checkpoint, key, origin, len(points), ranks, seconds)
         mine = torch.tensor_split(file.missing(), ranks.size)[ranks.rank].tolist()
         rows = points.tolist()
         try:
             for i in mine:
-                file.put(i, standing.at(rows[i]))
+                file.put(i, model.at(rows[i]))
         except Exception as e:
             error = e
             if ranks.size == 1:
@@ -76,9 +80,9 @@ def evaluate(objective: Objective, plane: Plane, points: Tensor, *, batch_norm: 
         return file.finish(error)
 
 
-def _kept(objective: Objective, checkpoint: str | os.PathLike[str] | None, key: str, origin: float, n: int,
-          ranks: _Ranks, seconds: float) -> _File:
-    """The file of a grid; where the model's own ranks evaluate each point together, the first of them keeps it."""
+def _opened(objective: Objective, checkpoint: str | os.PathLike[str] | None, key: str, origin: float, n: int,
+            ranks: Group, seconds: float) -> _File:
+    """The file of a grid. Where the model's own ranks evaluate each point together, the first reads and writes it."""
     own = objective.ranks
     if not own or checkpoint is None:
         return _File(checkpoint, key, origin, n, ranks, seconds)
@@ -89,50 +93,16 @@ def _kept(objective: Objective, checkpoint: str | os.PathLike[str] | None, key: 
     except RunFolderError as e:
         error = e
     if not own.least(int(error is None)):
-        raise error or RunFolderError(f"{checkpoint} cannot be gone on with; the first rank says why")
+        raise error or RunFolderError(f"{checkpoint} cannot be resumed; the error of the first rank says why")
     file.values = own.sum_(file.values if first else torch.zeros(n, dtype=torch.float64))
     file.done = own.sum_(file.done.double()) > 0
     return file
 
 
-class _Ranks:
-    """The ranks of a process group, or the one rank there is."""
-
-    def __init__(self, group: Any):
-        self.group, self.rank, self.size = group, 0, 1
-        if group is not None:
-            import torch.distributed as dist
-
-            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-
-    def gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        out = [None] * self.size
-        dist.all_gather_object(out, value, group=self.group)
-        return out
-
-    def share(self, error: Exception | None) -> None:
-        """Every rank raises where one of them failed."""
-        others = self.gather(error and repr(error))
-        if error is not None:
-            raise error
-        for rank, other in enumerate(others):
-            if other:
-                raise RuntimeError(f"rank {rank} failed: {other}")
-
-    def agree(self, key: str) -> None:
-        if len(set(self.gather(key))) > 1:
-            raise ValueError("the ranks hold different weights, directions or points: seed them alike, or let "
-                             "group= be the ranks that are replicas of each other")
-
-
 class _File:
     """Values by point, in memory and on disk. Each rank writes a file of its own; together they are one."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, key: str, origin: float, n: int, ranks: _Ranks,
+    def __init__(self, path: str | os.PathLike[str] | None, key: str, origin: float, n: int, ranks: Group,
                  seconds: float):
         self.key, self.origin, self.ranks, self.seconds = key, origin, ranks, seconds
         self.values = torch.full((n,), float("nan"), dtype=torch.float64)
@@ -158,7 +128,7 @@ class _File:
             self.save()
 
     def save(self) -> None:
-        """The file is replaced as a whole: a crash leaves the old one."""
+        """Replace the file as a whole: a crash leaves the old one."""
         if self.own is None or not self._changed:
             return
         self._write(self.own)
@@ -173,14 +143,14 @@ class _File:
             self.ranks.gather(None)
             if self.own is not None and self.own != self.main:
                 self.own.unlink(missing_ok=True)
-            self.ranks.gather(None)  # nobody looks for files while another still removes its own
+            self.ranks.gather(None)     # wait until every rank has removed its file
         elif self.main is not None:
             for part in self._files()[1:]:
                 part.unlink()
         return self.values
 
     def _exchange(self, error: Exception | None) -> None:
-        self.ranks.share(error)
+        self.ranks.raise_everywhere(error)
         for values, done in self.ranks.gather((self.values, self.done)):
             self._merge(values, done)
 
@@ -195,17 +165,8 @@ class _File:
         return [p for p in (self.main, *parts) if p.exists()]
 
     def _write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half_written = path.with_name(f"{path.name}.{os.getpid()}.writing")
         state = {"format": FORMAT, "key": self.key, "origin": self.origin, "values": self.values, "done": self.done}
-        try:
-            with open(half_written, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(half_written, path)
-        finally:
-            half_written.unlink(missing_ok=True)
+        replace_file(path, partial(torch.save, state))
 
     def _load(self, path: Path) -> tuple[Tensor, Tensor]:
         try:
@@ -225,21 +186,8 @@ class _File:
 
 def fingerprint(plane: Plane, points: Tensor, settings: Iterable[Any]) -> str:
     """A digest of everything that says which points are meant."""
-    digest = hashlib.sha256(repr(tuple(settings)).encode())
-    for t in [points, *plane.origin, *(t for d in plane.directions for t in d)]:
-        _digest(digest, t)
-    for state in plane.states:
-        for name in sorted(state.statistics):
-            digest.update(name.encode())
-            _digest(digest, state.statistics[name])
-    return digest.hexdigest()
-
-
-def _digest(digest: Any, t: Tensor) -> None:
-    t = t.detach().to("cpu").contiguous()
-    digest.update(repr((tuple(t.shape), t.dtype)).encode())
-    if t.numel():
-        digest.update((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+    statistics = [part for state in plane.states for item in sorted(state.statistics.items()) for part in item]
+    return digest(repr(tuple(settings)), points, *plane.origin, *(t for d in plane.directions for t in d), *statistics)
 
 
 def axis(low: float, high: float, steps: int) -> Tensor:

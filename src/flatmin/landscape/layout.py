@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import vectors
+from ..curvature import Hessian, eigenpairs
 from ..objective import Objective
 from .directions import KINDS, given, orthonormal, random_direction, wide
 from .grid import axis
 from .models import Model, State, read
-from .plane import Plane, standing_at
+from .plane import Plane, at_weights_of
 from .trajectories import Trajectory, principal_directions, project
 
 RANDOM = ("filter", "layer", "random")
@@ -23,14 +24,14 @@ RANDOM = ("filter", "layer", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A plane of k dimensions to be looked at, and what lies on it."""
+    """A plane of k dimensions, and the trajectory projected on it."""
 
     plane: Plane
     trajectory: Trajectory | None
 
 
 class Planner:
-    """Lays planes through the models given, along the directions named; every call draws new random directions."""
+    """Makes planes through the models given, along the directions named; ``layout()`` draws new random directions."""
 
     def __init__(self, objective: Objective, k: int, directions: Any, models: Sequence[Model],
                  trajectory: Sequence[Model] | None, seed: int | torch.Generator):
@@ -51,7 +52,7 @@ class Planner:
         """Whether another draw gives another plane."""
         return any(isinstance(want, str) and want in RANDOM for want in self.wanted)
 
-    def lay(self) -> Layout:
+    def layout(self) -> Layout:
         """A plane, drawn anew where it is random."""
         if not self._fixed:
             self._fixed = self._fix()
@@ -101,7 +102,7 @@ class Planner:
         return [*through, *named]
 
     def _like(self) -> Sequence[Tensor]:
-        """What filters are measured on: the origin, or the parameters themselves where they may be sharded."""
+        """The tensors whose filters give the norms: the origin, or the parameters themselves, which may be sharded."""
         return self.origin if self.states else self.objective.parameters
 
     def _fix(self) -> list[tuple[str, list[Tensor]]]:
@@ -122,7 +123,7 @@ class Planner:
     def _compute(self, kind: str, count: int) -> list[list[Tensor]]:
         state = self.states[0] if self.states else None
         if kind == "gradient":
-            with standing_at(self.objective, state):
+            with at_weights_of(self.objective, state):
                 return [[wide(t) for t in self.objective.evaluate(gradient=True).gradient]] * count
         if kind == "eigenvectors":
             return self._eigenvectors(state, count)
@@ -133,9 +134,7 @@ class Planner:
         return principal_directions(self.space, self.path, count)
 
     def _eigenvectors(self, state: State | None, count: int) -> list[list[Tensor]]:
-        from ..curvature import Hessian, eigenpairs
-
-        with standing_at(self.objective, state):
+        with at_weights_of(self.objective, state):
             hessian = Hessian(self.objective)
             spectrum = eigenpairs(hessian, k=count, seed=0)
             if not bool(spectrum.converged.all()):

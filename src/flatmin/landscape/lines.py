@@ -93,7 +93,7 @@ def line(objective: Objective, direction: Sequence[Tensor] | Kind | None = None,
         margin: how much further than the models and the trajectory to go, as a share of their extent.
         batch_norm: running statistics are "frozen" as in the objective's model, "interpolated" between the models'
             own (the default where they bring some), or "reestimated" on the objective's data at every point.
-        checkpoint: a file from which an interrupted line is taken up.
+        checkpoint: a file from which an interrupted line resumes.
         group: a process group whose ranks hold the same model and data and share the points.
 
     Returns:
@@ -117,7 +117,7 @@ def line(objective: Objective, direction: Sequence[Tensor] | Kind | None = None,
     check_arguments(steps, radius, draws, planner.random)
     objective.check()
     policy = batch_norm_policy(objective, batch_norm, planner.states)
-    first = planner.lay()
+    first = planner.layout()
     axes = [span(first, 0, radius, relative, margin, steps)]
     samples = sample(planner, first, axes, draws, objective, batch_norm=policy, checkpoint=checkpoint, group=group)
     plane = first.plane
@@ -135,14 +135,14 @@ def sample(planner: Planner, first: Layout, axes: Sequence[Tensor], draws: int, 
     points = torch.cartesian_prod(*axes).reshape(-1, len(axes))
     out = []
     for draw in range(draws):
-        layout = first if draw == 0 else planner.lay()
+        layout = first if draw == 0 else planner.layout()
         file = checkpoint if checkpoint is None or draw == 0 else f"{os.fspath(checkpoint)}.draw{draw}"
         out.append(evaluate(objective, layout.plane, points, checkpoint=file, **options))
     return torch.stack(out).reshape(draws, *(len(a) for a in axes))
 
 
 def several(samples: Tensor) -> dict[str, Tensor]:
-    """What a record says about several draws."""
+    """The fields ``samples`` and ``stderr`` of a record of several draws; none for one draw."""
     if len(samples) < 2:
         return {}
     return {"samples": samples, "stderr": samples.std(0) / len(samples) ** 0.5}

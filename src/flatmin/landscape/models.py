@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import batches, vectors
+from .. import parallel
 from ..objective import Objective
 from .directions import wide
 
@@ -19,7 +19,7 @@ Model = nn.Module | Mapping[str, Any] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """The weights of one model, in the order of ``objective.parameters``, and its normalization statistics by name."""
+    """The weights of one model, in the order of ``objective.parameters``, and its running statistics by name."""
 
     weights: list[Tensor]
     statistics: dict[str, Tensor]
@@ -31,12 +31,12 @@ def read(objective: Objective, model: Model) -> State:
     Raises:
         ValueError: for names or shapes that do not fit, or frozen weights that differ from the objective's model.
     """
-    here = batches.unwrapped(objective.model)
+    here = parallel.unwrapped(objective.model)
     names = [(name, p) for name, p in here.named_parameters()]
     if isinstance(model, nn.Module):
-        model = batches.unwrapped(model).state_dict()
+        model = parallel.unwrapped(model).state_dict()
     if isinstance(model, Mapping):
-        found = fitting(_inner(model), here.state_dict())
+        found = fitting(model, here.state_dict())
         missing = [name for name, p in names if p.requires_grad and name not in found]
         if missing:
             raise ValueError(f"the state_dict has no {missing[0]!r}" + f" and {len(missing) - 1} more" *
@@ -69,11 +69,13 @@ def _inner(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def fitting(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict without the dotted prefix that all its names share, where they fit the model only without it.
+    """A state_dict with names as in ``own``: without the dotted prefix that all share, where they fit only without it.
 
-    Data-parallel and compiled wrappers put one there (``module.``, ``_orig_mod.``), and so does a trainer that holds
-    the model as an attribute (Lightning's ``model.``).
+    ``{"model" | "state_dict" | "model_state_dict": ...}`` is looked into. Data-parallel and compiled wrappers add a
+    prefix (``module.``, ``_orig_mod.``), and so does a trainer that holds the model as an attribute (Lightning's
+    ``model.``).
     """
+    state = _inner(state)
     out = {str(key): value for key, value in state.items()}
     names = list(out)
     shared = os.path.commonprefix(names)
@@ -89,12 +91,12 @@ def fitting(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 def _fit(t: Tensor, p: nn.Parameter, name: str) -> Tensor:
     if t.shape != p.shape:
         raise ValueError(f"{name!r} has shape {tuple(t.shape)} instead of {tuple(p.shape)}")
-    return wide(vectors.part(t.detach(), p)).to(vectors.local(p).device, wide(p).dtype, copy=True)
+    return wide(parallel.part(t.detach(), p)).to(parallel.local(p).device, wide(p).dtype, copy=True)
 
 
 def _same_frozen(found: Mapping[str, Tensor], names: Sequence[tuple[str, nn.Parameter]]) -> None:
     for name, p in names:
         if not p.requires_grad and name in found and not torch.equal(
-                vectors.part(found[name], p).to(p.device, p.dtype), vectors.local(p.detach())):
+                parallel.part(found[name], p).to(p.device, p.dtype), parallel.local(p.detach())):
             raise ValueError(f"{name!r} is frozen in the objective's model and has another value in a model given: "
                              "call requires_grad_() on what differs between the models")

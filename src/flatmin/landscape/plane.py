@@ -1,4 +1,4 @@
-"""A line or plane in weight space, and a model standing on its points."""
+"""A line or plane in weight space, and the loss of a model at its points."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import perturbed, vectors
-from ..batches import unwrapped
-from ..checks import same
+from .. import parallel, perturbed, vectors
+from ..determinism import same
 from ..objective import Objective
+from ..parallel import unwrapped
 from .models import State, statistics
 
 BatchNorm = Literal["frozen", "interpolated", "reestimated"]
@@ -51,7 +51,7 @@ class PlaneModel:
 
     def __init__(self, objective: Objective, plane: Plane, batch_norm: BatchNorm):
         self.objective, self.plane = objective, plane
-        self._w = [vectors.local(p.detach()) for p in objective.parameters]
+        self._w = [parallel.local(p.detach()) for p in objective.parameters]
         self._norms = [m for m in objective.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
                        and m.running_mean is not None]
         self._reestimate = batch_norm == "reestimated" and bool(self._norms)
@@ -60,7 +60,7 @@ class PlaneModel:
 
     @contextmanager
     def open(self) -> Iterator[PlaneModel]:
-        with unmoved(self.objective):
+        with restored_weights(self.objective):
             try:
                 yield self
             finally:
@@ -81,8 +81,8 @@ class PlaneModel:
         found = self.at([0.0] * len(self.plane.directions))
         if found != float(plain) and not same(plain, plain.new_tensor(found), self.objective.parameters):
             raise ValueError(f"the middle of the landscape is {found:.9g}, objective.value() at the same weights is "
-                             f"{float(plain):.9g}: the model or the data keep something between two evaluations, which "
-                             "must depend on the weights and the batch alone")
+                             f"{float(plain):.9g}: the model or the data hold state that changes between two "
+                             "evaluations. The loss must depend on the weights and the batch alone")
         return found
 
     def _plain(self) -> Tensor:
@@ -105,14 +105,14 @@ class PlaneModel:
             self._measure_statistics()
 
     def realised(self, coordinates: Sequence[float]) -> list[Tensor]:
-        """What rounding makes of the displacement Σ_k c_k d_k in half-precision weights, as displacements note it."""
+        """Per half-precision weight, what :func:`flatmin.perturbed.realised_step` gives for the step Σ_k c_k d_k."""
         half = [i for i, t in enumerate(self._w) if t.dtype in vectors.HALF]
         if half:
             self.put(coordinates)
         out = []
         for i in half:
             asked = sum((c * d[i] for c, d in zip(coordinates, self.plane.directions, strict=True)), torch.zeros(()))
-            out.append(perturbed._realised([self._w[i]], [self.plane.origin[i]], [asked]))
+            out.append(perturbed.realised_step([self._w[i]], [self.plane.origin[i]], [asked]))
         return out
 
     def _start(self, coordinates: Sequence[float]) -> Sequence[Tensor]:
@@ -184,9 +184,9 @@ def add(origin: Sequence[Tensor], d: Sequence[Tensor], c: float, out: Sequence[T
 
 
 @contextmanager
-def unmoved(objective: Objective) -> Iterator[None]:
-    """A session of an objective after which the weights are given back bit for bit, whatever was written to them."""
-    w = [vectors.local(p.detach()) for p in objective.parameters]
+def restored_weights(objective: Objective) -> Iterator[None]:
+    """A session of an objective at whose end the weights are restored bit for bit, whatever was written to them."""
+    w = [parallel.local(p.detach()) for p in objective.parameters]
     saved = [t.clone() for t in w]
     with objective.session():
         try:
@@ -197,15 +197,15 @@ def unmoved(objective: Objective) -> Iterator[None]:
 
 
 @contextmanager
-def standing_at(objective: Objective, state: State | None) -> Iterator[None]:
-    """The objective's model with the weights and statistics of another inside (its own for None), given back after."""
+def at_weights_of(objective: Objective, state: State | None) -> Iterator[None]:
+    """A session in which the model has the weights and statistics of another (its own for None)."""
     if state is None:
         with objective.session():
             yield
         return
-    with unmoved(objective):
+    with restored_weights(objective):
         with torch.no_grad():
-            vectors.copy(state.weights, [vectors.local(p.detach()) for p in objective.parameters])
+            vectors.copy(state.weights, [parallel.local(p.detach()) for p in objective.parameters])
             set_statistics(objective.model, state)
         yield
 

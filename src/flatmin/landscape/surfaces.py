@@ -17,6 +17,7 @@ from .grid import evaluate
 from .layout import Planner, check_arguments, span
 from .lines import extent, sample, several
 from .models import Model, read
+from .pictures import Picture
 from .plane import BatchNorm, Plane, batch_norm_policy
 from .trajectories import Trajectory, project
 
@@ -61,18 +62,30 @@ class Surface:
 
     def plot(self, ax: Any = None, *, relative: bool = False, levels: int = 20, log: bool | None = None) -> Any:
         """Contours for a paper, on a matplotlib axes; cells that are not finite stay blank."""
-        from .pictures import contour
-
-        return contour(self, ax, relative=relative, levels=levels, log=log)
+        return self.picture(relative).contour(ax, levels=levels, log=log)
 
     def to_html(self, title: str = "Loss surface", *, relative: bool = False, names: Sequence[str] = ()) -> str:
         """A self-contained piece of HTML with a surface that can be turned: no network, no other library.
 
         ``names`` are written beside the models.
         """
-        from .pictures import turnable
+        return self.picture(relative).turnable(title, names)
 
-        return turnable(self, title, relative=relative, names=names)
+    def picture(self, relative: bool = False) -> Picture:
+        """What ``plot`` and ``to_html`` draw; with ``relative``, lengths are in the ``units`` of the axes."""
+        units = torch.tensor(self.units if relative else (1.0, 1.0), dtype=torch.float64)
+        return Picture(x=self.x / units[0], y=self.y / units[1], values=self.values,
+                       labels=[self._label(k, relative) for k in range(2)],
+                       points=torch.zeros(1, 2) if self.models is None else self.models / units,
+                       path=None if self.trajectory is None else self.trajectory.coordinates / units)
+
+    def _label(self, k: int, relative: bool) -> str:
+        """What axis k shows, with the share of a trajectory's variance along it."""
+        name = self.plane.names[k]
+        kind = {"filter": "random, filter-normalised", "layer": "random, layer-normalised"}.get(name, name)
+        kind += " (orthogonal part)" if name.startswith("model 3") else ""
+        share = "" if self.trajectory is None else f", {float(self.trajectory.explained[k]):.0%} of variance"
+        return f"displacement{' (relative)' * relative}: {kind}{share}"
 
 
 def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator = 0, *,
@@ -102,7 +115,7 @@ def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator =
         margin: how much further than the models and the trajectory to go, as a share of their extent.
         batch_norm: running statistics are "frozen" as in the objective's model, "interpolated" between the models'
             own (the default where they bring some), or "reestimated" on the objective's data at every point.
-        checkpoint: a file from which an interrupted surface is taken up.
+        checkpoint: a file from which an interrupted surface resumes.
         group: a process group whose ranks hold the same model and data and share the points.
 
     Returns:
@@ -128,7 +141,7 @@ def surface(objective: Objective, steps: int = 51, seed: int | torch.Generator =
     check_arguments(steps, radius, draws, planner.random)
     objective.check()
     policy = batch_norm_policy(objective, batch_norm, planner.states)
-    first = planner.lay()
+    first = planner.layout()
     plane = first.plane
     axes = [span(first, k, radius, relative, margin, steps) for k in range(2)]
     samples = sample(planner, first, axes, draws, objective, batch_norm=policy, checkpoint=checkpoint, group=group)

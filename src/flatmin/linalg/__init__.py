@@ -1,1 +1,1 @@
-"""Matrix-free linear algebra: an operator protocol, and algorithms that see only its Hessian-vector products."""
+"""Matrix-free linear algebra: an operator, and algorithms that see only its matvecs."""

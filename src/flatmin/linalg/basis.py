@@ -1,4 +1,4 @@
-"""The rows of an orthonormal basis: on the device, on the host or in a file, with products by blocks of columns."""
+"""The rows of an orthonormal basis: on the device, on the host or in a file."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _STREAM = 1 << 20
 
 
 class Basis:
-    """Room for ``rows`` vectors of an operator, one contiguous tensor (rows, n); coefficients are float64 on the CPU.
+    """Room for ``count`` vectors of an operator, ``rows`` (count, n), contiguous; coefficients are float64 on the CPU.
 
     Where vectors are sharded over ranks so are the rows, and coefficients are sums over the ranks.
     """
 
-    def __init__(self, operator: CurvatureOperator, rows: int, place: Place = "device", folder: str | None = None,
+    def __init__(self, operator: CurvatureOperator, count: int, place: Place = "device", folder: str | None = None,
                  file: str | None = None):
-        assert rows > 0
+        assert count > 0
         self.operator, self.device, self.folder, self.on_disk = operator, operator.device, folder, place == "disk"
         n = operator.length
         if self.on_disk:
-            self.rows = memory.mapped(rows * n, operator.dtype, folder, file).view(rows, n)
+            self.rows = memory.mapped(count * n, operator.dtype, folder, file).view(count, n)
             return
         where = self.device if place == "device" else torch.device("cpu")
-        needed = rows * n * torch.empty(0, dtype=operator.dtype).element_size()
-        memory.require(needed, where, f"a basis of {rows} vectors", 'take a smaller basis= or k, or place="host" or '
+        needed = count * n * torch.empty(0, dtype=operator.dtype).element_size()
+        memory.require(needed, where, f"a basis of {count} vectors", 'take a smaller basis= or k, or place="host" or '
                                                                     '"disk", or eigenvalues() for values alone')
-        self.rows = torch.empty(rows, n, dtype=operator.dtype, device=where)
+        self.rows = torch.empty(count, n, dtype=operator.dtype, device=where)
 
     @classmethod
     def of(cls, operator: CurvatureOperator, rows: Tensor) -> Basis:
@@ -93,7 +93,7 @@ class Basis:
     def rotate(self, s: Tensor, count: int, waiting: int = 0, journal: Journal | None = None) -> None:
         """The first p rows ← sᵀ · first ``count`` rows, for s of shape (count, p), in place; then those that wait.
 
-        With a ``journal`` the same call goes on where a killed one was.
+        With a ``journal`` the same call resumes where a killed one was.
         """
         p = s.shape[1]
         s = s.to(self.rows.device, self.rows.dtype)

@@ -24,7 +24,7 @@ def residuals(operator: CurvatureOperator, values: Tensor, x: Tensor) -> tuple[T
     with operator.fresh():
         for value, row in zip(values.tolist(), x, strict=True):
             v = row.to(operator.device)
-            w, here = operator._product_with_forms(v)
+            w, here = operator.matvec_with_forms(v)
             length = operator.norm(v)
             out.append(operator.norm(w.add_(v, alpha=-value)) / length)
             forms.append(here and (here[0], here[1] / length**2))

@@ -1,4 +1,4 @@
-"""Long computations that go on after a kill: their state in a file, and a journal for what is rewritten in place."""
+"""Long computations that resume after a kill: their state in a file, and a journal for what is rewritten in place."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import pickle
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import remove_file, replace_file
 from .operator import CurvatureOperator
 
 State = dict[str, Any]
-"""Tensors and plain values from which a run goes on to the same bits; "matvecs" are the products behind it."""
+"""Tensors and plain values from which a run resumes to the same bits; "matvecs" counts those already done."""
 
 
 class Checkpoint:
-    """The state of a run in a file: written each minute and on Ctrl-C, taken up by the same call, removed at the end.
+    """The state of a run in a file: written each minute and on Ctrl-C, resumed by the same call, removed at the end.
 
     On ranks each has its own file; they write together, and start over where their states are not of the same step.
     A basis on disk is a part of the state that has a file of its own, ``basis``. With a ``generator`` each state holds
@@ -41,7 +43,7 @@ class Checkpoint:
         if self.file:
             seed = settings.get("seed")
             settings |= {"seed": seed if isinstance(seed, int) else None, "disk": on_disk, "dtype": operator.dtype,
-                         "size": (operator.size, operator.length), "of": type(operator).__name__}
+                         "size": (operator.size, operator.length), "of": operator.name}
             self._run = repr(sorted(settings.items())) + operator.fingerprint()
             self._saved = self._read(self.file)
         if self._saved and generator is not None:
@@ -61,7 +63,7 @@ class Checkpoint:
         """The state after a step; it must not change before the next ``tick`` or ``changing``."""
         if self.file:
             self._hold(state)
-            if self.operator.agree(int(time.monotonic() - self._written < self.every)) == 0:
+            if self.operator.smallest(int(time.monotonic() - self._written < self.every)) == 0:
                 self.write()
 
     def changing(self) -> None:
@@ -71,7 +73,7 @@ class Checkpoint:
     def write(self) -> None:
         """The last state into the file, unless it is there."""
         if self.file and self._state is not None:
-            _write(self.file, {"run": self._run, "state": self._state})
+            replace_file(self.file, partial(torch.save, {"run": self._run, "state": self._state}))
             self._state = None
             self._written = time.monotonic()
 
@@ -80,7 +82,7 @@ class Checkpoint:
         self.changing()
         if self.basis is None:
             return None
-        _remove(f"{self.basis}.journal")
+        remove_file(f"{self.basis}.journal")
         self._hold(state)
         self.write()
         return self.journal()
@@ -91,7 +93,7 @@ class Checkpoint:
             self._hold(state)
         if self.basis:
             self.write()
-            _remove(f"{self.basis}.journal")
+            remove_file(f"{self.basis}.journal")
 
     def journal(self) -> Journal:
         return Journal(f"{self.basis}.journal")
@@ -113,7 +115,7 @@ class Checkpoint:
         if self.basis and not os.path.exists(self.basis):
             state = None
         mark = zlib.crc32(repr((state["matvecs"], sorted(state))).encode()) if state else 0
-        if self.operator.agree(mark) != -self.operator.agree(-mark):
+        if self.operator.smallest(mark) != -self.operator.smallest(-mark):
             state = None
         if state is None:
             self._remove_basis()
@@ -121,7 +123,8 @@ class Checkpoint:
 
     def _remove_basis(self) -> None:
         if self.basis:
-            _remove(self.basis, f"{self.basis}.journal")
+            remove_file(self.basis)
+            remove_file(f"{self.basis}.journal")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -130,7 +133,7 @@ class Checkpoint:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self.write()
         elif kind is None and self.file:
-            _remove(self.file, f"{self.file}.part")
+            remove_file(self.file)
             self._remove_basis()
 
 
@@ -150,20 +153,8 @@ class Journal:
         if block < self.block:
             return False
         if self.rows is None:
-            _write(self.file, {"block": block, "rows": rows.clone()})
+            replace_file(self.file, partial(torch.save, {"block": block, "rows": rows.clone()}))
         else:
             rows.copy_(self.rows)
             self.rows = None
         return True
-
-
-def _write(file: str, content: dict[str, Any]) -> None:
-    """A file that is replaced whole or not at all."""
-    torch.save(content, f"{file}.part")
-    os.replace(f"{file}.part", file)
-
-
-def _remove(*files: str) -> None:
-    for file in files:
-        if os.path.exists(file):
-            os.remove(file)

@@ -13,33 +13,24 @@ import torch
 from torch import Tensor
 
 from ..progress import Report
-from ..results import FEWEST_BATCHES, Scalar, uncertain
+from ..results import FEWEST_BATCHES, Scalar, uncertain, weighted_mean
 from .checkpoint import Checkpoint, State
 from .operator import CurvatureOperator, Forms
 
 ROUNDING = 4
-"""Sums of products are known to this many units of rounding, as a standard error."""
+"""Quantities added up from matvecs are known to this many units of rounding, as a standard error."""
 
 
 def data_stderr(forms: Forms | None) -> float | None:
-    """The standard error of λ = Σ n_b q_b / Σ n_b as a sample of batches; None for fewer than 5 of them.
-
-    (B / (B − 1) · Σ n_b² (q_b − λ)²)^½ / Σ n_b, the error of a ratio of sums to first order, for B independent batches
-    with weights n_b and values q_b.
-
-    W. Cochran, Sampling Techniques, 3rd ed., Wiley 1977, sections 6.3 to 6.5.
-    """
+    """The standard error of λ = Σ n_b q_b / Σ n_b as a sample of batches; None for fewer than 5 of them."""
     if forms is None or len(forms[0]) < FEWEST_BATCHES:
         return None
     n, q = forms
-    top = float(q.abs().max()) or 1.0
-    q = q / top     # squares must not over- or underflow
-    mean = (n * q).sum() / n.sum()
-    return top * float((len(n) / (len(n) - 1) * (n * (q - mean)).square().sum()).sqrt() / n.sum())
+    return weighted_mean(q.tolist(), n.tolist())[1]
 
 
-def add(a: Forms | None, b: Forms | None, factor: float = 1.0) -> Forms | None:
-    """a + factor · b batch by batch, of the same batches; None stands for a start."""
+def add_forms(a: Forms | None, b: Forms | None, factor: float = 1.0) -> Forms | None:
+    """a + factor · b batch by batch, of the same batches; ``a`` is None at the start."""
     return None if b is None else (b[0], b[1] * factor if a is None else a[1] + b[1] * factor)
 
 
@@ -72,7 +63,7 @@ class Estimate(Measured):
     """An estimate from random probes: ``interval`` holds the truth for these data with probability ``confidence``.
 
     ``stderr`` is over the probes and includes rounding; where ``settings["method"]`` is "exact" it is 0, and the
-    interval what rounding leaves open. ``predicted`` is how many products the first samples said it would take,
+    interval what rounding leaves open. ``predicted`` is how many matvecs the first samples said it would take,
     ``matvecs`` how many it took.
     """
 
@@ -123,7 +114,7 @@ def enough(mean: float, stderr: float, rtol: float, confidence: float, n: int) -
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What samples gave so far; ``costly`` where more of them would take as many products as the exact value."""
+    """What samples gave so far; ``prefer_exact`` where the exact value takes no more matvecs."""
 
     value: float = math.nan
     stderr: float = 0.0
@@ -131,17 +122,17 @@ class Drawn:
     magnitude: float = 0.0      # of what was added up: rounding is relative to it
     matvecs: int
     predicted: int
-    costly: bool = False
+    prefer_exact: bool = False
     exact: bool = False
     forms: Forms | None = None
 
     def exactly(self, value: float, size: int, magnitude: float, forms: Forms | None = None) -> Drawn:
-        """The exact value, for which ``over_coordinates`` took ``size`` products more."""
+        """The exact value, for which ``over_coordinates`` took ``size`` matvecs more."""
         return Drawn(value=value, samples=size, magnitude=magnitude, matvecs=self.matvecs + size,
                      predicted=self.predicted, exact=True, forms=forms)
 
 
-def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureOperator, *, rtol: float,
+def adaptive(sample: Callable[[], float], saver: Checkpoint, operator: CurvatureOperator, *, rtol: float,
              confidence: float, spent: int, most: int, report: Report, offset: float = 0.0, pilot: int = 10) -> Drawn:
     """Samples until the interval of ``offset`` + their mean is narrow enough.
 
@@ -149,8 +140,8 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
     most a few, rather than by looking after every sample, since stopping at the first lucky look would make the stated
     error too small.
     """
-    samples: list[float] = keep.saved.get("samples", [])
-    predicted, goal = keep.saved.get("predicted", 0), keep.saved.get("goal", pilot)
+    samples: list[float] = saver.saved.get("samples", [])
+    predicted, goal = saver.saved.get("predicted", 0), saver.saved.get("goal", pilot)
 
     def state() -> State:
         return {"samples": list(samples), "predicted": predicted, "goal": goal, "matvecs": spent + len(samples)}
@@ -159,7 +150,7 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
         goal = max(1, min(goal, most - spent))
         while len(samples) < goal:
             samples.append(sample())
-            keep.tick(state)
+            saver.tick(state)
             report(spent + len(samples), f"of about {spent + goal}", goal - len(samples))
         mean, stderr = moments(samples)
         good, done = enough(offset + mean, stderr, rtol, confidence, len(samples)), spent + len(samples)
@@ -169,34 +160,34 @@ def adaptive(sample: Callable[[], float], keep: Checkpoint, operator: CurvatureO
         if stderr > 0 and len(samples) <= pilot:        # whatever the variance of so few says
             good, needed = False, max(needed, 2 * len(samples), 30)
         predicted = predicted or int(min(spent + needed, 2**62))
-        costly = not good and worthwhile(operator, needed - len(samples), most - done)
-        if good or costly or done + 1 > most:
+        prefer_exact = not good and exact_is_cheaper(operator, needed - len(samples), most - done)
+        if good or prefer_exact or done + 1 > most:
             return Drawn(value=offset + mean, stderr=stderr, samples=len(samples), matvecs=done, predicted=predicted,
-                         magnitude=math.fsum(map(abs, samples)) / len(samples), costly=costly)
+                         magnitude=math.fsum(map(abs, samples)) / len(samples), prefer_exact=prefer_exact)
         goal = int(min(max(needed, len(samples) + 2), 4 * len(samples)))
 
 
-def worthwhile(operator: CurvatureOperator, needed: float, left: int) -> bool:
-    """Whether one product a coordinate, which gives all exactly, is no more than ``needed`` and than what is left.
+def exact_is_cheaper(operator: CurvatureOperator, needed: float, left: int) -> bool:
+    """Whether one matvec a coordinate, which gives all exactly, is no more than ``needed`` and than what is left.
 
     Not where vectors are sharded over ranks.
     """
     return operator.length == operator.size <= min(needed, left)
 
 
-def unless_exact(draw: Callable[[], Drawn], operator: CurvatureOperator, keep: Checkpoint, *, least: int,
+def draw_if_cheaper(draw: Callable[[], Drawn], operator: CurvatureOperator, saver: Checkpoint, *, least: int,
                  most: int) -> Drawn:
-    """What ``draw`` gives, where its ``least`` products are fewer than those of the exact value."""
-    if "found" in keep.saved:       # stopped on the way to the exact value
-        return Drawn(matvecs=keep.saved["spent"], predicted=keep.saved["predicted"], costly=True)
-    return Drawn(matvecs=0, predicted=least, costly=True) if worthwhile(operator, least, most) else draw()
+    """What ``draw`` gives, where its ``least`` matvecs are fewer than those of the exact value."""
+    if "found" in saver.saved:      # stopped on the way to the exact value
+        return Drawn(matvecs=saver.saved["spent"], predicted=saver.saved["predicted"], prefer_exact=True)
+    return Drawn(matvecs=0, predicted=least, prefer_exact=True) if exact_is_cheaper(operator, least, most) else draw()
 
 
-def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], Any], keep: Checkpoint, report: Report,
+def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], Any], saver: Checkpoint, report: Report,
                      *, spent: int, predicted: int = 0) -> tuple[list[Any], Forms | None]:
     """``take``(Aeᵢ, i) for each unit vector eᵢ, and Σᵢ eᵢᵀA_b eᵢ = tr A_b of each batch b."""
-    found, forms, n = keep.saved.get("found", []), keep.saved.get("traces"), operator.size
-    keep.fixed = {"spent": spent, "predicted": predicted}
+    found, forms, n = saver.saved.get("found", []), saver.saved.get("traces"), operator.size
+    saver.fixed = {"spent": spent, "predicted": predicted}
 
     def state() -> State:
         return {"found": list(found), "traces": forms, "matvecs": spent + len(found)}
@@ -204,10 +195,10 @@ def over_coordinates(operator: CurvatureOperator, take: Callable[[Tensor, int], 
     for i in range(len(found), n):
         e = operator.empty().zero_()
         e[i] = 1
-        w, here = operator._product_with_forms(e)
-        forms = add(forms, here)
+        w, here = operator.matvec_with_forms(e)
+        forms = add_forms(forms, here)
         found.append(take(w, i))
-        keep.tick(state)
+        saver.tick(state)
         report(spent + i + 1, f"of {spent + n}, which give it exactly", n - i - 1)
     return found, forms
 
@@ -223,7 +214,7 @@ def estimate(drawn: Drawn, operator: CurvatureOperator, *, rtol: float, confiden
         half = quantile(confidence, drawn.samples - 1) * stderr if stderr else 0.0
         converged = enough(drawn.value, stderr, rtol, confidence, drawn.samples)
     if not converged:
-        warnings.warn(f"{name} is known to ±{stderr:.2g} only, of {drawn.value:.4g}, after {drawn.matvecs} products; "
+        warnings.warn(f"{name} is known to ±{stderr:.2g} only, of {drawn.value:.4g}, after {drawn.matvecs} matvecs; "
                       f"{rtol:g} would take about {drawn.predicted}: raise max_matvecs= or rtol=", stacklevel=3)
     return Estimate(value=drawn.value, stderr=stderr, matvecs=drawn.matvecs, samples=drawn.samples,
                     confidence=confidence, interval=(drawn.value - half, drawn.value + half), predicted=drawn.predicted,

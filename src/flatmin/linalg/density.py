@@ -15,7 +15,7 @@ from ..progress import Progress, Report, reporter
 from ..results import Scalar
 from .basis import Basis, Place
 from .checkpoint import Checkpoint, State
-from .confidence import Measured, add, data_stderr, moments, over_coordinates, worthwhile
+from .confidence import Measured, add_forms, data_stderr, exact_is_cheaper, moments, over_coordinates
 from .lanczos import BandLanczos
 from .operator import CurvatureOperator, Forms, require_operator
 
@@ -28,7 +28,7 @@ class SpectralDensity:
     """A spectrum as weighted nodes, one row a probe; ``density``, ``log_density`` and ``plot`` smooth them.
 
     ``mass_at_zero`` is the share of eigenvalues with |λ| at most ``zero``: the middle between the best bounds that the
-    products allow (``settings["bounds"]``, the mean over probes); its error is that over probes and half of their half
+    matvecs allow (``settings["bounds"]``, the mean over probes); its error is that over probes and half of their half
     width, so that two of it reach both. ``trace`` is n times the mean of the spectrum, with its error by the data as of
     an ``Estimate``. Where ``settings["method"]`` is "exact" there is one row with all eigenvalues, and no error.
     """
@@ -109,17 +109,17 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
 
     From each random unit vector v, ``steps`` of Lanczos with full re-orthogonalisation give nodes θ_j and weights
     (s_j)₁² whose sums Σ_j w_j θ_jᵖ equal vᵀAᵖv up to p = 2 · steps − 1; the mean over v is the spectrum's. Up to 2000
-    coordinates, where ``probes`` · ``steps`` products are no fewer than coordinates, one product a coordinate gives all
+    coordinates, where ``probes`` · ``steps`` matvecs are no fewer than coordinates, one matvec a coordinate gives all
     eigenvalues instead.
 
     Args:
         operator: any ``CurvatureOperator``.
         probes: random vectors; the band is over them.
-        steps: products a probe, and vectors held at once.
+        steps: matvecs a probe, and vectors held at once.
         zero: |λ| up to ``zero`` times the largest |λ| counts as zero for ``mass_at_zero``.
         seed: of the probes.
         place, folder: where the vectors are, as for ``eigenpairs``.
-        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call resumes to the
             same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
@@ -135,18 +135,18 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be positive, got {probes} and {steps}")
     generator = vectors.seeded(seed)
-    exact = operator.size <= SMALL and worthwhile(operator, probes * steps, probes * steps)
+    exact = operator.size <= SMALL and exact_is_cheaper(operator, probes * steps, probes * steps)
     with operator.session(), reporter(progress, "spectral density") as report, \
             Checkpoint(checkpoint, operator, on_disk=place == "disk" and not exact, generator=generator,
-                       method="density", probes=probes, steps=steps, seed=seed) as keep:
+                       method="density", probes=probes, steps=steps, seed=seed) as saver:
         if exact:
-            rows, forms = over_coordinates(operator, lambda w, i: w.to("cpu", torch.float64), keep, report, spent=0)
+            rows, forms = over_coordinates(operator, lambda w, i: w.to("cpu", torch.float64), saver, report, spent=0)
             A = torch.stack(rows)
             nodes, used = [torch.linalg.eigvalsh((A + A.T) / 2)], len(rows)
             weights, ends = [torch.full_like(nodes[0], 1 / len(rows))], []
         else:
             nodes, weights, ends, forms, used = _quadrature(operator, probes, min(steps, operator.size), generator,
-                                                            place, folder, keep, report)
+                                                            place, folder, saver, report)
     top = max(float(t.abs().max()) for t in nodes)
     n = operator.size
     settings = operator.describe() | {"probes": probes, "steps": steps, "method": "exact" if exact else "lanczos"}
@@ -160,8 +160,8 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
         share = float((nodes[0].abs() <= zero * top).double().mean())
         at_zero = Scalar(value=share, stderr=0.0, settings=settings)
     else:
-        at_zero = _share([_bounds(t, first, last, zero * top) for t, (first, last) in zip(nodes, ends, strict=True)],
-                         settings)
+        at_zero = _mass_at_zero([_mass_bounds(t, first, last, zero * top)
+                                 for t, (first, last) in zip(nodes, ends, strict=True)], settings)
     traces = [n * float((w * t).sum()) for t, w in zip(nodes, weights, strict=True)]
     return SpectralDensity(nodes=nodes, weights=weights, size=n, zero=zero * top, matvecs=used, settings=settings,
                            mass_at_zero=at_zero,
@@ -170,51 +170,51 @@ def spectral_density(operator: CurvatureOperator, *, probes: int = 8, steps: int
 
 
 def _quadrature(operator: CurvatureOperator, probes: int, steps: int, generator: torch.Generator, place: Place,
-                folder: str | None, keep: Checkpoint, report: Report
+                folder: str | None, saver: Checkpoint, report: Report
                 ) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]], Forms | None, int]:
     """By Lanczos from random vectors: nodes, weights, the first and last row of T's eigenvectors, the trace batch by
-    batch, and the products taken. The last row is zero where nothing of the measure is left to be seen."""
-    V, saved = Basis(operator, steps + 1, place, folder, keep.basis), keep.take() or {}
+    batch, and the matvecs taken. The last row is zero where the measure is known completely."""
+    V, saved = Basis(operator, steps + 1, place, folder, saver.basis), saver.take() or {}
     nodes, weights, used = saved.get("nodes", []), saved.get("weights", []), saved.get("used", 0)
     ends: list[tuple[Tensor, Tensor]] = saved.get("ends", [])
     forms: Forms | None = saved.get("forms")
 
     def state(run: BandLanczos | None = None) -> State:
-        part = {} if run is None else {"run": run.state(with_basis=keep.basis is None)}
+        part = {} if run is None else {"run": run.state(with_basis=saver.basis is None)}
         return part | {"nodes": list(nodes), "weights": list(weights), "ends": list(ends), "used": used, "forms": forms,
                        "matvecs": used + (run.matvecs if run else 0)}
 
     part: State | None = saved.get("run")
     while len(nodes) < probes:
         if part is None:
-            keep.rewritten(state)
+            saver.rewritten(state)
         run = BandLanczos(operator, V, generator, start=part is None)
         if part is not None:
             run.resume(part)
             part = None
         while run.count < run.capacity and not run.breakdowns:
             run.step()
-            keep.tick(partial(state, run))
+            saver.tick(partial(state, run))
             report(used + run.matvecs, f"of {probes * steps}", probes * steps - used - run.matvecs)
         theta, s, _ = run.ritz()
         used += run.matvecs
         nodes.append(theta / run.unit)
         weights.append(s[0] ** 2)
         ends.append((s[0], torch.zeros_like(s[-1]) if run.breakdowns or run.complete else s[-1]))
-        forms = add(forms, run.forms, operator.size / probes)
+        forms = add_forms(forms, run.forms, operator.size / probes)
     return nodes, weights, ends, forms, used
 
 
-def _bounds(nodes: Tensor, first: Tensor, last: Tensor, z: float) -> tuple[float, float]:
+def _mass_bounds(nodes: Tensor, first: Tensor, last: Tensor, z: float) -> tuple[float, float]:
     """The least and the largest share that a measure with this quadrature can have in [−z, z]."""
     if not bool(last.any()):
         inside = float((first**2)[nodes.abs() <= z].sum())
         return inside, inside
-    (low, high), (left_low, left_high) = _below(nodes, first, last, z), _below(nodes, first, last, -z)
+    (low, high), (left_low, left_high) = _mass_below(nodes, first, last, z), _mass_below(nodes, first, last, -z)
     return max(0.0, low - left_high), min(1.0, high - left_low)
 
 
-def _below(nodes: Tensor, first: Tensor, last: Tensor, t: float) -> tuple[float, float]:
+def _mass_below(nodes: Tensor, first: Tensor, last: Tensor, t: float) -> tuple[float, float]:
     """Σ_{λ < t} w ≤ μ((−∞, t)) ≤ μ((−∞, t]) ≤ Σ_{λ ≤ t} w for the quadrature one of whose nodes λ is t.
 
     Its T has another last diagonal entry than that of Lanczos: T + τ e eᵀ, here in the eigenvectors of T.
@@ -225,7 +225,7 @@ def _below(nodes: Tensor, first: Tensor, last: Tensor, t: float) -> tuple[float,
     return float(w[:i].sum()), float(w[:i + 1].sum())
 
 
-def _share(bounds: list[tuple[float, float]], settings: dict[str, Any]) -> Scalar:
+def _mass_at_zero(bounds: list[tuple[float, float]], settings: dict[str, Any]) -> Scalar:
     """The middle of bounds that each probe gives."""
     value, stderr = moments([(low + high) / 2 for low, high in bounds])
     low, high = (math.fsum(ends) / len(bounds) for ends in zip(*bounds, strict=True))

@@ -22,18 +22,18 @@ from .operator import CurvatureOperator, Forms, require_operator
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
 SMALL = 1000
-"""Up to so many coordinates a basis may span the whole space: no restart, and at most as many products."""
+"""Up to so many coordinates a basis may span the whole space: no restart, and at most as many matvecs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
     """Eigenpairs in algebraic order, smallest first as in ``torch.linalg.eigh``.
 
-    ``residuals`` are ‖Av − λv‖ for unit v: from fresh products where ``certified``, else estimated by the recurrence.
+    ``residuals`` are ‖Av − λv‖ for unit v: from fresh matvecs where ``certified``, else estimated by the recurrence.
     In exact arithmetic A has an eigenvalue within its residual of each λ. ``complete`` says whether, at 99 %
     confidence, no eigenvalue at the wanted end is missing (another copy of a multiple one, say): True where the whole
-    space was spanned or ``find_missing`` found no more, False where that ran out of its products, None where nobody
-    looked.
+    space was spanned or ``find_missing`` found no more, False where that ran out of its matvecs, None without
+    that search.
 
     ``data_stderr`` is the standard error of each eigenvalue as an estimate for the distribution that the data were
     drawn from, by the spread of vᵀA_b v over the ``batches``, which must be independent: to first order the
@@ -69,7 +69,7 @@ class Spectrum:
         rows = [f"{v: .6g} (residual {r:.1e}{about_data(d, self.batches)}{'' if c else ', not converged'})"
                 for v, r, c, d in zip(self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist(),
                                       data, strict=True)]
-        return f"{len(rows)} eigenpairs, {self.matvecs} products\n" + "\n".join(rows)
+        return f"{len(rows)} eigenpairs, {self.matvecs} matvecs\n" + "\n".join(rows)
 
 
 def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest", *, tol: float = 1e-3,
@@ -87,23 +87,23 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
         k: how many; fewer come back only where n < k.
         which: "largest" or "smallest" algebraically, "both" ends (the odd one at the top), or largest "magnitude".
         tol: residual relative to the largest |eigenvalue|.
-        certify: make sure that the objective is deterministic, and recompute each residual with a fresh product (k of
+        certify: make sure that the objective is deterministic, and recompute each residual with a fresh matvec (k of
             them), which gives ``data_stderr`` too.
         find_missing: search from a new random vector for eigenvalues that are missing, such as further copies of a
-            multiple one (at most a quarter more products, and 16 at least, unless something is found).
+            multiple one (at most a quarter more matvecs, and 16 at least, unless something is found).
         seed: of the start vector.
         basis: vectors held at most (by default 3k + 40, less where memory is short; for up to 1000 coordinates one
-            each, so that as many products give the whole spectrum); after that, thick restarts.
-        block: from how many random vectors to start, taking products together; for clusters of known multiplicity.
+            each, so that as many matvecs give the whole spectrum); after that, thick restarts.
+        block: from how many random vectors to start, taking matvecs together; for clusters of known multiplicity.
         place: "device", "host" or "disk" (a file in ``folder`` that is gone afterwards), for the basis.
-        max_matvecs: after this many products (default: 20 times the basis) what there is comes back, unconverged
+        max_matvecs: after this many matvecs (default: 20 times the basis) what there is comes back, unconverged
             pairs marked, with a warning.
-        progress: True for a line on standard error, or a function of (products, text).
+        progress: True for a line on standard error, or a function of (matvecs, text).
         checkpoint: a file for the state, written each minute, on Ctrl-C and before the certification, from which the
-            same call goes on after a kill; removed with the result.
+            same call resumes after a kill; removed with the result.
 
     Raises:
-        ValueError: k < 1, a product that is not finite, or a checkpoint of something else.
+        ValueError: k < 1, a matvec that is not finite, or a checkpoint of something else.
         MemoryError: before starting, where the basis does not fit, with what is needed.
 
     >>> from flatmin.curvature import Matrix
@@ -121,13 +121,13 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     k, generator = min(k, operator.size), vectors.seeded(seed)
     with operator.session(check=certify), reporter(progress, "eigenpairs") as report, \
             Checkpoint(checkpoint, operator, on_disk=place == "disk", method="eigenpairs", k=k, which=which, tol=tol,
-                       basis=basis, block=block, seed=seed) as keep:
-        saved = keep.take()
-        m = len(saved["F"]) - block if saved else _rows(operator, k, basis, block, place)
-        V = Basis(operator, m + block, place, folder, keep.basis)
+                       basis=basis, block=block, seed=seed) as saver:
+        saved = saver.take()
+        m = len(saved["F"]) - block if saved else _basis_size(operator, k, basis, block, place)
+        V = Basis(operator, m + block, place, folder, saver.basis)
         run = BandLanczos(operator, V, generator, block=block, start=saved is None)
-        _iterate(run, k, which, tol, max_matvecs or 20 * m, report, keep, saved)
-        keep.write()
+        _iterate(run, k, which, tol, max_matvecs or 20 * m, report, saver, saved)
+        saver.write()
         theta, s, bounds = run.ritz()
         chosen = wanted(theta, k, which)
         values, residuals, x = theta[chosen], bounds[chosen], V.combine(s[:, chosen], run.count)
@@ -145,7 +145,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
     converged = residuals <= tol * scale / run.unit
     if not bool(converged.all()):
         warnings.warn(f"{int((~converged).sum())} of {len(values)} eigenpairs did not converge to {tol:g} of the "
-                      f"largest in {used} products: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
+                      f"largest in {used} matvecs: allow more with max_matvecs=, or a larger basis=", stacklevel=2)
     errors, batches = [data_stderr(f) for f in forms], {len(f[0]) for f in forms if f is not None}
     known = len(errors) > 0 and None not in errors
     return Spectrum(eigenvalues=values, eigenvectors=x, residuals=residuals, converged=converged,
@@ -157,7 +157,7 @@ def eigenpairs(operator: CurvatureOperator, k: int = 1, which: Which = "largest"
                     batches=batches.pop() if batches else None)
 
 
-def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
+def _basis_size(operator: CurvatureOperator, k: int, basis: int | None, block: int, place: Place) -> int:
     """How many basis vectors to hold."""
     least = min(k + 2 * block, operator.size)
     if basis is not None:
@@ -169,7 +169,7 @@ def _rows(operator: CurvatureOperator, k: int, basis: int | None, block: int, pl
         where = operator.device if place == "device" else torch.device("cpu")
         vector = max(operator.length, 1) * torch.empty(0, dtype=operator.dtype).element_size()
         rows = min(rows, max(least + 6, memory.available(where) // (2 * vector) - k))
-    return operator.agree(min(rows, operator.size))
+    return operator.smallest(min(rows, operator.size))
 
 
 def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
@@ -186,25 +186,25 @@ def wanted(theta: Tensor, k: int, which: Which) -> Tensor:
 
 
 def _iterate(run: BandLanczos, k: int, which: Which, tol: float, limit: int, report: Report,
-             keep: Checkpoint, saved: State | None) -> None:
+             saver: Checkpoint, saved: State | None) -> None:
     """Steps and restarts until the wanted Ritz pairs have converged, the space is spanned or the budget spent."""
-    margin = min(0.1, max(0.02, 100 * run.eps / tol)) if run.operator.exact else 0.1    # a fresh product will differ
+    margin = min(0.1, max(0.02, 100 * run.eps / tol)) if run.operator.exact else 0.1    # a fresh matvec will differ
     due, history = k, list[tuple[int, float, float]]()
 
     def state(**more: Tensor) -> State:
-        return run.state(with_basis=keep.basis is None) | {"due": due} | more
+        return run.state(with_basis=saver.basis is None) | {"due": due} | more
 
     def restart(s: Tensor, theta: Tensor, journal: Journal | None) -> None:
         nonlocal due
         run.restart(s, theta, journal)
         due = run.count + 1
-        keep.rewritten(state)
+        saver.rewritten(state)
 
     if saved:
         run.resume(saved)
         due = saved["due"]
         if "s" in saved:        # killed in the middle of a restart on disk
-            restart(saved["s"], saved["theta"], keep.journal())
+            restart(saved["s"], saved["theta"], saver.journal())
     while True:
         full = run.count == run.capacity
         if full or run.count >= due:
@@ -221,14 +221,14 @@ def _iterate(run: BandLanczos, k: int, which: Which, tol: float, limit: int, rep
             if full:
                 kept = wanted(theta, min(k + (run.count - k) // 2, run.count - 1), which)
                 s, theta = s[:, kept], theta[kept]
-                restart(s, theta, keep.rewriting(partial(state, s=s, theta=theta)))
+                restart(s, theta, saver.rewriting(partial(state, s=s, theta=theta)))
         run.step()
-        keep.tick(state)
+        saver.tick(state)
 
 
 def _completed(run: BandLanczos, values: Tensor, x: Tensor, which: Which, tolerance: float,
                budget: int) -> tuple[Tensor, Tensor, bool, int]:
-    """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, products."""
+    """The wanted eigenpairs after looking for missing ones: values, vectors, whether none is missing, matvecs."""
     k, used = len(values), 0
     while True:
         found = certificate.search(run.operator, x, _sides(values, which), tolerance=tolerance, budget=budget,

@@ -1,4 +1,4 @@
-"""Eigenvalues alone, in three vectors of memory: Lanczos without a basis, its ghosts recognised."""
+"""Eigenvalues alone, in three vectors of memory: Lanczos without a basis, spurious eigenvalues filtered."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
         k: how many distinct values.
         which: as for ``eigenpairs``.
         tol: stop when each error is at most ``tol`` · max |θ|.
-        max_matvecs: products at most (default 30k + 200); beyond, a warning and ``converged`` False.
+        max_matvecs: matvecs at most (default 30k + 200); beyond, a warning and ``converged`` False.
         seed: of the start vector.
-        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call resumes to the
             same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
@@ -73,13 +73,13 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
     found = None
     checked, history = 0, list[tuple[int, float, float]]()
     with operator.session(), reporter(progress, "eigenvalues") as report, \
-            Checkpoint(checkpoint, operator, method="eigenvalues", k=k, which=which, tol=tol, seed=seed) as keep:
-        if saved := keep.take():
+            Checkpoint(checkpoint, operator, method="eigenvalues", k=k, which=which, tol=tol, seed=seed) as saver:
+        if saved := saver.take():
             alphas, betas = saved["alphas"], saved["betas"]
             v, old = (saved[name].to(operator.device) for name in ("v", "old"))
             beta, scale, unit, checked = (saved[name] for name in ("beta", "scale", "unit", "checked"))
         while True:
-            w = operator._product(v)
+            w = operator.matvec(v)
             unit = unit if alphas else operator.unit_for(w)
             w.mul_(unit)
             scale = max(scale, operator.norm(w))
@@ -87,7 +87,7 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
                 w.add_(old, alpha=-beta)
             alpha = operator.dot(v, w)
             if not math.isfinite(alpha):
-                raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
+                raise ValueError("a matvec is not finite: the loss overflows at these weights")
             w.add_(v, alpha=-alpha)
             beta = operator.norm(w)
             alphas.append(alpha)
@@ -105,12 +105,12 @@ def eigenvalues(operator: CurvatureOperator, k: int = 1, which: Which = "largest
                     break
             betas.append(beta)
             old, v = v, w.div_(beta)
-            keep.tick({"alphas": list(alphas), "betas": list(betas), "v": v, "old": old, "beta": beta,
+            saver.tick({"alphas": list(alphas), "betas": list(betas), "v": v, "old": old, "beta": beta,
                        "scale": scale, "unit": unit, "checked": checked, "matvecs": m})
     converged, values, errors = errors <= tol * top, values / unit, errors / unit
     if not bool(converged.all()):
         warnings.warn(f"{int((~converged).sum())} of {k} eigenvalues did not converge to {tol:g} of the largest in "
-                      f"{m} products: allow more with max_matvecs=", stacklevel=2)
+                      f"{m} matvecs: allow more with max_matvecs=", stacklevel=2)
     return Eigenvalues(values=values, errors=errors, converged=converged, copies=copies, matvecs=m,
                        settings=operator.describe() | {"k": k, "which": which, "tol": tol})
 

@@ -54,8 +54,8 @@ class Meter(TorchDispatchMode):
 def mapped(numel: int, dtype: torch.dtype, folder: str | None = None, file: str | None = None) -> Tensor:
     """A flat tensor in a file, of which only what is looked at is in memory.
 
-    The file has no name: it is gone with the tensor, after a kill too. With ``file`` it stays, and is taken up as it
-    is where it exists in this size.
+    The file has no name: it is gone with the tensor, after a kill too. With ``file`` it stays, and an existing one of
+    this size is used as it is.
     """
     needed = numel * torch.empty(0, dtype=dtype).element_size()
     folder = os.path.dirname(os.path.abspath(file)) if file else folder or tempfile.gettempdir()

@@ -44,16 +44,16 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     """One eigenpair by v ← (A + σI) v / ‖·‖.
 
     Plain power iteration (σ = 0, "magnitude") finds the eigenvalue of largest |λ|, which for a Hessian may well be a
-    negative one, and never settles on a ±λ pair. For the algebraically "largest" σ is the largest ‖Av‖ that ten plain
-    steps saw, so that the lower end of the spectrum is damped. The residual falls by (λ₂ + σ) / (λ₁ + σ) a step;
-    ``eigenpairs`` needs far fewer products for the price of more vectors.
+    negative one, and does not converge on a ±λ pair. For the algebraically "largest" σ is the largest ‖Av‖ of ten plain
+    steps, so that the lower end of the spectrum is damped. The residual falls by (λ₂ + σ) / (λ₁ + σ) a step;
+    ``eigenpairs`` needs far fewer matvecs for the price of more vectors.
 
     Args:
         operator: any ``CurvatureOperator``.
         tol: stop when ‖Av − λv‖ is at most ``tol`` · max(|λ|, σ).
-        max_matvecs: products at most; beyond, a warning, and ``converged`` is False.
+        max_matvecs: matvecs at most; beyond, a warning, and ``converged`` is False.
         seed: of the start vector.
-        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call resumes to the
             same result; removed with it.
 
     >>> from flatmin.curvature import Matrix
@@ -73,16 +73,16 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
     converged, forms = False, None
     used, history = 0, list[tuple[int, float, float]]()
     with operator.session(), reporter(progress, "power iteration") as report, \
-            Checkpoint(checkpoint, operator, method="power", which=which, tol=tol, seed=seed) as keep:
-        if saved := keep.take():
+            Checkpoint(checkpoint, operator, method="power", which=which, tol=tol, seed=seed) as saver:
+        if saved := saver.take():
             v, start = (saved[name].to(operator.device) for name in ("v", "start"))
             value, residual, top, rate, used = (saved[name] for name in ("value", "residual", "top", "rate", "matvecs"))
         while used < max_matvecs:
-            w, forms = operator._product_with_forms(v)
+            w, forms = operator.matvec_with_forms(v)
             used += 1
             value, length, before = operator.dot(v, w), operator.norm(w), residual
             if not math.isfinite(length):
-                raise ValueError("a product with the matrix is not finite: the loss overflows at these weights")
+                raise ValueError("a matvec is not finite: the loss overflows at these weights")
             top = max(top, length)
             residual = operator.norm(w - value * v)
             rate = residual / before if before < math.inf and before > 0 else rate
@@ -96,10 +96,10 @@ def power_iteration(operator: CurvatureOperator, which: Literal["largest", "magn
             elif which == "largest":
                 w.add_(v, alpha=top)
             v = w.div_(operator.norm(w))
-            keep.tick({"v": v, "start": start, "value": value, "residual": residual, "top": top, "rate": rate,
+            saver.tick({"v": v, "start": start, "value": value, "residual": residual, "top": top, "rate": rate,
                        "matvecs": used})
     if not converged:
-        warnings.warn(f"power iteration did not converge in {used} products (residual {residual:.1e}, falling by "
+        warnings.warn(f"power iteration did not converge in {used} matvecs (residual {residual:.1e}, falling by "
                       f"{rate:.3f} a step): eigenpairs() needs fewer", stacklevel=2)
     return PowerIteration(value=value, vector=v, residual=residual, converged=converged, matvecs=used, rate=rate,
                           settings=operator.describe() | {"which": which, "tol": tol},

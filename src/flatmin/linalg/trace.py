@@ -13,9 +13,18 @@ from .. import vectors
 from ..progress import Progress, Report, reporter
 from .basis import Basis
 from .checkpoint import Checkpoint, State
-from .confidence import Drawn, Estimate, adaptive, add, estimate, over_coordinates, unless_exact, worthwhile
+from .confidence import (
+    Drawn,
+    Estimate,
+    adaptive,
+    add_forms,
+    draw_if_cheaper,
+    estimate,
+    exact_is_cheaper,
+    over_coordinates,
+)
 from .operator import CurvatureOperator, Forms, require_operator
-from .xtrace import LEAST_PROBES, append, xtrace
+from .xtrace import LEAST_PROBES, append_orthonormal, xtrace
 
 ONE_SIGMA = 0.6827
 Method = Literal["hutchinson", "hutch++", "xtrace"]
@@ -28,15 +37,15 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
 
     * "hutchinson": the mean of zᵀAz over signs z; its variance is 2(‖A‖_F² − Σ A_ii²) a probe.
     * "hutch++": with Q an orthonormal basis of A applied to ``sketch`` random vectors, tr QᵀAQ exactly and Hutchinson
-      on the rest, (I − QQᵀ)A(I − QQᵀ): far less variance where few eigenvalues stand out. Two products a sketch vector.
-    * "xtrace": every probe serves both ends, leaving each out in turn; two products a probe. The least error for the
-      products where the spectrum decays, for two vectors of memory a probe.
+      on the rest, (I − QQᵀ)A(I − QQᵀ): far less variance where few eigenvalues stand out. Two matvecs a sketch vector.
+    * "xtrace": every probe serves both ends, leaving each out in turn; two matvecs a probe. The least error for the
+      matvecs where the spectrum decays, for two vectors of memory a probe.
 
     All are unbiased for indefinite matrices too. The intervals are by Student's t; measured over seeds, 95 % ones hold
     the truth in 95 % ("hutchinson"), 89 to 94 % ("hutch++") and 85 to 95 % ("xtrace", least for flat spectra). The
     default confidence asks for a standard error of ``rtol``. Stated errors include rounding.
 
-    Where as many products would be needed as there are coordinates, one a coordinate gives the exact trace:
+    Where as many matvecs would be needed as there are coordinates, one a coordinate gives the exact trace:
     ``settings["method"]`` is "exact" then, and the standard error 0 (not over ranks that share the parameters).
 
     ``data_stderr`` is over the batches, from zᵀA_b z of each batch b and the same z for all of them. What the probes
@@ -45,9 +54,9 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     Args:
         operator: any ``CurvatureOperator``.
         sketch: for "hutch++", how many vectors Q holds (10 by default). For "xtrace" 2 vectors a probe are held.
-        max_matvecs: products at most; where they do not suffice a warning says how many would.
+        max_matvecs: matvecs at most; where they do not suffice a warning says how many would.
         seed: of the probes.
-        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call goes on to the
+        checkpoint: a file for the state, written each minute and on Ctrl-C, from which the same call resumes to the
             same result; removed with it.
 
     Returns:
@@ -70,13 +79,13 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
     generator = vectors.seeded(seed)
     with operator.session(), reporter(progress, "trace") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method=method, rtol=rtol, confidence=confidence,
-                       sketch=size, seed=seed) as keep:
+                       sketch=size, seed=seed) as saver:
         least = 2 * LEAST_PROBES if method == "xtrace" else 2 * size + (20 if size else 10)
-        options = operator, rtol, confidence, generator, max_matvecs, report, keep
-        drawn = unless_exact(lambda: xtrace(*options) if method == "xtrace" else _hutchinson(*options, size),
-                             operator, keep, least=least, most=max_matvecs)
-        if drawn.costly:
-            entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=drawn.matvecs,
+        options = operator, rtol, confidence, generator, max_matvecs, report, saver
+        drawn = draw_if_cheaper(lambda: xtrace(*options) if method == "xtrace" else _hutchinson(*options, size),
+                             operator, saver, least=least, most=max_matvecs)
+        if drawn.prefer_exact:
+            entries, forms = over_coordinates(operator, lambda w, i: float(w[i]), saver, report, spent=drawn.matvecs,
                                               predicted=drawn.predicted)
             drawn = drawn.exactly(math.fsum(entries), len(entries), math.fsum(map(abs, entries)), forms)
     return estimate(drawn, operator, rtol=rtol, confidence=confidence, name="the trace",
@@ -84,51 +93,51 @@ def trace(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: float 
 
 
 def _hutchinson(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
-                report: Report, keep: Checkpoint, size: int) -> Drawn:
-    """The trace on the range of ``size`` products exactly, and by random signs on the rest."""
-    Q, parts, inside = _range(operator, size, generator, keep)
-    forms: Forms | None = keep.saved.get("forms")
+                report: Report, saver: Checkpoint, size: int) -> Drawn:
+    """The trace on the range of ``size`` matvecs exactly, and by random signs on the rest."""
+    Q, parts, inside = _range(operator, size, generator, saver)
+    forms: Forms | None = saver.saved.get("forms")
 
     def sample() -> float:
         nonlocal forms
         z = operator.random(generator, "rademacher")
         Q.remove(z, size)
-        az, here = operator._product_with_forms(z)
-        forms = keep.fixed["forms"] = add(forms, here)
+        az, here = operator.matvec_with_forms(z)
+        forms = saver.fixed["forms"] = add_forms(forms, here)
         return operator.dot(z, az)
 
     if size == operator.size:
         return Drawn(value=math.fsum(parts), magnitude=math.fsum(map(abs, parts)), matvecs=2 * size, samples=size,
                      predicted=2 * size, forms=inside)
-    drawn = adaptive(sample, keep, operator, rtol=rtol, confidence=confidence, spent=2 * size, most=most,
+    drawn = adaptive(sample, saver, operator, rtol=rtol, confidence=confidence, spent=2 * size, most=most,
                      offset=math.fsum(parts), report=report, pilot=20 if size else 10)
     return replace(drawn, magnitude=drawn.magnitude + math.fsum(map(abs, parts)),
-                   forms=add(inside, forms, 1 / drawn.samples))
+                   forms=add_forms(inside, forms, 1 / drawn.samples))
 
 
-def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, keep: Checkpoint
+def _range(operator: CurvatureOperator, size: int, generator: torch.Generator, saver: Checkpoint
            ) -> tuple[Basis, list[float], Forms | None]:
     """An orthonormal basis of A applied to random vectors, and the entries of A along it, batch by batch too."""
-    Q, parts, forms = Basis(operator, max(size, 1)), keep.saved.get("parts", []), keep.saved.get("inside")
-    done = len(keep.saved.get("Q", ()))
+    Q, parts, forms = Basis(operator, max(size, 1)), saver.saved.get("parts", []), saver.saved.get("inside")
+    done = len(saver.saved.get("Q", ()))
     if done:
-        Q.rows[:done].copy_(keep.saved["Q"])
+        Q.rows[:done].copy_(saver.saved["Q"])
 
     def state() -> State:
         return {"Q": Q.rows[:done], "parts": list(parts), "inside": forms, "matvecs": done + len(parts)}
 
     while done < size:
-        append(operator, Q, done, operator._product(operator.random(generator, "rademacher")), generator)
+        append_orthonormal(operator, Q, done, operator.matvec(operator.random(generator, "rademacher")), generator)
         done += 1
-        keep.tick(state)
+        saver.tick(state)
     while len(parts) < size:
         q = Q[len(parts)]
-        aq, here = operator._product_with_forms(q)
-        forms = add(forms, here)
+        aq, here = operator.matvec_with_forms(q)
+        forms = add_forms(forms, here)
         parts.append(operator.dot(q, aq))
-        keep.tick(state)
+        saver.tick(state)
     if size:
-        keep.fixed = {"Q": Q.rows, "parts": parts, "inside": forms}
+        saver.fixed = {"Q": Q.rows, "parts": parts, "inside": forms}
     return Q, parts, forms
 
 
@@ -147,20 +156,20 @@ def frobenius(operator: CurvatureOperator, *, rtol: float = 0.05, confidence: fl
     generator = vectors.seeded(seed)
     with operator.session(), reporter(progress, "Frobenius norm") as report, \
             Checkpoint(checkpoint, operator, generator=generator, method="frobenius", rtol=rtol, confidence=confidence,
-                       seed=seed) as keep:
-        unit = keep.saved.get("unit", 0.0)
+                       seed=seed) as saver:
+        unit = saver.saved.get("unit", 0.0)
 
         def sample() -> float:
             nonlocal unit
-            length = operator.norm(operator._product(operator.random(generator, "rademacher")))
-            unit = keep.fixed["unit"] = unit or length or 1.0       # squares must not over- or underflow
+            length = operator.norm(operator.matvec(operator.random(generator, "rademacher")))
+            unit = saver.fixed["unit"] = unit or length or 1.0       # squares must not over- or underflow
             return (length / unit) ** 2
 
-        drawn = unless_exact(lambda: adaptive(sample, keep, operator, rtol=2 * rtol, confidence=confidence, spent=0,
+        drawn = draw_if_cheaper(lambda: adaptive(sample, saver, operator, rtol=2 * rtol, confidence=confidence, spent=0,
                                               most=max_matvecs, report=report),
-                             operator, keep, least=10, most=max_matvecs)
-        if drawn.costly:
-            lengths, _ = over_coordinates(operator, lambda w, i: operator.norm(w), keep, report, spent=drawn.matvecs,
+                             operator, saver, least=10, most=max_matvecs)
+        if drawn.prefer_exact:
+            lengths, _ = over_coordinates(operator, lambda w, i: operator.norm(w), saver, report, spent=drawn.matvecs,
                                           predicted=drawn.predicted)
             drawn = drawn.exactly(math.hypot(*lengths), len(lengths), math.hypot(*lengths))
         else:
@@ -188,10 +197,10 @@ class Diagonal:
 
 def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torch.Generator = 0,
              max_matvecs: int = 1000, progress: Progress = False, checkpoint: str | None = None) -> Diagonal:
-    """diag A = E[z ∘ Az] over signs z, until ‖stderr‖ is at most ``rtol`` · ‖diag A‖ or the products are spent.
+    """diag A = E[z ∘ Az] over signs z, until ‖stderr‖ is at most ``rtol`` · ‖diag A‖ or the matvecs are spent.
 
     The variance of entry i is Σ_{j≠i} A_ij² a probe, so that single entries are hard where rows are full. Arguments,
-    and exact values where they take no more products, as for ``trace``.
+    and exact values where they take no more matvecs, as for ``trace``.
 
     >>> from flatmin.curvature import Matrix
     >>> diagonal(Matrix(torch.diag(torch.tensor([3.0, -1.0])))).values[0].tolist()
@@ -205,9 +214,9 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
     square = torch.zeros_like(mean)
     used, error, goal, unit = 0, math.inf, min(8, max_matvecs), 1.0
     with operator.session(), reporter(progress, "diagonal") as report, \
-            Checkpoint(checkpoint, operator, generator=generator, method="diagonal", rtol=rtol, seed=seed) as keep:
-        saved = keep.saved
-        exact = "found" in saved or not saved and worthwhile(operator, goal, max_matvecs)
+            Checkpoint(checkpoint, operator, generator=generator, method="diagonal", rtol=rtol, seed=seed) as saver:
+        saved = saver.saved
+        exact = "found" in saved or not saved and exact_is_cheaper(operator, goal, max_matvecs)
         if exact:
             used = saved.get("spent", 0)
         elif saved:
@@ -217,24 +226,24 @@ def diagonal(operator: CurvatureOperator, *, rtol: float = 0.1, seed: int | torc
         while not exact:
             while used < goal:      # Welford's update
                 z = operator.random(generator, "rademacher")
-                sample = operator._product(z).mul_(z)
-                keep.changing()
+                sample = operator.matvec(z).mul_(z)
+                saver.changing()
                 unit = unit if used else operator.unit_for(sample)      # squares must not over- or underflow
                 used += 1
                 sample.mul_(unit).sub_(mean)
                 mean.add_(sample, alpha=1 / used)
                 square.addcmul_(sample, sample, value=1 - 1 / used)
-                keep.tick({"mean": mean, "square": square, "goal": goal, "unit": unit, "matvecs": used})
+                saver.tick({"mean": mean, "square": square, "goal": goal, "unit": unit, "matvecs": used})
                 report(used, f"of about {goal}", goal - used)
             spread = math.sqrt(float(operator.reduce(square.sum(dtype=torch.float64))) / (max(used - 1, 1) * used))
             length = operator.norm(mean)
             error = spread / length if length else (0.0 if spread == 0 else math.inf)
             if error <= rtol or used >= max_matvecs:
                 break
-            exact = worthwhile(operator, used * (error / rtol) ** 2 - used, max_matvecs - used)
+            exact = exact_is_cheaper(operator, used * (error / rtol) ** 2 - used, max_matvecs - used)
             goal = min(max_matvecs, max(used + 2, min(4 * used, math.ceil(1.1 * used * min(error / rtol, 2) ** 2))))
         if exact:
-            entries, _ = over_coordinates(operator, lambda w, i: float(w[i]), keep, report, spent=used)
+            entries, _ = over_coordinates(operator, lambda w, i: float(w[i]), saver, report, spent=used)
             mean, used, error, unit = torch.tensor(entries).to(mean), used + len(entries), 0.0, 1.0
             square.zero_()
     stderr = (square / (max(used - 1, 1) * used)).sqrt_().div_(unit)

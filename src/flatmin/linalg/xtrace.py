@@ -8,13 +8,13 @@ from torch import Tensor
 from ..progress import Report
 from .basis import Basis
 from .checkpoint import Checkpoint, State
-from .confidence import Drawn, add, enough, moments, worthwhile
+from .confidence import Drawn, add_forms, enough, exact_is_cheaper, moments
 from .operator import CurvatureOperator, Forms
 
 LEAST_PROBES = 16
 
 
-def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
+def append_orthonormal(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: torch.Generator) -> Tensor:
     """Row i of Q ← y made orthonormal to the rows before (or a random vector, where y depends on them).
 
     Returns the coefficients (i + 1,) of y along the rows, the last one 0 where y was dependent.
@@ -34,10 +34,10 @@ def append(operator: CurvatureOperator, Q: Basis, i: int, y: Tensor, generator: 
 
 
 def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generator: torch.Generator, most: int,
-           report: Report, keep: Checkpoint) -> Drawn:
+           report: Report, saver: Checkpoint) -> Drawn:
     """Grow Q and the probes together, doubling, until the leave-one-out error is small enough."""
     limit = max(2, min(most // 2, operator.size - 1 if operator.size > 1 else 1))
-    saved, none = keep.saved, torch.zeros(0, 0, dtype=torch.float64)
+    saved, none = saver.saved, torch.zeros(0, 0, dtype=torch.float64)
     goal, predicted = saved.get("goal", min(LEAST_PROBES, limit)), saved.get("predicted", 0)
     probes: list[Tensor] = [z.to(operator.device) for z in saved.get("probes", [])]
     q: list[Tensor] = list(saved.get("Q", []))
@@ -55,14 +55,14 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         R, H, square = (torch.nn.functional.pad(t, (0, goal - len(t), 0, goal - len(t))) for t in (R, H, square))
         for i in range(len(probes), goal):
             z = operator.random(generator)
-            y, here = operator._product_with_forms(z)
+            y, here = operator.matvec_with_forms(z)
             square[i, i] = operator.dot(z, y)
-            R[:i + 1, i] = append(operator, Q, i, y, generator)
-            az = operator._product(Q[i])
+            R[:i + 1, i] = append_orthonormal(operator, Q, i, y, generator)
+            az = operator.matvec(Q[i])
             H[:i + 1, i] = H[i, :i + 1] = Q.project(az, i + 1).to("cpu", torch.float64)
             probes.append(z)
-            forms = add(forms, here)
-            keep.tick(state)
+            forms = add_forms(forms, here)
+            saver.tick(state)
             report(2 * (i + 1), f"of about {2 * goal}", 2 * (goal - i - 1))
         W = torch.stack([Q.project(z, goal).to("cpu", torch.float64) for z in probes], 1)
         q, done = list(Q.rows), goal
@@ -73,10 +73,12 @@ def xtrace(operator: CurvatureOperator, rtol: float, confidence: float, generato
         needed = done if good else done * (stderr / max(rtol * abs(mean), 1e-300)) ** 2
         predicted = predicted or int(min(2 * needed, 2**62))
         # where the spectrum decays, errors fall faster than ``needed`` assumes: two doublings at most
-        costly = not good and worthwhile(operator, 2 * (min(needed, 4 * done, limit) - done), most - 2 * done)
-        if good or costly or done >= limit:
-            return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, predicted=predicted, costly=costly,
-                         magnitude=float(H.diagonal().abs().sum()), forms=add(None, forms, 1 / done))
+        more = 2 * (min(needed, 4 * done, limit) - done)
+        prefer_exact = not good and exact_is_cheaper(operator, more, most - 2 * done)
+        if good or prefer_exact or done >= limit:
+            return Drawn(value=mean, stderr=stderr, samples=done, matvecs=2 * done, predicted=predicted,
+                         prefer_exact=prefer_exact, magnitude=float(H.diagonal().abs().sum()),
+                         forms=add_forms(None, forms, 1 / done))
         goal = min(2 * goal, limit)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import vectors
-from ..ascent.directions import Ascent, Preconditioned
-from ..ascent.parameters import rows_of
+from .. import parallel, vectors
+from ..ascent.directions import Preconditioned
+from ..ascent.parameters import list_parameters
+from ..ascent.steepest import AscentInfo
 from ..curvature import CurvatureOperator
 from ..objective import Objective
 
@@ -57,9 +58,8 @@ def inverse_metric(objective: Objective, optimizer: torch.optim.Optimizer | None
     if not any(optimizer.state.get(p) for p in w):
         raise ValueError("the optimizer has no state for any parameter of this objective: pass the one that trains "
                          "this model, after its first step")
-    row_of = {id(row.parameter): row for row in rows_of(objective.model, None, {})}
-    local = [vectors.local(p.detach()) for p in w]
+    infos = {id(p.parameter): p for p in list_parameters(objective.model, None, {})}
+    local = [parallel.local(p.detach()) for p in w]
     ones = [torch.ones_like(t, dtype=torch.float32 if t.dtype in vectors.HALF else t.dtype) for t in local]
-    ascent = Ascent(vectors.Space(w), [row_of[id(p)] for p in w], local, ones, None, {}, 0, optimizer)
-    (preconditioner or Preconditioned())(ascent)
-    return ascent.d
+    info = AscentInfo([infos[id(p)] for p in w], vectors.Space(w), local, ones, None, {}, 0, optimizer)
+    return (preconditioner or Preconditioned())(info).d

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,19 +17,15 @@ def checked(objective: Objective) -> Objective:
     The check reads the graph that the loss has anyway, from the loss to the outputs: no pass and no memory.
     """
     names = {id(p): name for name, p in objective.model.named_parameters()}
-    out = copy.copy(objective)
 
-    def loss_of(outputs: Any, *rest: Any) -> Tensor:
-        loss = objective._loss(outputs, *rest)
+    def check(outputs: Any, loss: Tensor) -> None:
         leaves = [names.get(id(leaf)) for leaf in reached_beside(batches.logits(outputs), loss)]
         if objective.ranks.in_step:     # FSDP2 runs on gathered weights, which have no names
             leaves = [name or "sharded weights" for name in leaves]
         if reached := sorted({name for name in leaves if name}):
             raise ValueError(_message(reached, own=objective.loss_fn is None))
-        return loss
 
-    out._loss = loss_of  # type: ignore[method-assign]
-    return out
+    return objective.with_loss_check(check)
 
 
 def reached_beside(z: Tensor, loss: Tensor) -> Iterator[Tensor]:

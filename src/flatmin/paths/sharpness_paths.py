@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import vectors
 from ..ascent.directions import Preconditioned
-from ..ascent.parameters import rows_of
+from ..ascent.parameters import list_parameters
 from ..curvature import FunctionalPart, GaussNewton
 from ..objective import Objective
 from ..results import Scalar, uncertain
@@ -28,7 +28,7 @@ LEAST_BATCHES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPaths:
-    """One layer's rows of δ_logit and δ_func. The shares are of the whole ‖H ε*‖²: over all layers they add up to
+    """One layer's part of δ_logit and δ_func. The shares are of the whole ‖H ε*‖²: over all layers they add up to
     the shares of the record; ``ratio`` and ``cosine`` are within the layer."""
 
     tau_logit: float
@@ -64,7 +64,7 @@ class SharpnessPaths(Scalar):
     gradient_noise: float = math.nan        # share of ‖g‖² that differences between batches alone explain
     errors: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, LayerPaths] = field(default_factory=dict)
-    product_error: float | None = None      # relative, where products are finite differences
+    product_error: float | None = None      # relative, where matvecs are finite differences
     warnings: tuple[str, ...] = ()
     direction: list[Tensor] | None = field(default=None, repr=False, compare=False)
     delta_logit: list[Tensor] | None = field(default=None, repr=False, compare=False)
@@ -97,7 +97,7 @@ class SharpnessPaths(Scalar):
         if self.tau_cross < -0.5:
             lines.append("  the paths partly cancel, so shares may exceed 1: compare ratio and cosine instead")
         if self.product_error is not None:
-            lines.append(f"  products are finite differences, relative error about {self.product_error:.1g}")
+            lines.append(f"  matvecs are finite differences, relative error about {self.product_error:.1g}")
         width = max(map(len, self.layers), default=0)
         lines += [f"  {name:<{width}}  logit {row.tau_logit:8.4f}  functional {row.tau_func:8.4f}  cross "
                   f"{row.tau_cross:8.4f}  ratio {row.ratio:.4g}  cosine {row.cosine:.3f}"
@@ -124,7 +124,7 @@ def sharpness_paths(objective: Objective,
     Args:
         objective: L; its loss must depend on the weights through the outputs (``logits``) alone.
         direction: "gradient", ε* = g/‖g‖; "preconditioned", ε* = M⁻¹g/‖M⁻¹g‖ with M from the ``optimizer``'s second
-            moment as it stands; or tensors in the order of the parameters that require a gradient (or one flat tensor),
+            moment as it is now; or tensors in the order of the parameters that require a gradient (or one flat tensor),
             which are normalized.
         optimizer: Adam, AdamW or one like them, for "preconditioned".
         preconditioner: what M is, ``Preconditioned(power=, eps=, bias_correction=)``; its default by default.
@@ -139,7 +139,7 @@ def sharpness_paths(objective: Objective,
     Returns:
         ``.tau_logit .tau_func .tau_cross .ratio .cosine .logit_norm .func_norm .norm .logit_curvature .func_curvature
         .errors .batches .layers``; nan where g = 0. About 4.7 forward-backwards: one for g and 3.7 for
-        both products.
+        both matvecs.
 
     Raises:
         ValueError: a loss that reaches weights beside the outputs (auxiliary losses, weight penalties), outputs without
@@ -166,7 +166,7 @@ def sharpness_paths(objective: Objective,
         g, count = G.join(at.gradient), int(objective.ranks.total(sum(n > 0 for n in at.weights))[0])
         length, unit = G.norm(g), along(G, g, direction, metric)
         split = Split(objective) if product == "auto" and G.exact else None
-        logit, func = split.product(unit.vector) if split else (G.matvec(unit.vector), F.matvec(unit.vector))
+        logit, func = split.matvec(unit.vector) if split else (G.matvec(unit.vector), F.matvec(unit.vector))
         squares = _squares(vectors.Space(G.parameters), G.numels, logit, func)
         total = squares.sum(1)
         errors, noise = dict[str, float](), math.nan
@@ -197,7 +197,8 @@ def _squares(space: vectors.Space, numels: list[int], logit: Tensor, func: Tenso
 def _layers(objective: Objective, squares: Tensor, total: Tensor, per_layer: bool | str) -> dict[str, LayerPaths]:
     if not per_layer:
         return {}
-    names = {id(row.parameter): row.name for row in rows_of(objective.model, None, {})}     # without what wrappers add
+    infos = list_parameters(objective.model, None, {})
+    names = {id(p.parameter): p.name for p in infos}     # without what wrappers add
     rows: dict[str, Tensor] = {}
     for p, column in zip(objective.parameters, squares.unbind(1), strict=True):
         name = names[id(p)]

@@ -7,7 +7,7 @@ G = Σ s_k G_k, F and, through g, the direction v = Pg/‖Pg‖. To first order,
     dC = vᵀ(G_k − G)b + vᵀ(F_k − F)a + (Gb + Fa)ᵀdv,     dv = (1 − vvᵀ) P (g_k − g) / ‖Pg‖,
 
 because the matrices are symmetric. The variance is that of the sum of these influences (the delta method). It takes
-two products and a gradient of each batch, and the memory of a few vectors whatever the number of batches.
+two matvecs and a gradient of each batch, and the memory of a few vectors whatever the number of batches.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def influences(split: Split, unit: Unit, g: Tensor, logit: Tensor, func: Tensor,
     sums = [torch.zeros_like(v) for _ in range(3)]      # Ga, Fb, Gb + Fa
     weights: list[float] = []
     rows: list[list[float]] = []
-    for batch, apply in split.batches():
-        (ga, fa), (gb, fb) = apply(logit), apply(func)
+    for batch, matvec in split.batches():
+        (ga, fa), (gb, fb) = matvec(logit), matvec(func)
         weights.append(batch.weight)
         rows.append([2 * dot(ga, v), 2 * dot(fb, v), dot(gb, v) + dot(fa, v)])
         for total, row in zip(sums, (ga, fb, gb.add_(fa)), strict=True):

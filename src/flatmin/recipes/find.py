@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..training.recipe import Recipe
-from ..training.user_code import users_own
+from ..training.user_code import load_object
 from .images import cifar10, digits, fashion_mnist
 
 RECIPES = {r.name: r for r in (digits, fashion_mnist, cifar10)}
@@ -20,7 +20,7 @@ def find_recipe(name: str) -> Recipe:
         return RECIPES[name]
     if not name.partition(":")[2]:
         raise ValueError(f"no recipe {name!r}: choose {', '.join(RECIPES)}, or module:attribute for your own")
-    value = users_own(name)
+    value = load_object(name)
     if not isinstance(value, Recipe):
         raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe, nor a function that returns one "
                          f"(found {type(value).__name__})")

@@ -1,4 +1,4 @@
-"""Scalars that say how sharp a minimum is."""
+"""Measures of how sharp a minimum is; the table of them is ``flatmin.sharpness.measures.MEASURES``."""
 
 from .agreement import Agreement, Correlation, agreement, correlation
 from .average_case import AverageCase, LargestRandom, average_case, largest_random

@@ -1,4 +1,4 @@
-"""Whether sharpness measures and the Hessian tell the same story, asked only where they should."""
+"""Whether sharpness measures and the Hessian agree, and how measures correlate over checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
-from ..curvature import Hessian, eigenpairs
+from .. import parallel, perturbed, vectors
+from ..curvature import CurvatureOperator, Hessian, eigenpairs
 from ..objective import Objective
 from ..results import Scalar
 from .cautions import warn_of, warn_of_rounded_step
@@ -92,7 +92,7 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
                      settings={"rho": rho, "mode": objective.mode, "samples": at.samples})
 
 
-def _rises(objective: Objective, H: Hessian, g: list[Tensor], loss: float,
+def _rises(objective: Objective, H: CurvatureOperator, g: list[Tensor], loss: float,
            radii: Sequence[float]) -> tuple[float, list[float], list[float]]:
     """‖g‖, the rises S(ρ), and what the first two orders say of them."""
     w = objective.parameters
@@ -101,7 +101,7 @@ def _rises(objective: Objective, H: Hessian, g: list[Tensor], loss: float,
     if length == 0:
         return 0.0, [0.0] * len(radii), [0.0] * len(radii)
     direction = [(t / length).to(p.dtype) for t, p in zip(g, w, strict=True)]
-    curvature = float(space.dot(direction, [vectors.local(t) for t in H.matvec(direction)]))
+    curvature = float(space.dot(direction, [parallel.local(t) for t in H.matvec(direction)]))
     rises, realised = [], []
     for r in radii:
         with perturbed.displaced(w, direction, r) as displacement:

@@ -1,4 +1,4 @@
-"""What makes a sharpness number less than it seems, each as a warning with a name that can be filtered."""
+"""Warnings about sharpness numbers, each a class of its own so that it can be filtered."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..evaluation import Pass
 from ..objective import Objective
 from ..results import FEWEST_BATCHES, uncertain
 
-__all__ = ["DifferentScaleWarning", "LossNearZeroWarning", "MissingGradientWarning", "RoundingWarning",
-           "SharpnessWarning", "SmallBatchWarning", "TrainingModeWarning", "data_size", "samples_in", "warn_of",
-           "warn_of_rounded_step", "warn_of_rounding"]
+__all__ = ["DifferentScaleWarning", "DisagreementWarning", "LossNearZeroWarning", "MissingGradientWarning",
+           "RoundingWarning", "SharpnessWarning", "SmallBatchWarning", "TrainingModeWarning", "data_size", "samples_in",
+           "warn_of", "warn_of_rounded_step", "warn_of_rounding"]
 
 
 class SharpnessWarning(UserWarning):
-    """A sharpness number that is less than it seems; the base of the warnings below."""
+    """A sharpness number that does not mean what it seems to; the base of the warnings below."""
 
 
 class SmallBatchWarning(SharpnessWarning):
@@ -44,7 +44,11 @@ class RoundingWarning(SharpnessWarning):
 
 
 class DifferentScaleWarning(SharpnessWarning):
-    """Plain measures of differently scaled models: the comparison is of units, not of flatness."""
+    """Plain measures of differently scaled models: they compare the scale of weights, not flatness."""
+
+
+class DisagreementWarning(SharpnessWarning):
+    """Sharpness and the Hessian do not agree where they should."""
 
 
 FEWEST_SAMPLES = 8
@@ -87,7 +91,7 @@ def warn_of(objective: Objective, at: Pass, *, value: float = math.nan, data_std
 
 def data_size(objective: Objective, at: Pass) -> tuple[float, str]:
     """How many data a number was measured on and in what: tokens of a causal language model, else samples."""
-    if objective._shift and objective._weight is None and not objective.sums:
+    if objective.counts_tokens:
         return objective.ranks.total(math.fsum(at.weights))[0], "tokens"
     return at.samples, "samples"
 

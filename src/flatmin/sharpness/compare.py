@@ -1,4 +1,4 @@
-"""Two models side by side: every measure with its sign, and which of them may be compared at all."""
+"""Two models side by side: every measure with its sign, and whether plain measures may be compared."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import vectors
-from ..curvature import Hessian, eigenpairs
+from .. import parallel, vectors
+from ..curvature.measures import MEASURES as OF_CURVATURE
 from ..linalg.confidence import data_stderr
+from ..measures import Options, offered
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .cautions import DifferentScaleWarning
-from .flatness import normalized_flatness
-from .one_step import one_step
-from .worst_case import worst_case
+from .measures import MEASURES as OF_SHARPNESS
 
-INVARIANT = ("adaptive_worst_case", "normalized_flatness")
-MEASURES = ("one_step", "largest_eigenvalue", "worst_case", *INVARIANT)
+_TABLE = {**OF_CURVATURE, **OF_SHARPNESS}
+MEASURES = offered("compare")
+INVARIANT = tuple(name for name in MEASURES if _TABLE[name].invariant)
 SAME_SCALE = 1.25
 
 
@@ -69,7 +69,7 @@ class Comparison(Scalar):
 
 def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence[str] = MEASURES,
             names: tuple[str, str] = ("A", "B"), adaptive_rho: float | None = None, seed: int = 0) -> Comparison:
-    """Measure two models alike and put the numbers side by side; disagreement is a result, not an error.
+    """Measure two models in the same way; measures that disagree are a result and not an error.
 
     Args:
         a, b: two objectives, on the same data if the models are to be compared rather than the data.
@@ -111,59 +111,35 @@ def compare(a: Objective, b: Objective, rho: float = 0.05, *, measures: Sequence
                       settings={"rho": rho, "headline": head, "names": names})
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A measure, the error of its computation, its error over batches, and its values by batch with their weights."""
-
-    value: float
-    error: float
-    data: float
-    batches: tuple[list[float], list[float]] = ([], [])
-
-
 def _side(name: str, a: Objective, b: Objective, rho: float, adaptive_rho: float, seed: int) -> Side:
-    x, y = (_measure(name, objective, rho, adaptive_rho, seed) for objective in (a, b))
-    (xs, n), (ys, m) = x.batches, y.batches
-    paired = bool(n) and n == m and not (math.isnan(x.data) or math.isnan(y.data))
-    data = math.hypot(x.data, y.data)
-    if paired:
-        changes = [p - q for p, q in zip(xs, ys, strict=True)]
-        of_all = name == "normalized_flatness"      # the batches of all ranks, and of a sum in units of the mean
-        found = data_stderr((torch.tensor(n).double(), torch.tensor(changes).double())) if of_all else \
-            a.data_stderr(changes, n)
-        data = math.nan if found is None else found
-    known = [e for e in (x.error, y.error, data) if not math.isnan(e)]
+    measure = _TABLE[name]
+    options = Options(rho=adaptive_rho if measure.invariant else rho, seed=seed, value_only=True)
+    x, y = measure(a, options), measure(b, options)
+    paired = x.per_batch.weights == y.per_batch.weights != () and not (math.isnan(x.data_stderr)
+                                                                       or math.isnan(y.data_stderr))
+    data = _paired_error(a, x.per_batch, y.per_batch) if paired else math.hypot(x.data_stderr, y.data_stderr)
+    known = [e for e in (x.stderr, y.stderr, data) if not math.isnan(e)]
     error, difference = math.hypot(*known), x.value - y.value
     sign = 0 if not abs(difference) > 2 * error else 1 if difference > 0 else -1
     return Side(name=name, value=difference, stderr=error if error or not math.isnan(data) else math.nan, a=x.value,
-                b=y.value, sign=sign, invariant=name in INVARIANT, data_stderr=data, paired=paired,
+                b=y.value, sign=sign, invariant=measure.invariant, data_stderr=data, paired=paired,
                 settings={"rho": rho})
 
 
-def _measure(name: str, objective: Objective, rho: float, adaptive_rho: float, seed: int) -> _Found:
-    if name == "largest_eigenvalue":
-        found = eigenpairs(Hessian(objective), 1, seed=seed)
-        return _Found(found.largest, float(found.residuals[-1]),
-                      math.nan if found.data_stderr is None else float(found.data_stderr[-1]))
-    if name == "normalized_flatness":
-        record = normalized_flatness(objective, seed=seed)
-        n, values = record.batches or (torch.empty(0), torch.empty(0))
-        return _Found(record.value, 0.0 if record.exact else record.stderr, record.data_stderr,
-                      (values.tolist(), n.tolist()))
-    if name == "one_step":
-        rise = one_step(objective, rho, second_order=False)
-    else:
-        adaptive = name == "adaptive_worst_case"
-        rise = worst_case(objective, adaptive_rho if adaptive else rho, seed=seed,
-                          adaptive="element" if adaptive else "none")
-    return _Found(rise.value, 0.0, rise.data_stderr, (list(rise.rises), list(rise.weights)))
+def _paired_error(objective: Objective, x: PerBatch, y: PerBatch) -> float:
+    """The standard error over batches of the differences on the same batches."""
+    differences = [p - q for p, q in zip(x.values, y.values, strict=True)]
+    if not x.of_all_ranks:
+        return objective.data_stderr(differences, x.weights)
+    found = data_stderr((torch.tensor(x.weights).double(), torch.tensor(differences).double()))
+    return math.nan if found is None else found
 
 
 def scale_between(a: Objective, b: Objective) -> float:
     """The largest factor between the norms of corresponding weights (two dimensions or more); inf for other shapes."""
     if [p.shape for p in a.parameters] != [p.shape for p in b.parameters]:
         return math.inf
-    norms = [vectors.Space(o.parameters).norms([vectors.local(p.detach()) for p in o.parameters]).tolist()
+    norms = [vectors.Space(o.parameters).norms([parallel.local(p.detach()) for p in o.parameters]).tolist()
              for o in (a, b)]
     factors = [max(x / y, y / x) if x and y else (1.0 if x == y else math.inf)
                for x, y, p in zip(*norms, a.parameters, strict=True) if p.dim() > 1]

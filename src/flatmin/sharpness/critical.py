@@ -1,4 +1,4 @@
-"""How far one can go along an update before the loss is back where it was, and how near the edge of stability is."""
+"""Critical sharpness along an update, and the distance to the edge of stability."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
+from ..curvature import Hessian, eigenpairs
 from ..evaluation import Pass
 from ..objective import Objective
 from ..results import Scalar
@@ -63,8 +64,8 @@ def critical_sharpness(objective: Objective, update: Sequence[Tensor] | None = N
     w = objective.parameters
     with objective.session(check=True):
         at = objective.evaluate(gradient=update is None)
-        direction = at.gradient if update is None else [vectors.local(t.detach()) for t in update]
-        if [t.shape for t in direction] != [vectors.local(p.detach()).shape for p in w]:
+        direction = at.gradient if update is None else [parallel.local(t.detach()) for t in update]
+        if [t.shape for t in direction] != [parallel.local(p.detach()).shape for p in w]:
             raise ValueError(f"the update needs one tensor for each of the {len(w)} parameters that require a gradient")
         loss, length, realised = float(at.loss), float(vectors.Space(w).norm(direction)), []
         if not (math.isfinite(length) and length > 0):
@@ -186,8 +187,6 @@ def edge_of_stability(objective: Objective, lr: float, *, momentum: float = 0.0,
 
     J. Cohen et al., arXiv 2103.00065; P. Long, P. Bartlett, arXiv 2309.12488 (SAM).
     """
-    from ..curvature import Hessian, eigenpairs
-
     if not lr > 0 or not 0 <= momentum < 1 or rho < 0 or rho and momentum:
         raise ValueError(f"lr must be positive, momentum in [0, 1), rho at least 0 and not together with momentum; got "
                          f"lr={lr}, momentum={momentum}, rho={rho}")

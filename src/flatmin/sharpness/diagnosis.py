@@ -1,9 +1,8 @@
 """What is wrong with a sharpness-aware run: symptom, cause, solution and the evidence, read from its record.
 
-Good training and poor validation accuracy is overfitting, not underfitting, and underfitting asks for a smaller
-radius, not a larger one. Thresholds are this
-library's conventions, made for records of some hundreds of steps; each finding shows the numbers it rests on. Findings
-that would ask for a larger and for a smaller radius at once do not occur together: see ``consistent``.
+Good training and poor validation accuracy is overfitting; underfitting asks for a smaller radius. Thresholds are this
+library's conventions, made for records of some hundreds of steps. Each finding shows the numbers it rests on. Findings
+that ask for a larger and for a smaller radius do not occur together: see ``consistent``.
 """
 
 from __future__ import annotations

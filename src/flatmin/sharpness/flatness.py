@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 from ..curvature import Hessian
-from ..linalg.confidence import add, data_stderr
-from ..linalg.operator import Forms
+from ..linalg.confidence import add_forms, data_stderr
+from ..linalg.operator import CurvatureOperator, Forms
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .average_case import mean_and_error
 from .cautions import warn_of
 
@@ -28,10 +28,16 @@ class NormalizedFlatness(Scalar):
 
     data_stderr: float = math.nan   # over batches, of "element" alone; nan where there are fewer than five
     layers: dict[str, float]
-    exact: bool         # the diagonal of H by one product a parameter, rather than from random vectors
+    exact: bool         # the diagonal of H by one matvec a parameter, rather than from random vectors
     products: int
     clipped: float      # the share of |diagonal| that was negative and set to 0; only the relatives clip
     batches: Forms | None = field(default=None, repr=False)     # weights and values of the batches, of "element"
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The value on each batch of all ranks."""
+        n, values = self.batches or (torch.empty(0), torch.empty(0))
+        return PerBatch(values=tuple(values.tolist()), weights=tuple(n.tolist()), of_all_ranks=True)
 
 
 def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples: int = 100,
@@ -52,7 +58,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
 
     Args:
         objective: L.
-        samples: products with H at most. Where there are no more parameters than that, the diagonal is exact.
+        samples: Hessian-vector products at most. Where there are no more parameters than that, the diagonal is exact.
         seed: of the random signs z in c² ∘ h ≈ mean (c∘z) ∘ H(c∘z). "element" takes c = w: its sum is unbiased and has
             a standard error. The relatives take for c the size of w by row and column (its geometric means, or the one
             of them that ``kind`` has), so that the estimate is invariant to just what they are; they set its negative
@@ -72,7 +78,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     space = vectors.Space(objective.parameters)
-    w = [vectors.local(p.detach()) for p in objective.parameters]
+    w = [parallel.local(p.detach()) for p in objective.parameters]
     if space.sharded and kind != "element":
         raise ValueError(f"kind={kind!r} needs whole parameters, and these are spread over ranks: gather the model, "
                          'or use kind="element"')
@@ -105,7 +111,7 @@ def normalized_flatness(objective: Objective, kind: Kind = "element", *, samples
                               clipped=clipped, settings={"kind": kind, "samples": samples, "mode": objective.mode})
 
 
-def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: int,
+def _estimate(H: CurvatureOperator, space: vectors.Space, c: Sequence[Tensor], samples: int,
               generator: torch.Generator) -> tuple[list[Tensor], float, Forms | None]:
     """The diagonal of CHC from random signs, the standard error of its sum, and its sum by batches."""
     total = [torch.zeros_like(t) for t in c]
@@ -114,15 +120,15 @@ def _estimate(H: Hessian, space: vectors.Space, c: Sequence[Tensor], samples: in
         for _ in range(samples):
             z = space.random(generator, "rademacher")
             v = [a * b for a, b in zip(z, c, strict=True)]
-            product, here = H._product_with_forms(H.join(v))
-            forms = add(forms, here, 1 / samples)
-            row = [a * vectors.local(b) for a, b in zip(v, H.split(product), strict=True)]
+            product, here = H.matvec_with_forms(H.join(v))
+            forms = add_forms(forms, here, 1 / samples)
+            row = [a * parallel.local(b) for a, b in zip(v, H.split(product), strict=True)]
             torch._foreach_add_(total, row, alpha=1 / samples)
             sums.append(float(space.reduce(torch.stack([t.sum(dtype=torch.float64) for t in row]))))
     return total, mean_and_error(sums)[1], forms
 
 
-def _diagonal(H: Hessian, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
+def _diagonal(H: CurvatureOperator, w: Sequence[Tensor] | None) -> tuple[list[Tensor], Forms | None]:
     """The diagonal of H by one product a parameter, and with w also Σ wᵢ² Hᵢᵢ by batches."""
     if w is None:
         return H.split(H.dense().diagonal()), None
@@ -130,9 +136,9 @@ def _diagonal(H: Hessian, w: Sequence[Tensor] | None) -> tuple[list[Tensor], For
     diagonal = torch.zeros_like(squares)
     with H.session():
         for i, e in enumerate(torch.eye(H.size, dtype=H.dtype, device=H.device)):
-            product, here = H._product_with_forms(e)
+            product, here = H.matvec_with_forms(e)
             diagonal[i] = product[i]
-            forms = add(forms, here and (here[0], here[1] * float(squares[i])))
+            forms = add_forms(forms, here and (here[0], here[1] * float(squares[i])))
     return H.split(diagonal), forms
 
 

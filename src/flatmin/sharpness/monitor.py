@@ -1,4 +1,4 @@
-"""Sharpness while a model trains, every n steps, through whatever logger is there."""
+"""Sharpness while a model trains, every n steps, sent to a logger."""
 
 from __future__ import annotations
 
@@ -10,26 +10,16 @@ from typing import Any
 
 import torch
 
-from ..curvature import Hessian, eigenpairs
+from ..curvature.measures import MEASURES as OF_CURVATURE
+from ..measures import Options, offered
 from ..objective import Objective
-from .average_case import average_case
-from .critical import critical_sharpness, edge_of_stability, update_of
-from .flatness import normalized_flatness
-from .one_step import first_order, one_step
-from .worst_case import worst_case
+from .measures import MEASURES as OF_SHARPNESS
+from .measures import learning_rate
 
 Measure = Callable[[Objective], Any]
-COSTS = {  # what a measurement takes, in forward (F), backward (B) and Hessian-vector (H) passes over the data
-    "first_order": "F + B",
-    "one_step": "2F + B",
-    "critical_sharpness": "6 to 12 F, and F + B where no update is at hand",
-    "average_case": "21 F",
-    "worst_case": "11 (F + B)",
-    "adaptive_worst_case": "11 (F + B)",
-    "largest_eigenvalue": "20 to 60 H",
-    "edge_of_stability": "20 to 60 H",
-    "normalized_flatness": "up to 30 H",
-}
+_TABLE = {**OF_CURVATURE, **OF_SHARPNESS}
+COSTS = {name: _TABLE[name].cost_for("monitor") for name in offered("monitor")}
+"""What a measurement takes, in forward (F), backward (B) and Hessian-vector (H) passes over the data."""
 
 
 class SharpnessMonitor:
@@ -105,39 +95,18 @@ class SharpnessMonitor:
         return {"count": self._count, "history": [dict(row) for row in self.history]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting where a saved monitor stood; wall time is counted from here."""
+        """Resume counting from a saved monitor; wall time is counted from here."""
         self._count, self.history = int(state["count"]), [dict(row) for row in state["history"]]
         self._spent, self._begun = 0.0, time.perf_counter()
 
     def _named(self, name: str) -> Measure:
-        measures: dict[str, Measure] = {
-            "first_order": lambda o: first_order(o, self.rho),
-            "one_step": lambda o: one_step(o, self.rho, second_order=False),
-            "critical_sharpness": self._critical,
-            "average_case": lambda o: average_case(o, self.rho, samples=20),
-            "worst_case": lambda o: worst_case(o, self.rho, iterations=10, restarts=0),
-            "adaptive_worst_case": lambda o: worst_case(o, self.rho, adaptive="element", iterations=10, restarts=0),
-            "largest_eigenvalue": lambda o: eigenpairs(Hessian(o), 1, tol=1e-2, certify=False).largest,
-            "edge_of_stability": lambda o: edge_of_stability(o, self._lr()),
-            "normalized_flatness": lambda o: normalized_flatness(o, samples=30),
-        }
-        if name not in measures:
-            raise ValueError(f"unknown measure {name!r}: choose from {', '.join(measures)}, or pass a mapping of names "
+        if name not in COSTS:
+            raise ValueError(f"unknown measure {name!r}: choose from {', '.join(COSTS)}, or pass a mapping of names "
                              "to functions of the objective")
-        if name == "edge_of_stability" and self.optimizer is None:
-            raise ValueError("edge_of_stability needs the learning rate: pass optimizer=")
-        return measures[name]
-
-    def _lr(self) -> float:
-        assert self.optimizer is not None
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def _critical(self, objective: Objective) -> Any:
-        if self.optimizer is None:
-            return critical_sharpness(objective)
-        w = objective.parameters
-        update = update_of(self.optimizer, w) if any(p.grad is not None for p in w) else None
-        return critical_sharpness(objective, update, lr=self._lr())
+        options = Options(rho=self.rho, quick=True, optimizer=self.optimizer)
+        if name == "edge_of_stability":
+            learning_rate(options)
+        return lambda objective: _TABLE[name](objective, options)
 
 
 def _sender(logger: Any) -> Callable[[dict[str, float], int], None]:

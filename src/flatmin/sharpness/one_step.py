@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
+from ..curvature import Hessian
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneStep(Scalar):
-    """``value`` = L(w + ρĝ) − L(w), with the parts it is made of; ``remainder`` is what the two do not explain."""
+    """``value`` = L(w + ρĝ) − L(w), with its first- and second-order parts; ``remainder`` is the rest."""
 
     first_order: float
     second_order: float | None
@@ -31,6 +32,11 @@ class OneStep(Scalar):
     warnings: tuple[str, ...] = ()
     rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches
     weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The rise on each of this rank's batches."""
+        return PerBatch(values=self.rises, weights=self.weights)
 
     @property
     def remainder(self) -> float:
@@ -51,7 +57,7 @@ class OneStep(Scalar):
         return {name: size / total if total else math.nan for name, size in sizes.items()}
 
     def __str__(self) -> str:
-        """The value as the sum of its parts, each to the decimals that the smallest of three digits has."""
+        """The value as the sum of its parts, to the decimals that give the largest of them three digits."""
         error = f", data ± {self.data_stderr:.2g}" if math.isfinite(self.data_stderr) else ""
         if self.second_order is None:
             return f"{self.value:.3g} (first order {self.first_order:.3g}){error}"
@@ -64,9 +70,9 @@ class OneStep(Scalar):
 
     @property
     def dominant(self) -> str:
-        """Which part says most of the value: "first_order", "second_order" or "remainder"; "none" where all are 0.
+        """Which part is the largest: "first_order", "second_order" or "remainder"; "none" where all are 0.
 
-        "remainder" wherever the expansion does not hold: its parts then explain nothing.
+        "remainder" wherever the expansion does not hold.
         """
         if self.expansion_holds is False:
             return "remainder"
@@ -96,7 +102,7 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
     Args:
         objective: L; the losses are summed over its batches in float64.
         rho: the length of the step, > 0.
-        second_order: also compute ½ρ² ĝᵀHĝ, by one product with the Hessian. Without it the measure takes two forward
+        second_order: also compute ½ρ² ĝᵀHĝ, by one Hessian-vector product. Without it the measure takes two forward
             passes and a backward one, and the memory of weights, one gradient and the activations.
         adaptive_epsilon: take ``rho`` as ε and scale it by model size, ρ = ε √(d / 10⁶) (``scaled_radius``).
 
@@ -151,14 +157,14 @@ def one_step(objective: Objective, rho: float = 0.05, *, second_order: bool = Tr
 
 @contextmanager
 def stepped(w: Sequence[Tensor], direction: list[Tensor], scale: Tensor) -> Iterator[perturbed.Displacement]:
-    """Weights stand at w + scale · direction inside, and are given back bit for bit.
+    """Inside, the weights are w + scale · direction; afterwards they are restored bit for bit.
 
-    The memory of ``direction`` is taken over to hold w meanwhile, so that nothing is allocated; its values are lost.
+    ``direction`` holds w meanwhile, so that nothing is allocated; its values are lost.
     """
     displacement = perturbed.Displacement()
     try:
         with torch.no_grad():
-            displacement.move([vectors.local(p.detach()) for p in w], direction, scale, own=True)
+            displacement.move([parallel.local(p.detach()) for p in w], direction, scale, own=True)
         yield displacement
     finally:
         displacement.restore()
@@ -195,10 +201,8 @@ def _size(w: Sequence[Tensor]) -> int:
 
 def _curvature(objective: Objective, space: vectors.Space, g: list[Tensor], length: Tensor) -> float:
     """ĝᵀHĝ."""
-    from ..curvature import Hessian
-
     direction = [t.to(p.dtype) for t, p in zip(torch._foreach_div(g, length.to(g[0].device)), space.parameters,
                                                strict=True)]
-    product = [vectors.local(t) for t in Hessian(objective).matvec(direction)]
+    product = [parallel.local(t) for t in Hessian(objective).matvec(direction)]
     return float(space.dot(direction, product))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import vectors
+from .. import parallel, vectors
 
 Adaptive = Literal["none", "element", "filter", "layer"]
 ADAPTIVE = ("none", "element", "filter", "layer")
@@ -29,9 +29,9 @@ def scales(w: Sequence[Tensor], adaptive: Adaptive | bool) -> list[Tensor] | Non
     if kind == "none":
         return None
     w = [p.detach() for p in w]
-    if any(map(vectors.is_sharded, w)) and kind != "element":
+    if any(map(parallel.is_sharded, w)) and kind != "element":
         raise ValueError('filters and layers of sharded parameters are spread over ranks: use adaptive="element"')
-    return [_scale(vectors.local(p), kind) for p in w]
+    return [_scale(parallel.local(p), kind) for p in w]
 
 
 def _scale(w: Tensor, kind: str) -> Tensor:

@@ -1,8 +1,7 @@
-"""The same measures of a part of the data at a time."""
+"""m-sharpness: a measure of chunks of m samples, averaged."""
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from ..batches import samples_in
 from ..objective import Objective
-from ..results import FEWEST_BATCHES, Scalar
+from ..results import FEWEST_BATCHES, Scalar, weighted_mean
 from .average_case import average_case
 from .cautions import SmallBatchWarning
 from .one_step import one_step
 from .worst_case import worst_case
 
 Measure = Callable[..., Scalar]
-MEASURES: dict[str, Measure] = {"one_step": one_step, "worst_case": worst_case, "average_case": average_case}
+CHUNK_MEASURES: dict[str, Measure] = {"one_step": one_step, "worst_case": worst_case, "average_case": average_case}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +61,9 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     """
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
-    if isinstance(measure, str) and measure not in MEASURES:
-        raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(MEASURES)}, or pass a function")
-    function = MEASURES[measure] if isinstance(measure, str) else measure
+    if isinstance(measure, str) and measure not in CHUNK_MEASURES:
+        raise ValueError(f"unknown measure {measure!r}: choose from {', '.join(CHUNK_MEASURES)}, or pass a function")
+    function = CHUNK_MEASURES[measure] if isinstance(measure, str) else measure
     if function is one_step:
         options = {"second_order": False} | options
     world = _world(objective)
@@ -74,16 +73,12 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, *, measure: str
     with objective.session(check=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", SmallBatchWarning)      # m is asked for
         for chunk in _in_step(objective, chunks(objective, m // world)):
-            part = on_data(objective, chunk)
+            part = objective.on_data(chunk)
             values.append(float(function(part, rho, **options)))
             weights.append(objective.ranks.total(math.fsum(objective.weight(b) for b in chunk))[0])
-    total = math.fsum(weights)
-    mean = math.fsum(v * n for v, n in zip(values, weights, strict=True)) / total
-    k = len(values)
-    spread = math.fsum((n / total) ** 2 * (v - mean) ** 2 for v, n in zip(values, weights, strict=True))
+    mean, error = weighted_mean(values, weights)
     name = measure if isinstance(measure, str) else getattr(measure, "__name__", str(measure))
-    error = math.sqrt(spread * k / (k - 1)) if k > 1 else math.nan
-    return MSharpness(value=mean, stderr=error, data_stderr=error if k >= FEWEST_BATCHES else math.nan,
+    return MSharpness(value=mean, stderr=error, data_stderr=error if len(values) >= FEWEST_BATCHES else math.nan,
                       chunks=tuple(values), weights=tuple(weights),
                       settings={"m": m, "rho": rho, "measure": name, **options})
 
@@ -106,13 +101,6 @@ def _in_step(objective: Objective, found: Iterator[list[Any]]) -> Iterator[list[
         if chunk is None:
             return
         yield chunk
-
-
-def on_data(objective: Objective, data: list[Any]) -> Objective:
-    """The same objective on other batches, with sessions of its own."""
-    part = copy.copy(objective)
-    part.data, part._depth, part._ranks = data, 0, None
-    return part
 
 
 def chunks(objective: Objective, m: int) -> Iterator[list[Any]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .. import perturbed, vectors
+from .. import parallel, perturbed, vectors
+from ..curvature import Hessian
 from ..objective import Objective
-from ..results import Scalar
+from ..results import PerBatch, Scalar
 from .cautions import warn_of, warn_of_rounded_step, warn_of_rounding
 from .scaling import Adaptive, check_p, project, scaled, scales, steepest
 from .trust_region import trust_region
@@ -39,6 +39,11 @@ class WorstCase(Scalar):
     warnings: tuple[str, ...] = ()
     rises: tuple[float, ...] = field(default=(), repr=False)        # of this rank's batches, at the best point
     weights: tuple[float, ...] = field(default=(), repr=False)      # how many terms each is a mean of
+
+    @property
+    def per_batch(self) -> PerBatch:
+        """The rise on each of this rank's batches, at the best point."""
+        return PerBatch(values=self.rises, weights=self.weights)
 
 
 def worst_case(objective: Objective, rho: float = 0.05, *, p: float = 2, adaptive: Adaptive | bool = "none",
@@ -124,7 +129,7 @@ class _Ball:
         self.evaluations, self.realised, self.losses = 0, [], ()
 
     def zeros(self) -> list[Tensor]:
-        return [torch.zeros_like(vectors.local(t.detach())) for t in self.space.parameters]
+        return [torch.zeros_like(parallel.local(t.detach())) for t in self.space.parameters]
 
     def random(self, generator: torch.Generator) -> list[Tensor]:
         """A random point of the boundary (p = 2), or of the cube (p = ∞)."""
@@ -208,13 +213,14 @@ def _looks(iterations: int) -> set[int]:
 
 def _quadratic(objective: Objective, g: list[Tensor], ball: _Ball) -> float:
     """The maximum of the quadratic model in u: gradient c∘g, Hessian CHC."""
-    from ..curvature import Hessian
-
     size = sum(t.numel() for t in g)
     if ball.p != 2 or size > 2000:
         raise ValueError(f"the quadratic model is solved for p = 2 and at most 2000 parameters, got p={ball.p:g} and "
                          f"{size}")
-    flat: Callable[[list[Tensor]], Tensor] = lambda ts: torch.cat([t.reshape(-1).double() for t in ts])  # noqa: E731
+
+    def flat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1).double() for t in tensors])
+
     c = flat(scaled(ball.c, [torch.ones_like(t) for t in g]))
     hessian = Hessian(objective).dense().double()
     return trust_region(c * flat(g), c[:, None] * hessian * c, ball.rho).value

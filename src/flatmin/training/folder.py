@@ -1,22 +1,25 @@
-"""Run folders: ``record.json``, checkpoints and a report; every file is replaced whole or not at all."""
+"""Run folders: ``record.json``, checkpoints and a report; every file is replaced as a whole.
+
+Torch is imported where tensors are read or written: a wrong --resume is refused without it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError
+from ..files import move_file, replace_file
 from ..results import plain
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class RunFolder:
-    """A folder that a job writes and can continue from."""
+    """The folder of one run: written by a job, and read to resume it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -60,7 +63,7 @@ class RunFolder:
         tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
         self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
 
-    def load_weights(self, name: str) -> dict[str, torch.Tensor]:
+    def load_weights(self, name: str) -> dict[str, Tensor]:
         """What :meth:`save_weights` wrote."""
         from safetensors.torch import load_file
 
@@ -71,7 +74,9 @@ class RunFolder:
             raise RunFolderError(f"{file} cannot be read ({type(error).__name__})") from error
 
     def save_state(self, state: dict[str, Any] | None) -> None:
-        """Where a training run stands, for ``--resume``; None once it is finished."""
+        """The state of a training run, for ``--resume``; None removes it."""
+        import torch
+
         if state is None:
             (self.path / "checkpoints" / "training.pt").unlink(missing_ok=True)
         else:
@@ -82,12 +87,14 @@ class RunFolder:
         state = self.path / "checkpoints" / "training.pt"
         if state.exists():
             try:
-                os.replace(state, state.with_name(f"{name}.state.pt"))
+                move_file(state, state.with_name(f"{name}.state.pt"))
             except OSError as error:
                 raise RunFolderError(f"cannot write {state.with_name(name)}.state.pt: {error}") from error
 
     def load_state(self) -> dict[str, Any] | None:
         """The state that was saved last, read without unpickling anything but tensors and plain values."""
+        import torch
+
         file = self.path / "checkpoints" / "training.pt"
         if not file.exists():
             return None
@@ -95,20 +102,12 @@ class RunFolder:
             return torch.load(file, weights_only=True)
         except Exception as error:
             raise RunFolderError(f"{file} cannot be read ({type(error).__name__}): delete it to repeat the run that "
-                                 "was going on") from error
+                                 "was interrupted") from error
 
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
         target = self.path / name
-        temporary = target.with_name(target.name + ".part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            os.replace(temporary, target)
-        except Exception as error:
-            try:
-                temporary.unlink(missing_ok=True)
-            except OSError:
-                pass
-            # safetensors and torch wrap a full disk in errors of their own
-            raise RunFolderError(f"cannot write {target}: {error}; what was saved before is untouched, and "
-                                 f"--resume {self.path} goes on from there") from error
+            replace_file(target, write)
+        except Exception as error:      # safetensors and torch wrap a full disk in errors of their own
+            raise RunFolderError(f"cannot write {target}: {error}; what was saved before is unchanged, and "
+                                 f"--resume {self.path} continues from there") from error

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ascent import Sharpener
+from ..ascent.presets import PRESETS
 from .folder import RunFolder
-from .methods import Method, gradient, optimizer_for
+from .methods import Method
 from .metrics import classification, logits_of
 from .recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training run: what, from which seed, on which data, how far."""
+    """One training run: recipe, method, seed, data and number of epochs."""
 
     key: str
     recipe: Recipe
@@ -29,12 +30,12 @@ class Plan:
     epochs: int
     inputs: Tensor
     targets: Tensor
-    watch: tuple[Tensor, Tensor] | None = None      # inputs and targets whose accuracy is followed by epoch
+    watch: tuple[Tensor, Tensor] | None = None      # inputs and targets whose accuracy is recorded by epoch
     held_out: tuple[Tensor, Tensor] | None = None   # training data left out of this run, for its diagnosis
 
 
 RECORDED = 250
-"""Steps of a run that are recorded for the diagnosis, at most and about: every n-th one."""
+"""Steps of a run that are recorded for the diagnosis, at most; they are evenly spaced."""
 
 
 class Diverged(ArithmeticError):
@@ -55,13 +56,13 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
           state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, list[Any]]]:
     """Train and return the model and its history by epoch, with every n-th step under "steps".
 
-    With a folder the state is saved after every epoch; ``state``, from there, continues bit for bit. ``tick`` is
-    called once a step.
+    With a folder the state is saved after every epoch; ``state``, loaded from it, resumes the run bit for bit.
+    ``tick`` is called once a step.
     """
     torch.manual_seed(plan.seed)
     model = plan.recipe.model()
     optimizer = optimizer_for(plan.method.base, model, plan.recipe)
-    sharpener = plan.method.sharpener(model, optimizer, plan.rho)
+    sharpener = sharpener_for(plan.method, model, optimizer, plan.rho)
     n, size = len(plan.inputs), plan.recipe.batch_size
     steps = plan.epochs * math.ceil(n / size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -116,6 +117,34 @@ def train(plan: Plan, tick: Callable[[], None] = lambda: None, folder: RunFolder
     return model, history
 
 
+def sharpener_for(method: Method, model: nn.Module, optimizer: torch.optim.Optimizer,
+                  rho: float | None) -> Sharpener | None:
+    """The preset that a method is, over a model; None for a plain optimizer."""
+    if method.name not in PRESETS:
+        return None
+    return PRESETS[method.name](model, rho=rho, optimizer=optimizer)
+
+
+def optimizer_for(base: str, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The base optimizer a method descends with."""
+    if base == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=recipe.adamw_lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
+                           weight_decay=recipe.weight_decay)
+
+
+def gradient(sharpener: Sharpener | None, model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
+    """Leave the method's gradient of one batch in ``p.grad``; returns the loss."""
+    if sharpener is None:
+        loss = recipe.loss(model(x), y)
+        loss.backward()
+        return loss.detach()
+    if sharpener.rule.second.needs_samples:
+        options: dict[str, Any] = {"reduction": "none"}
+        return sharpener.backward(lambda s: model(x[s]), lambda z, s: recipe.loss(z, y[s], **options))
+    return sharpener.backward(lambda: model(x), lambda z: recipe.loss(z, y))
+
+
 def _step(sharpener: Sharpener | None, loss: Tensor) -> dict[str, Any]:
     """What the diagnosis reads of a step whose gradient is in ``p.grad``."""
     if sharpener is None:
@@ -127,5 +156,5 @@ STEP = ("loss", "perturbed_loss", "gradient_norm", "perturbed_gradient_norm", "r
 
 
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """The share of right classes."""
+    """Share of examples whose class is predicted."""
     return (logits_of(model, inputs).argmax(-1) == targets).double().mean().item()

@@ -1,17 +1,16 @@
-"""The methods a job can compare: plain optimizers and every preset, each with its base and its radii to try."""
+"""The methods a job can compare: plain optimizers and every preset, each with its base and its radii to try.
+
+A table alone, without torch, so that a wrong name is found at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from ..ascent import Sharpener
-from ..ascent.presets import PRESETS
-from .recipe import Recipe
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 _ONE, _SMALL = (0.05, 0.1, 0.2, 0.4, 0.8), (0.02, 0.05, 0.1, 0.2)
 
@@ -29,12 +28,6 @@ class Method:
     rhos: tuple[float, ...] = ()
     steps_by_rho: bool = True
     knobs: str = ""
-
-    def sharpener(self, model: nn.Module, optimizer: torch.optim.Optimizer, rho: float | None) -> Sharpener | None:
-        """The preset over a model, or None for a plain optimizer."""
-        if self.name not in PRESETS:
-            return None
-        return PRESETS[self.name](model, rho=rho, optimizer=optimizer)
 
     def grid(self, recipe: Recipe) -> tuple[float, ...]:
         """The radii to try on a recipe."""
@@ -77,23 +70,3 @@ def find_methods(text: str) -> list[Method]:
     if unknown or not names:
         raise ValueError(f"unknown method {', '.join(unknown) or text!r}: choose from all, {', '.join(METHODS)}")
     return [METHODS[n] for n in dict.fromkeys(names)]
-
-
-def optimizer_for(base: str, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The base optimizer a method descends with."""
-    if base == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=recipe.adamw_lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
-                           weight_decay=recipe.weight_decay)
-
-
-def gradient(sharpener: Sharpener | None, model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor) -> Tensor:
-    """Leave the method's gradient of one batch in ``p.grad``; returns the loss."""
-    if sharpener is None:
-        loss = recipe.loss(model(x), y)
-        loss.backward()
-        return loss.detach()
-    if sharpener.rule.second == "selected":
-        options: dict[str, Any] = {"reduction": "none"}
-        return sharpener.backward(lambda s: model(x[s]), lambda z, s: recipe.loss(z, y[s], **options))
-    return sharpener.backward(lambda: model(x), lambda z: recipe.loss(z, y))

@@ -1,4 +1,4 @@
-"""What is said of a classifier on test data, and how far the sample of test data leaves it open."""
+"""Metrics of a classifier, and their standard errors over the draw of test examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import perturbed
 
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Tensor:
-    """Outputs in eval mode; the mode comes back."""
+    """Outputs in eval mode; the mode is restored."""
     with perturbed.module_mode(model, training=False):
         return torch.cat([model(x) for x in inputs.split(batch_size)])
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 
-def users_own(name: str, seed: int = 0) -> Any:
+def load_object(name: str, seed: int = 0) -> Any:
     """``module:attribute`` from the user's own code; a function is called, without arguments.
 
-    Torch is seeded before the import and before the call, so that the same weights come back when a run is resumed.
+    Torch is seeded before the import and before the call, so that a resumed run finds the same weights.
 
     Raises:
         ValueError: no such module or attribute, or the user's code raised.

@@ -1,0 +1,135 @@
+"""Every measure of one model: its name, label, cost, and what its number depends on. Nothing here imports torch.
+
+Each measuring package binds its functions to its rows in ``<package>/measures.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Radius = Literal["", "length", "coordinate"]
+User = Literal["measure", "monitor", "compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be asked of any measure; each one reads the options that concern it.
+
+    ``value_only`` leaves out parts that cost extra and do not change the value. ``quick`` takes fewer iterations or
+    samples, as during training. ``optimizer`` gives a learning rate and an update. ``progress`` and ``checkpoint`` are
+    for measures that take long.
+    """
+
+    rho: float = 0.05
+    k: int = 5
+    tol: float = 1e-3
+    seed: int = 0
+    value_only: bool = False
+    quick: bool = False
+    optimizer: Any = None
+    progress: Any = False
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One row. ``measure(objective, options)`` takes the measurement and returns its record."""
+
+    name: str
+    room: str               # the package that computes it
+    label: str              # for people
+    cost: str               # passes over the data: forward (F), backward (B), Hessian-vector products (H)
+    quick_cost: str = ""    # with Options(quick=True); empty where that changes nothing
+    invariant: bool = False  # whether rescaling a ReLU network without changing its function leaves the value
+    random: bool = False    # whether the value may depend on the seed, beyond a tolerance
+    resumable: bool = False     # whether it keeps its state in Options.checkpoint
+    radius: Radius = ""     # what rho is: the length of the step, the standard deviation of each coordinate; "": no rho
+    users: tuple[User, ...] = ()    # "measure": flatmin measure; "monitor": SharpnessMonitor; "compare": compare
+    function: Callable[[Any, Options], Any] | None = None
+
+    def __call__(self, objective: Any, options: Options = Options()) -> Any:
+        assert self.function is not None, f"{self.name} is a row without a function: take it from its package"
+        return self.function(objective, options)
+
+    def cost_for(self, user: User) -> str:
+        """The cost with the settings that ``user`` takes."""
+        return self.quick_cost or self.cost if user == "monitor" else self.cost
+
+
+ALL = (
+    Measure(name="one_step", room="sharpness", label="one-step sharpness", cost="2F + B + H", quick_cost="2F + B",
+            radius="length", users=("measure", "monitor", "compare")),
+    Measure(name="first_order", room="sharpness", label="first-order sharpness", cost="F + B", radius="length",
+            users=("monitor",)),
+    Measure(name="spectrum", room="curvature", label="largest eigenvalues", cost="20 to 60 H", resumable=True,
+            users=("measure",)),
+    Measure(name="largest_eigenvalue", room="curvature", label="largest eigenvalue", cost="20 to 60 H",
+            users=("monitor", "compare")),
+    Measure(name="trace", room="curvature", label="trace", cost="up to 1000 H", random=True, resumable=True,
+            users=("measure",)),
+    Measure(name="density", room="curvature", label="density", cost="up to 480 H", random=True, resumable=True,
+            users=("measure",)),
+    Measure(name="worst_case", room="sharpness", label="worst case", cost="63 (F + B)", quick_cost="11 (F + B)",
+            random=True, radius="length", users=("measure", "monitor", "compare")),
+    Measure(name="adaptive_worst_case", room="sharpness", label="adaptive worst case", cost="63 (F + B)",
+            quick_cost="11 (F + B)", invariant=True, random=True, radius="length",
+            users=("measure", "monitor", "compare")),
+    Measure(name="average_case", room="sharpness", label="average case", cost="101 F", quick_cost="21 F", random=True,
+            radius="coordinate", users=("measure", "monitor")),
+    Measure(name="largest_random", room="sharpness", label="largest random rise", cost="21 F", random=True,
+            radius="length", users=("measure",)),
+    Measure(name="m_sharpness", room="sharpness", label="m-sharpness", cost="11 (F + B)", radius="length",
+            users=("measure",)),
+    Measure(name="normalized_flatness", room="sharpness", label="normalized flatness", cost="up to 100 H",
+            quick_cost="up to 30 H", invariant=True, random=True, users=("measure", "monitor", "compare")),
+    Measure(name="critical_sharpness", room="sharpness", label="critical sharpness",
+            cost="6 to 12 F, and F + B where no update is at hand", users=("measure", "monitor")),
+    Measure(name="edge_of_stability", room="sharpness", label="distance to the edge of stability", cost="20 to 60 H",
+            users=("monitor",)),
+    Measure(name="agreement", room="sharpness", label="agreement", cost="46F + 43B and 20 to 60 H",
+            random=True, radius="length", users=("measure",)),
+    Measure(name="line", room="landscape", label="line", cost="159 F", random=True, users=("measure",)),
+    Measure(name="surface", room="landscape", label="surface", cost="2603 F", random=True, resumable=True,
+            users=("measure",)),
+    Measure(name="sharpness_paths", room="paths", label="share of the logit path",
+            cost="F + B, 2 H and the errors over batches", quick_cost="F + B and 2 H"),
+    Measure(name="weight_noise", room="generalization", label="rise under weight noise", cost="21 F and up to 100 H",
+            random=True),
+    Measure(name="quantized", room="generalization", label="rise at 4-bit weights", cost="3F + B + H"),
+    Measure(name="pruned", room="generalization", label="rise with half of the weights", cost="3F + B + H"),
+    Measure(name="truncated", room="generalization", label="rise at half rank", cost="3F + B + H"),
+)
+"""All measures, in the order in which ``flatmin measure`` takes them."""
+
+METRICS = {measure.name: measure for measure in ALL if "measure" in measure.users}
+"""What ``flatmin measure --metrics`` offers."""
+
+DEFAULT_METRICS = "one_step,spectrum,trace,density"
+
+
+def offered(user: User) -> tuple[str, ...]:
+    """The names that a user of the table offers."""
+    return tuple(measure.name for measure in ALL if user in measure.users)
+
+
+def bind(room: str, functions: Mapping[str, Callable[[Any, Options], Any]]) -> dict[str, Measure]:
+    """The rows of a package with their functions; every row needs one, and every function a row."""
+    rows = {measure.name: measure for measure in ALL if measure.room == room}
+    assert rows.keys() == functions.keys(), f"{room}: {sorted(rows.keys() ^ functions.keys())}"
+    return {name: replace(measure, function=functions[name]) for name, measure in rows.items()}
+
+
+def find_metrics(text: str) -> list[str]:
+    """The names in ``a,b,c`` or "all", in the order in which they are measured.
+
+    Raises:
+        ValueError: an unknown name; the message lists the choices.
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in METRICS and name != "all"]
+    if unknown or not names:
+        raise ValueError(f"unknown metric {', '.join(map(repr, unknown)) or repr(text)}: choose from "
+                         f"{', '.join(METRICS)}, or all")
+    return [name for name in METRICS if name in names or "all" in names]
