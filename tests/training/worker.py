@@ -30,10 +30,10 @@ with launch.place(settings) as at:
                 file.write(f"{training.done}\n")
         trained = training.run()
         state = weights(trained.model)
-        launch.wait(at)
+        at.group.wait()
         if at.rank == 0:
             part = final.with_suffix(".part")
             save_file(state, part)
             part.rename(final)
             torch.save(trained.evaluations, folder / toy.name / "evaluations.pt")
-        launch.wait(at)
+        at.group.wait()

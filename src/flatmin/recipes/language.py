@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..training import launch
 from ..training.protocol import Metric, Place
 from . import text
 from .transformer import SIZES, Shape, Transformer
@@ -66,7 +65,7 @@ class Language:
         """The tokenized text; the first rank makes it, the others wait."""
         if at.rank == 0:
             _prepared(self.data, self._tokenizer(), self.cache)
-        launch.wait(at)
+        at.group.wait()
         return _prepared(self.data, self._tokenizer(), self.cache)
 
     def _tokenizer(self) -> str:

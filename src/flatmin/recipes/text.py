@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import move_file
 from ..training.protocol import Place
 from ..training.streams import Shuffled
 
@@ -195,7 +196,7 @@ def prepared(source: str, tokenizer: str, cache: str | Path | None = None) -> Pa
         made.tokenizer.save(str(part / "tokenizer.json"))
     (part / "meta.json").write_text(json.dumps(meta))
     try:
-        os.replace(part, target)
+        move_file(part, target)
     except OSError:     # another process was faster
         shutil.rmtree(part, ignore_errors=True)
         if not (target / "meta.json").exists():

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..parallel import all_processes, data_parallel
 from .protocol import Place
 from .settings import TrainSettings
 
@@ -21,18 +21,9 @@ def place(settings: TrainSettings, folder: str | None = None) -> Iterator[Place]
     """Join the processes that ``torchrun`` started, if it did, and choose the device; left again at the end."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(settings.device)
-    started = world > 1 and not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        running = dist.is_initialized()
-        yield Place(settings.seed, dist.get_rank() if running else 0, dist.get_world_size() if running else 1, device,
-                    folder)
-    finally:
-        if started:
-            dist.destroy_process_group()
+    with all_processes(device) as group:
+        yield Place(settings.seed, group.rank, group.size, device, folder, group)
 
 
 def _device(name: str) -> torch.device:
@@ -77,16 +68,8 @@ def wrapped(recipe: Any, model: nn.Module, settings: TrainSettings, at: Place) -
     if settings.checkpointing:
         for block in blocks(recipe, model):
             _recomputed(block)
-    if at.world > 1 and settings.parallel == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(at.device.type, (at.world,))
-        for block in blocks(recipe, model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif at.world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+    if at.world > 1:
+        model = data_parallel(model, settings.parallel, blocks(recipe, model), at.device)
     return torch.compile(model) if settings.compile else model      # type: ignore[return-value]
 
 
@@ -94,27 +77,3 @@ def _recomputed(block: nn.Module) -> None:
     """Keep the inputs of a block alone; its forward runs again in the backward pass."""
     forward = block.forward
     block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def total(at: Place, *numbers: float) -> list[float]:
-    """Sums over the ranks."""
-    if at.world == 1:
-        return list(numbers)
-    t = torch.tensor(numbers, dtype=torch.float64, device=at.device)
-    dist.all_reduce(t)
-    return t.tolist()
-
-
-def largest(at: Place, number: float) -> float:
-    """The largest over the ranks."""
-    if at.world == 1:
-        return number
-    t = torch.tensor(number, dtype=torch.float64, device=at.device)
-    dist.all_reduce(t, dist.ReduceOp.MAX)
-    return float(t)
-
-
-def wait(at: Place) -> None:
-    """Until every rank is here."""
-    if at.world > 1:
-        dist.barrier()

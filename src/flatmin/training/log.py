@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
 from ..results import plain
 
 
@@ -39,6 +39,4 @@ class Log:
                 continue
             if "evaluation" in row and row["evaluation"]["step"] <= steps or row.get("step", steps) < steps:
                 kept.append(line + "\n")
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, self.path)
+        replace_file(self.path, lambda part: part.write_text("".join(kept)))

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..parallel import Group
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run takes place: its seed, this process among ``world`` processes, its device, the folder of the data."""
+    """Where a run takes place: its seed, this process among ``world`` processes, its device, the folder of the data.
+
+    ``group``: the processes.
+    """
 
     seed: int = 0
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
     folder: str | None = None
+    group: Group = field(default=Group(None), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

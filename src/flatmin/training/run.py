@@ -124,14 +124,14 @@ class Training:
                                      settings.keep_every and self.done % settings.keep_every == 0):
                 self.save()
             self.tick(self.done)
-        units, = launch.total(self.at, self.units)
+        units, = self.at.group.total(self.units)
         self.trained.seconds, self.trained.throughput = self.seconds, units / max(self.seconds, 1e-9)
         return self.trained
 
     def evaluate(self) -> dict[str, dict[str, Metric]]:
         """What the recipe says of the model on each split, over all ranks; into the log, with the mean training loss
         since the last evaluation."""
-        total, units = launch.total(self.at, float(self.loss_sum), self.loss_units)
+        total, units = self.at.group.total(float(self.loss_sum), self.loss_units)
         self.loss_sum, self.loss_units = torch.zeros((), dtype=torch.float64), 0.0
         found: dict[str, dict[str, Metric]] = {}
         if hasattr(self.recipe, "evaluate"):
@@ -170,7 +170,7 @@ class Training:
         batches = [prepared(self.recipe, self._moved(batch), generator) for batch in micro]
         torch.manual_seed(step_seed(at.seed, step, at.rank))
         self.sharpener.perturbed_norm = logged
-        losses = self._losses if self.sharpener.rule.second == "selected" else self._loss
+        losses = self._losses if self.sharpener.rule.second.needs_samples else self._loss
         loss = self.sharpener.backward(self._forward, losses, batches=batches, weights=self._weights(batches))
         for optimizer in self.optimizers:
             if self.scaler is not None:
@@ -216,7 +216,7 @@ class Training:
         counts = [float(self.recipe.weight(batch)) for batch in batches]
         if not all(math.isfinite(n) and n >= 0 for n in counts):
             raise ValueError(f"weight of recipe {self.recipe.name} must be finite and not negative, got {counts}")
-        every, number = launch.total(self.at, math.fsum(counts), len(counts))
+        every, number = self.at.group.total(math.fsum(counts), len(counts))
         if number != len(counts) * self.at.world:
             raise ValueError(f"rank {self.at.rank} has {len(counts)} micro-batches in step {self.done + 1}, all "
                              f"{self.at.world} ranks together {number:g}: give every rank as many")
@@ -233,7 +233,7 @@ class Training:
     def _record(self, step: int, loss: Tensor) -> None:
         """Log a step; a loss that is not finite on any rank ends the run."""
         row = {name: value for name, value in self.sharpener.last.to_dict().items() if name in RECORDED}
-        total = launch.total(self.at, float(loss), *(row.get(k) or 0.0 for k in ("perturbed_loss",)))
+        total = self.at.group.total(float(loss), *(row.get(k) or 0.0 for k in ("perturbed_loss",)))
         row["loss"] = total[0] / self.at.world
         if row.get("perturbed_loss") is not None:
             row["perturbed_loss"] = total[1] / self.at.world
@@ -335,7 +335,7 @@ class Training:
     def _reduced(self, metric: Metric) -> Metric:
         """A metric over all ranks, each with its own share of the data."""
         n = metric.weight
-        sums = launch.total(self.at, n, n * metric.value, (n * metric.stderr) ** 2)
+        sums = self.at.group.total(n, n * metric.value, (n * metric.stderr) ** 2)
         return Metric(sums[1] / sums[0], math.sqrt(sums[2]) / sums[0] if sums[2] >= 0 else math.nan, sums[0],
                       metric.higher_is_better) if sums[0] > 0 else metric
 
@@ -344,7 +344,7 @@ def _part(batch: Any, samples: Any = None) -> Any:
     """Some samples of a batch; all of them for None."""
     if samples is None:
         return batch
-    part = data.rows(batch, samples)
+    part = data.samples(batch, samples)
     if part is None:
         raise ValueError("esam chooses among samples, and this batch has tensors without one row a sample")
     return part

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import RunFolderError
-from . import launch
+from ..files import move_file
 from .protocol import Place
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -54,7 +54,7 @@ class Checkpoints:
         if self.at.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        launch.wait(self.at)
+        self.at.group.wait()
         error: Exception | None = None
         try:
             if self.sharded:
@@ -66,7 +66,7 @@ class Checkpoints:
             _write(own, part / f"rank-{self.at.rank}.pt")
         except (OSError, RuntimeError) as failed:      # torch wraps a full disk in a RuntimeError
             error = failed
-        if launch.largest(self.at, float(error is not None)):
+        if self.at.group.largest(float(error is not None)):
             if self.at.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
             raise RunFolderError(f"cannot write {target}: {error or 'another rank says why'}; what was saved before is "
@@ -74,12 +74,11 @@ class Checkpoints:
         if self.at.rank == 0:
             for path in part.rglob("*"):
                 _sync(path)
-            os.replace(part, target)
-            _sync(self.folder)
+            move_file(part, target)
             for old, path in self._found():
                 if old < step and not (self.keep_every and old % self.keep_every == 0):
                     shutil.rmtree(path, ignore_errors=True)
-        launch.wait(self.at)
+        self.at.group.wait()
 
     def newest(self) -> Path | None:
         """The last complete checkpoint."""
