@@ -412,6 +412,11 @@ class Group:
         torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MAX, group=self.group)
         return float(t)
 
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors ← those of the first rank, in place."""
+        if self.size > 1:
+            _broadcast(list(tensors), self.group)
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
@@ -425,11 +430,17 @@ class Group:
 
 @contextmanager
 def all_processes(device: torch.device) -> Iterator[Group]:
-    """The processes that ``torchrun`` started, joined if they are not yet; or this one alone."""
+    """The processes that ``torchrun`` started, joined if they are not yet; or this one alone.
+
+    Beside an accelerator's own backend they join gloo, so that small numbers are agreed on without waiting for the
+    accelerator.
+    """
     distributed = torch.distributed
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if started:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        own = "" if device.type == "cpu" else f",{device.type}:{distributed.get_default_backend_for_device(device)}"
+        distributed.init_process_group(f"cpu:gloo{own}")
+        device = torch.device("cpu")
     try:
         yield Group(distributed.group.WORLD if distributed.is_initialized() else None, device)
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over ``weight`` samples or tokens, its standard error (nan: not known), and which way is better."""
+    """A mean over ``weight`` samples or tokens, its standard error (nan: not known), and which way is better.
+
+    Several ranks' means are averaged by their weights; a bare number has the weight 1.
+    """
 
     value: float
     stderr: float = math.nan
@@ -58,9 +61,10 @@ class Recipe(Protocol):
 
     Optional attributes, looked up by name:
         prepare(batch, generator): called once a step and micro-batch, before both passes: augmentation, a teacher's
-            outputs. ``generator`` is a function of (seed, step, rank), so that a resumed run draws the same.
-        held_out(split, at), evaluate(model, batches): data apart from training ("tune", "test" or "measure") and what
-            is said of a model on them, a dict of :class:`Metric`.
+            outputs. ``generator`` (on the CPU) is seeded with (seed, step, rank), so that a resumed run draws the same.
+        held_out(split, at), evaluate(model, batches): data apart from training ("tune", "test" or "measure"), on each
+            rank its share, and the metrics of a model on them, a dict of :class:`Metric`. A rank whose share is an
+            empty list does not evaluate; under FSDP2 all ranks must have equally many batches.
         losses(outputs, batch): one loss a sample, for ESAM.
         blocks(model): the modules that are sharded and checkpointed one by one, such as the layers of a transformer.
         units: what ``weight`` counts, for the record: "samples" (the default) or "tokens".
@@ -85,7 +89,9 @@ class Recipe(Protocol):
         """How many samples or tokens the loss of a batch is a mean of."""
         ...
 
-    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]: ...
+    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Optimizers over the model's parameters; the model comes without its wrappers of ``compile`` and DDP."""
+        ...
 
 
 REQUIRED = ("name", "model", "train_batches", "forward", "loss", "weight", "optimizers")
@@ -99,11 +105,6 @@ def check_recipe(recipe: Any) -> None:
                          "(flatmin.training.protocol.Recipe says what they do)")
     if hasattr(recipe, "evaluate") != hasattr(recipe, "held_out"):
         raise ValueError(f"recipe {recipe.name} has one of held_out and evaluate: evaluation needs both, or neither")
-
-
-def prepared(recipe: Any, batch: Any, generator: torch.Generator) -> Any:
-    """A batch as both passes see it."""
-    return recipe.prepare(batch, generator) if hasattr(recipe, "prepare") else batch
 
 
 def evaluated(recipe: Any, model: nn.Module, batches: Iterable[Any]) -> dict[str, Metric]:
@@ -123,5 +124,23 @@ def evaluated(recipe: Any, model: nn.Module, batches: Iterable[Any]) -> dict[str
         if not isinstance(metric, Metric):
             raise ValueError(f"the metric {name!r} of recipe {recipe.name} must be a flatmin.training.Metric or a "
                              f"number, got {type(metric).__name__}")
+        if not 0 <= metric.weight < math.inf:
+            raise ValueError(f"the weight of the metric {name!r} of recipe {recipe.name} must be finite and not "
+                             f"negative, got {metric.weight}")
         out[str(name)] = metric
     return out
+
+
+def over_ranks(shares: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of all ranks' data together: means and errors by weight; a share of weight 0 says nothing."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: _together([share[name] for share in shares if name in share]) for name in names}
+
+
+def _together(metrics: list[Metric]) -> Metric:
+    metrics = [m for m in metrics if m.weight > 0]
+    if len(metrics) < 2:
+        return metrics[0] if metrics else Metric(math.nan, weight=0.0)
+    n = math.fsum(m.weight for m in metrics)
+    return Metric(math.fsum(m.weight * m.value for m in metrics) / n,
+                  math.hypot(*(m.weight * m.stderr for m in metrics)) / n, n, metrics[0].higher_is_better)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,11 +18,14 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return 1_000_003 * (seed + 1) + epoch
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of everything that is drawn in a step on a rank: splitmix64 of the three, 63 bits."""
+def step_seed(seed: int, step: int, rank: int, *use: int) -> int:
+    """The seed of what is drawn in a step on a rank: splitmix64 of the numbers, 63 bits.
+
+    ``use``: numbers that tell draws for different purposes apart.
+    """
     mask = (1 << 64) - 1
     state = 0
-    for number in (seed, step, rank):
+    for number in (seed, step, rank, *use):
         state = (state + number + 0x9E3779B97F4A7C15) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
@@ -76,9 +81,14 @@ class Shuffled:
 class Loaded:
     """The batches of a loader that can be iterated again and again.
 
-    torch is seeded with (seed, epoch) before each epoch, so that a ``DataLoader`` with ``shuffle=True`` gives the same
-    order again; a sampler with ``set_epoch`` (``DistributedSampler``) is told the epoch. Resuming reads the batches of
-    the current epoch up to where the stream stood, and leaves them out.
+    The global generators are seeded with (seed, epoch) before each epoch, so that a ``DataLoader`` with
+    ``shuffle=True`` gives the same order again, and with (seed, epoch, rank, batch) before each later batch.
+    Generators of the loader's own are seeded with (seed, epoch), and a sampler with ``set_epoch``
+    (``DistributedSampler``) is told the epoch. Resuming reads the batches of the current epoch up to where the stream
+    stood, and leaves them out.
+
+    Workers that persist over epochs keep random states that no one can give back: where the data set itself draws
+    random numbers leave ``persistent_workers`` off.
 
     Args:
         make: ``make()`` returns the loader, or the loader itself.
@@ -94,25 +104,48 @@ class Loaded:
         self.epoch, self.index = 0, 0
 
     def __iter__(self) -> Iterator[Any]:
-        sampler = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self.epoch)      # type: ignore[union-attr]
-        torch.manual_seed(epoch_seed(self.at.seed, self.epoch))
-        empty = True
-        for i, batch in enumerate(self.loader):
-            empty = False
-            if i >= self.index:
-                self.index = i + 1
+        self._begin_epoch()
+        batches, i = iter(self.loader), 0
+        while True:
+            if i:       # the sampler draws its order with the first batch
+                seed_generators(step_seed(self.at.seed, self.epoch, self.at.rank, i))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            i += 1
+            if i > self.index:
+                self.index = i
                 yield batch
-        if empty:
+        if i == 0:
             raise ValueError(f"the loader of the training data ({type(self.loader).__name__}) is empty")
         self.epoch, self.index = self.epoch + 1, 0
+
+    def _begin_epoch(self) -> None:
+        seed = epoch_seed(self.at.seed, self.epoch)
+        whole = getattr(self.loader, "batch_sampler", None)
+        for part in (self.loader, getattr(self.loader, "sampler", None), whole, getattr(whole, "sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)      # type: ignore[union-attr]
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+        seed_generators(seed)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch, Python and, where it is imported, NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
 
 
 def steps_an_epoch(batches: Any, accumulate: int) -> int | None:
