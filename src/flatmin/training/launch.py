@@ -90,9 +90,28 @@ def wrapped(recipe: Any, model: nn.Module, settings: TrainSettings, at: Place) -
 
 
 def _recomputed(block: nn.Module) -> None:
-    """Keep the inputs of a block alone; its forward runs again in the backward pass."""
+    """Keep the inputs of a block alone; its forward runs again in the backward pass, on copies of its buffers."""
     forward = block.forward
-    block.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), _copied_buffers(block)
+
+    changes = any(True for _ in block.buffers())
+    options: dict[str, Any] = {"use_reentrant": False} | ({"context_fn": contexts} if changes else {})
+    block.forward = lambda *args, **kwargs: checkpoint(forward, *args, **options, **kwargs)
+
+
+@contextmanager
+def _copied_buffers(block: nn.Module) -> Iterator[None]:
+    """Inside, the block has copies of its buffers: running statistics move once a pass, not twice."""
+    owners = [(m, name, b) for m in block.modules() for name, b in m.named_buffers(recurse=False)]
+    for module, name, buffer in owners:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in owners:
+            setattr(module, name, buffer)
 
 
 def number_of_steps(recipe: Any, settings: TrainSettings, stream: Any) -> int:
