@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from toys import Augmented, Scorer
+from toys import Augmented, Regression, Scorer
 
 from flatmin import presets
 from flatmin.training.protocol import Place
@@ -143,7 +143,7 @@ def test_checkpointed_blocks_give_the_same(method):
 
 @pytest.mark.slow
 def test_a_compiled_model_is_the_same_to_rounding():
-    recipe = Augmented()
+    recipe = Regression()       # torch.compile draws other dropout masks
     compiled = loop(recipe, method="sam", compile=True, accumulate=2, steps=3)
     compiled.run()
     expected = by_hand(recipe, "sam", accumulate=2, steps=3)

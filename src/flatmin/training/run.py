@@ -182,6 +182,7 @@ class Training:
                "loss_units": self.loss_units, "run": self._fingerprint()}
         if self.sharded:
             own["sharpener"] = shared.pop("sharpener")
+            self.at.group.broadcast(list(self.inner.buffers()))     # any rank may be the one that writes them
         self.checkpoints.save(self.done, shared, own, self.model, self.optimizers)
 
     # one step
@@ -312,7 +313,7 @@ class Training:
     def _fingerprint(self) -> dict[str, str]:
         """What decides the bits of a run."""
         settings = {k: repr(v) for k, v in self.settings.to_dict().items() if k not in MAY_CHANGE}
-        return settings | {"recipe": described(self.recipe), "processes": str(self.at.world), "steps": str(self.steps)}
+        return {"processes": str(self.at.world), "recipe": described(self.recipe)} | settings | {"steps": str(self.steps)}
 
     def _begin(self) -> None:
         """Where the newest checkpoint of this folder stands, or the run that this one starts from."""
