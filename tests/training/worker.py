@@ -1,8 +1,6 @@
-"""Trains every toy recipe, in one process or under ``torchrun``: ``worker.py FOLDER JSON``; killed and called again by
-the tests."""
+"""Trains every toy recipe in one of several processes; killed and called again by the tests."""
 
-import json
-import sys
+import os
 import warnings
 from pathlib import Path
 
@@ -15,25 +13,29 @@ from flatmin.training.run import Training
 from flatmin.training.settings import TrainSettings
 from flatmin.training.state import weights
 
-warnings.simplefilter("ignore")
-folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-names = options.pop("toys", [toy.name for toy in TOYS])
-settings = TrainSettings(threads=1, device="cpu", **options)
-with launch.place(settings) as at:
-    for toy in TOYS:
-        final = folder / toy.name / "model.safetensors"
-        if toy.name not in names or final.exists():
-            continue
-        training = Training(toy, settings, at, folder / toy.name)
-        if at.rank == 0:
-            with open(folder / "began", "a") as file:
-                file.write(f"{training.done}\n")
-        trained = training.run()
-        state = weights(trained.model)
-        at.group.wait()
-        if at.rank == 0:
-            part = final.with_suffix(".part")
-            save_file(state, part)
-            part.rename(final)
-            torch.save(trained.evaluations, folder / toy.name / "evaluations.pt")
-        at.group.wait()
+
+def main(rank, world, port, folder, options):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}     # as torchrun does
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float32)
+    settings = TrainSettings(threads=1, device="cpu", **options)
+    with launch.place(settings) as at:
+        for toy in TOYS:
+            final = Path(folder) / toy.name / "model.safetensors"
+            if not final.exists():
+                one(toy, settings, at, final)
+
+
+def one(toy, settings, at, final):
+    training = Training(toy, settings, at, final.parent)
+    if at.rank == 0:
+        with open(final.parent.parent / "began", "a") as file:
+            file.write(f"{training.done}\n")
+    state = weights(training.run().model)
+    at.group.wait()
+    if at.rank == 0:
+        part = final.with_suffix(".part")
+        save_file(state, part)
+        part.rename(final)
+    at.group.wait()
