@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from toys import Augmented, Regression, Tokens, Windows
-from two_ranks import launch, run
 
 from flatmin.parallel import Group
 from flatmin.training import state
@@ -16,6 +15,7 @@ from flatmin.training.run import Training
 from flatmin.training.settings import TrainSettings
 from flatmin.training.state import weights
 from flatmin.training.streams import Shuffled
+from two_ranks import launch, run
 
 KINDS = ("ddp", "fsdp2")
 METHODS = ("base", "sam", "asam", "looksam", "esam", "gsam", "functional_sam", "preconditioned_functional_sam",
@@ -278,7 +278,8 @@ def test_two_ranks_are_one_process(found, kind, case):
         torch.testing.assert_close(ends[name], value, **tolerance)
     if wide:
         for a, b in zip(steps, single.trained.steps, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-9) and a["radius"] == pytest.approx(b["radius"], rel=1e-9)
+            for name in ("loss", "radius"):
+                assert a[name] == pytest.approx(b[name], rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -101,6 +101,14 @@ class Training:
 
     def run(self) -> Trained:
         """Train to the last step, evaluating, measuring and saving on the way."""
+        for done in self.iterate():
+            self.tick(done)
+        units, = self.at.group.total(self.units)
+        self.trained.seconds, self.trained.throughput = self.seconds, units / max(self.seconds, 1e-9)
+        return self.trained
+
+    def iterate(self) -> Iterator[int]:
+        """The same, yielding the number of steps done after each."""
         settings = self.settings
         save_every = settings.save_every or math.ceil(self.steps / 20)
         evaluate_every = math.ceil(self.steps / 10) if settings.evaluate_every is None else settings.evaluate_every
@@ -117,10 +125,7 @@ class Training:
             if self.checkpoints and (last or self.done % save_every == 0 or
                                      settings.keep_every and self.done % settings.keep_every == 0):
                 self.save()
-            self.tick(self.done)
-        units, = self.at.group.total(self.units)
-        self.trained.seconds, self.trained.throughput = self.seconds, units / max(self.seconds, 1e-9)
-        return self.trained
+            yield self.done
 
     def evaluate(self) -> dict[str, dict[str, Metric]]:
         """What the recipe says of the model on each split, over all ranks; into the log, with the mean training loss
@@ -313,7 +318,8 @@ class Training:
     def _fingerprint(self) -> dict[str, str]:
         """What decides the bits of a run."""
         settings = {k: repr(v) for k, v in self.settings.to_dict().items() if k not in MAY_CHANGE}
-        return {"processes": str(self.at.world), "recipe": described(self.recipe)} | settings | {"steps": str(self.steps)}
+        own = {"processes": str(self.at.world), "recipe": described(self.recipe)}
+        return own | settings | {"steps": str(self.steps)}
 
     def _begin(self) -> None:
         """Where the newest checkpoint of this folder stands, or the run that this one starts from."""
