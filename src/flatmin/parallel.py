@@ -446,16 +446,3 @@ def all_processes(device: torch.device) -> Iterator[Group]:
     finally:
         if started:
             distributed.destroy_process_group()
-
-
-def data_parallel(model: nn.Module, kind: str, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
-    """A model under DDP ("ddp"), or sharded over all processes, block by block ("fsdp2")."""
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)    # type: ignore[return-value]

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+import random
 
+import numpy
 import pytest
 import torch
 from toys import TOYS, Augmented, Regression, Scorer, Tokens, Windows
 
 from flatmin.errors import RunFolderError
 from flatmin.recipes.supervised import Supervised, classification
+from flatmin.training import state
 from flatmin.training.protocol import Metric, Place
 from flatmin.training.run import Diverged, Training
 from flatmin.training.settings import TrainSettings, learning_rate_factor
@@ -289,3 +292,88 @@ def test_classification_reports_accuracy_with_its_error():
     assert found["accuracy"].value == p and found["accuracy"].stderr == pytest.approx((p * (1 - p) / 200) ** 0.5)
     assert found["accuracy"].higher_is_better and not found["loss"].higher_is_better
     assert isinstance(found["loss"], Metric)
+
+
+# what loaders and kills leave
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Samples with random noise from the global generators."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return i + torch.rand(()) + random.random() + float(numpy.random.rand())
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_loader_resumes_with_the_same_order_and_noise(workers):
+    """A generator of the loader's own, and a data set that draws, wherever the training draws in between."""
+    def make():
+        torch.manual_seed(5)
+        loader = torch.utils.data.DataLoader(Drawing(), 3, shuffle=True, num_workers=workers,
+                                             generator=torch.Generator().manual_seed(9))
+        return Loaded(loader, Place(1))
+
+    def read(stream, count):
+        for _, (batch,) in zip(range(count), groups(stream, 1), strict=False):
+            torch.rand(3), random.random(), numpy.random.rand()     # the step draws too
+            yield batch
+
+    expected = list(read(make(), 7))
+    first = make()
+    before = list(read(first, 5))
+    torch.manual_seed(77)
+    again = make()
+    again.load_state_dict(first.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(expected, before + list(read(again, 2)), strict=True))
+
+
+@pytest.mark.parametrize("moment", ("before the name", "after the name", "in the removal"))
+def test_a_kill_between_two_names_leaves_a_complete_checkpoint(tmp_path, monkeypatch, moment):
+    """Before or after the new checkpoint has its name, and while the old one is removed."""
+    options = {"steps": 9, "save_every": 3, "log_every": 1}
+    whole = train(Regression(), tmp_path / "whole", **options)
+    whole.run()
+    real_move, real_remove, moves = state.move_file, state.shutil.rmtree, []
+
+    def move(source, target):
+        moves.append(source)
+        if len(moves) == 2 and moment == "before the name":
+            raise KeyboardInterrupt
+        real_move(source, target)
+        if len(moves) == 2 and moment == "after the name":
+            raise KeyboardInterrupt
+
+    def remove(path, **more):
+        if moment == "in the removal" and len(moves) == 3:
+            (path / "state.pt").unlink()
+            raise KeyboardInterrupt
+        real_remove(path, **more)
+
+    monkeypatch.setattr(state, "move_file", move)
+    monkeypatch.setattr(state.shutil, "rmtree", remove)
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(), tmp_path / "cut", **options).run()
+    monkeypatch.undo()
+    resumed = train(Regression(), tmp_path / "cut", **options)
+    assert resumed.done == (3 if moment == "before the name" else 6)
+    resumed.run()
+    assert same(weights(whole), weights(resumed))
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000009"]
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "cut" / "log.jsonl").read_text()
+
+
+def test_epochs_of_data_without_a_length_are_refused():
+    with pytest.raises(ValueError, match="--epochs 2: the training data of recipe tokens have no length"):
+        train(Tokens(), epochs=2)
+
+
+def test_a_loss_that_was_not_finite_ends_the_run_whether_it_was_logged_or_not():
+    for log_every in (1, 7, 100):
+        losses = iter(range(100))
+        recipe = type("Once", (Regression,), {"loss": lambda self, outputs, batch, losses=losses: (
+            outputs - batch[1]).square().mean() * (math.nan if next(losses) == 4 else 1)})()
+        with pytest.raises(Diverged):
+            train(recipe, steps=12, log_every=log_every).run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ascent import Late, Sharpener
 from ..ascent.presets import PRESETS
 from ..objective import Objective
-from ..parallel import all_processes, data_parallel
+from ..parallel import all_processes
 from ..sharpness import SharpnessMonitor
 from .log import Log
 from .protocol import Place
@@ -87,6 +87,19 @@ def wrapped(recipe: Any, model: nn.Module, settings: TrainSettings, at: Place) -
         at.group.broadcast([t.detach() for t in (*model.parameters(), *model.buffers())])    # FSDP2 does not
         model = data_parallel(model, settings.parallel, blocks(recipe, model), at.device)
     return torch.compile(model) if settings.compile else model      # type: ignore[return-value]
+
+
+def data_parallel(model: nn.Module, kind: str, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
+    """A model under DDP ("ddp"), or sharded over all processes, block by block ("fsdp2")."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)    # type: ignore[return-value]
 
 
 def _recomputed(block: nn.Module) -> None:
