@@ -1,12 +1,13 @@
 # make demo   set up what the command line needs and run the main job, flatmin compare
 # make test   set up and run what CI runs: lint, types, tests
+# make gpu    laws, memory and speed on CUDA and NCCL, on a machine with a GPU
 # make docs   write the generated table of methods, docs/methods.md
 # make mutants  change the core in 200 places, one at a time: which changes does no test notice?
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test mutants docs lint types clean
+.PHONY: help demo test gpu mutants docs lint types clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -27,6 +28,9 @@ demo: .venv/demo
 
 test: .venv/installed lint types
 	$(BIN)/python -m pytest -n 2
+
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py

@@ -12,6 +12,7 @@ The distributed package is imported by functions that run only where the process
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -373,8 +374,8 @@ def _shards_only(mesh: Any) -> Any:
 class Group:
     """The processes of a group, or the one process there is (None): all of them raise where one fails or differs."""
 
-    def __init__(self, group: Any):
-        self.group, self.rank, self.size = group, 0, 1
+    def __init__(self, group: Any, device: torch.device | None = None):
+        self.group, self.rank, self.size, self.device = group, 0, 1, device
         if group is not None:
             self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
@@ -395,7 +396,53 @@ class Group:
             if other:
                 raise RuntimeError(f"rank {rank} failed: {other}")
 
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over the ranks, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        t = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(t, group=self.group)
+        return t.tolist()
+
+    def largest(self, number: float) -> float:
+        """The largest over the ranks."""
+        if self.size == 1:
+            return number
+        t = torch.tensor(number, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(t, torch.distributed.ReduceOp.MAX, group=self.group)
+        return float(t)
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Tensors ← those of the first rank, in place."""
+        if self.size > 1:
+            _broadcast(list(tensors), self.group)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            torch.distributed.barrier(group=self.group)
+
     def refuse_different(self, key: str, message: str) -> None:
         """Raise a ValueError on every rank unless all have the same key."""
         if len(set(self.gather(key))) > 1:
             raise ValueError(message)
+
+
+@contextmanager
+def all_processes(device: torch.device) -> Iterator[Group]:
+    """The processes that ``torchrun`` started, joined if they are not yet; or this one alone.
+
+    Beside an accelerator's own backend they join gloo, so that small numbers are agreed on without waiting for the
+    accelerator.
+    """
+    distributed = torch.distributed
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
+    if started:
+        own = "" if device.type == "cpu" else f",{device.type}:{distributed.get_default_backend_for_device(device)}"
+        distributed.init_process_group(f"cpu:gloo{own}")
+        device = torch.device("cpu")
+    try:
+        yield Group(distributed.group.WORLD if distributed.is_initialized() else None, device)
+    finally:
+        if started:
+            distributed.destroy_process_group()

@@ -4,7 +4,7 @@ direction   of the perturbation ε       Gradient, Adaptive, Layerwise, Fisher, 
                                         Random, RandomFraction, WithWeightDecay
 rule        the gradient descended on   Plain, Functional, LogitOnly, SurrogateGap, Weighted, Selected
 cadence     which steps perturb         EveryStep, Every (with Reuse), WarmStart
-rho         the radius of ε             a number, LinearRho, RhoFollowsLearningRate; by_depth for groups
+rho         the radius of ε             a number, Late, LinearRho, RhoFollowsLearningRate; by_depth for groups
 façade      torch.optim.Optimizer       SAM; its relatives, ASAM, LookSAM, ..., are in flatmin.compat
 """
 
@@ -28,13 +28,14 @@ from .directions import (
 from .facade import SAM
 from .parameters import by_depth
 from .rules import Functional, LogitOnly, Plain, Selected, SurrogateGap, Weighted
-from .schedules import LinearRho, RhoFollowsLearningRate
+from .schedules import Late, LinearRho, RhoFollowsLearningRate
 from .sharpener import Sharpener
 
 __all__ = [
-    "SAM", "Adaptive", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient", "Layerwise", "LinearRho",
-    "LogitOnly", "Momentum", "Plain", "Preconditioned", "Random", "RandomFraction", "Reuse", "RhoFollowsLearningRate",
-    "Selected", "Sharpener", "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay", "by_depth", "presets",
+    "SAM", "Adaptive", "Every", "EveryStep", "Fisher", "Friendly", "Functional", "Gradient", "Late", "Layerwise",
+    "LinearRho", "LogitOnly", "Momentum", "Plain", "Preconditioned", "Random", "RandomFraction", "Reuse",
+    "RhoFollowsLearningRate", "Selected", "Sharpener", "SurrogateGap", "WarmStart", "Weighted", "WithWeightDecay",
+    "by_depth", "presets",
 ]
 
 

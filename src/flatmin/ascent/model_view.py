@@ -130,13 +130,10 @@ class ModelView:
         return norm if loss_scale is None else norm / loss_scale.to(norm)
 
     def write_inf(self) -> None:
-        """Put an inf into ``p.grad`` on every device, where a scaler looks for it."""
-        done: set[torch.device] = set()
+        """Put an inf into every ``p.grad``: a scaler looks into those of each optimizer apart."""
         for p in self.parameters:
-            gradient = p.parameter.grad
-            if gradient is not None and gradient.device not in done:
-                done.add(gradient.device)
-                local(gradient).fill_(float("inf"))
+            if p.parameter.grad is not None:
+                local(p.parameter.grad).fill_(float("inf"))
 
     # weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -37,3 +38,17 @@ class RhoFollowsLearningRate:
             raise ValueError("a radius that follows the learning rate needs optimizer=")
         share = (float(lr) - self.lr_min) / (self.lr_max - self.lr_min)
         return self.rho_min + (self.rho_max - self.rho_min) * min(1.0, max(0.0, share))
+
+
+@final
+@dataclass(frozen=True)
+class Late:
+    """ρ = 0 before step ``first``, and ``rho`` (a number, or another schedule) from there on."""
+
+    rho: float | Callable[[int, float | None], float]
+    first: int
+
+    def __call__(self, step: int, lr: float | None) -> float:
+        if step < self.first:
+            return 0.0
+        return float(self.rho(step, lr) if callable(self.rho) else self.rho)
