@@ -114,7 +114,7 @@ class Training:
         self.model.train()
         while self.done < self.steps:
             start = time.perf_counter()
-            self._step(next(stream))
+            self.step(next(stream))
             self.done += 1
             self.seconds += time.perf_counter() - start
             last = self.done == self.steps
@@ -163,7 +163,8 @@ class Training:
 
     # one step
 
-    def _step(self, micro: list[Any]) -> None:
+    def step(self, micro: list[Any]) -> None:
+        """One optimizer step on the micro-batches of this rank."""
         settings, at, step = self.settings, self.at, self.done
         logged = step % settings.log_every == 0
         generator = torch.Generator().manual_seed(step_seed(at.seed, step, at.rank))
@@ -334,6 +335,8 @@ class Training:
 
     def _reduced(self, metric: Metric) -> Metric:
         """A metric over all ranks, each with its own share of the data."""
+        if self.at.world == 1:
+            return metric
         n = metric.weight
         sums = self.at.group.total(n, n * metric.value, (n * metric.stderr) ** 2)
         return Metric(sums[1] / sums[0], math.sqrt(sums[2]) / sums[0] if sums[2] >= 0 else math.nan, sums[0],
