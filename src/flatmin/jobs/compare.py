@@ -142,6 +142,12 @@ class Comparison:
             raise ValueError("; ".join(f"{k}: {v}" for k, v in self.left_out.items()))
         return kept
 
+    def _twice(self) -> dict[str, str]:
+        """The plain optimizer with twice the steps that each sharpness-aware method is compared with."""
+        trained = {m.name for m in self.references}
+        found = {m.name: m.base(self.recipe).twice().name for m in self.methods if m.rhos}
+        return {name: reference for name, reference in found.items() if reference in trained}
+
     def _parts(self) -> list[Any]:
         """The recipe trained without a part of its training data, once for each part that a radius is chosen on.
 
@@ -169,25 +175,32 @@ class Comparison:
             return self.recipe.facts(self.at)
         test = list(self.recipe.held_out("test", self.at))
         every = [leaf for batch in [*test, *self.recipe.held_out("measure", self.at)] for leaf in leaves(batch)]
-        return {"test": math.fsum(self.recipe.weight(b) for b in test), "units": getattr(self.recipe, "units", "samples"),
+        endless = {"epochs": None} if trainings.endless(self.recipe, self.at) else {}
+        return endless | {
+                "test": math.fsum(self.recipe.weight(b) for b in test),
+                "units": getattr(self.recipe, "units", "samples"),
                 "fingerprint": digest(*(t if isinstance(t, torch.Tensor) else str(t) for t in every))[:16]}
 
     def _new_record(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        steps, each = trainings.length(self.recipe, self.settings)
-        fields = dataclasses.asdict(self.recipe) if dataclasses.is_dataclass(self.recipe) else {}
-        plain = {k: v for k, v in fields.items() if isinstance(v, (int, float, str, tuple)) and k not in ("name", "part")}
+        recipe: Any = self.recipe
+        steps, each = trainings.length(recipe, self.settings)
+        asked = dataclasses.asdict(self.settings)
+        fields: dict[str, Any] = getattr(recipe, "__dataclass_fields__", {})
+        plain = {name: value for name in fields if name not in ("name", "part", *asked)
+                 and isinstance(value := getattr(recipe, name), (int, float, str))}
         return {
             "kind": "compare", "status": "running",
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "settings": plain | dataclasses.asdict(self.settings) | {
-                "noise": getattr(self.recipe, "noise", 0.0), "epochs": steps / each if steps % each else steps // each,
-                "steps": self.settings.steps, "schedule": "cosine", "measured_rho": MEASURED_RHO},
+            "settings": asked | plain | {
+                "noise": getattr(self.recipe, "noise", None),
+                "epochs": None if self.settings.steps or trainings.endless(self.recipe, self.at) else steps // each,
+                "schedule": "cosine", "measured_rho": MEASURED_RHO},
             "versions": {"flatmin": __version__, "torch": torch.__version__, "python": platform.python_version(),
                          "platform": platform.platform(), "threads": self.settings.threads},
-            "data": {"name": self.recipe.name} | self._facts(),
+            "data": {"name": recipe.name} | self._facts(),
             "metrics": {k: {"higher_is_better": m.higher_is_better} for k, m in metrics.items()
                         if m.higher_is_better is not None},
-            "base": own_optimizer(self.recipe), "references": [m.name for m in self.references],
+            "base": own_optimizer(self.recipe), "twice": self._twice(),
             "left_out": self.left_out, "selection": {}, "held_out": {}, "runs": [],
         }
 
@@ -320,7 +333,7 @@ class Comparison:
         runs = self.record["runs"]
         self.record["summary"] = summary(runs, tuple(self.record["metrics"]))
         self.record["differences"] = against_references(runs, self.metric, self.record["base"],
-                                                        self.record["references"])
+                                                        self.record["twice"])
 
     def _plane(self) -> dict[str, Any]:
         """The plane through solutions of the first seed: of the first method and the two best others."""

@@ -59,7 +59,8 @@ class CompareSettings:
         known = {m.name for m in find_methods(self.methods)}
         unused = [name for name in given_radii(self.rho) if name and name not in known]
         if unused:
-            raise ValueError(f"--rho gives a radius of {', '.join(unused)}, which --methods ({self.methods}) leaves out")
+            raise ValueError(f"--rho gives a radius of {', '.join(unused)}, which is not among --methods "
+                             f"{self.methods}")
 
 
 @dataclass(frozen=True)

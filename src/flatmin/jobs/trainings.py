@@ -42,6 +42,11 @@ def length(recipe: Any, settings: CompareSettings) -> tuple[int, int]:
     return int(steps), each or math.ceil(steps / 10)
 
 
+def endless(recipe: Any, at: Place) -> bool:
+    """Whether the training data know no epochs."""
+    return steps_an_epoch(recipe.train_batches(at), 1) is None
+
+
 def training(recipe: Any, method: Method, rho: float | None, seed: int, settings: CompareSettings, *,
              splits: Sequence[str] = (), folder: Path | None = None,
              tick: Callable[[int], None] = lambda done: None) -> Training:

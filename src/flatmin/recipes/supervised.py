@@ -183,9 +183,10 @@ def _split(source: Any, part: int, name: str) -> tuple[Any, Any]:
     """A source without a fifth of its rows or batches, and that fifth."""
     tensors = _tensors(source)
     loader = source if isinstance(source, torch.utils.data.DataLoader) else None
-    dataset = source if loader is None else loader.dataset
-    splits = tensors is not None or isinstance(source, (list, tuple)) or isinstance(dataset, torch.utils.data.Dataset)
-    n = len(tensors[0]) if tensors else len(dataset) if splits and hasattr(dataset, "__len__") else 0
+    dataset: Any = source if loader is None else loader.dataset
+    splits = isinstance(source, (list, tuple)) or isinstance(dataset, torch.utils.data.Dataset)
+    sized: Any = tensors[0] if tensors else dataset if splits and hasattr(dataset, "__len__") else ()
+    n = len(sized)
     if n < 5:
         raise ValueError(f"recipe {name}: {type(source).__name__} cannot be split into five parts to choose a radius "
                          "on: pass tune= data, or one --rho for each method")

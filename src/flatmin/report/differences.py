@@ -32,7 +32,7 @@ class Difference:
     high: float = math.nan
     p: float = math.nan
     adjusted: float = math.nan
-    seeds: int = 0
+    seeds: float = 0
     seeds_needed: float = math.nan
 
     @property
@@ -67,22 +67,21 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def against_references(runs: Iterable[Mapping[str, Any]], metric: str, base: str,
-                       references: Sequence[str]) -> list[dict[str, Any]]:
+                       twice: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the record of a comparison holds: of each other method, the difference of a metric to each reference.
 
     Args:
         runs: of the record.
         metric: a field of their test results.
         base: the plain optimizer, against which all others are compared.
-        references: the plain optimizers with twice the steps, against which the others are compared too.
+        twice: of each sharpness-aware method, its plain optimizer with twice the steps, which it is compared with too.
     """
     values: dict[str, dict[str, float]] = {}
     for run in runs:
         values.setdefault(str(run["method"]), {})[str(run["seed"])] = number(section(run, "test").get(metric))
     out = []
-    for reference in (base, *references):
-        others = {m: v for m, v in values.items()
-                  if m != reference and (reference == base or m not in (base, *references))}
+    for reference in dict.fromkeys((base, *twice.values())):
+        others = {m: v for m, v in values.items() if m != reference and reference in (base, twice.get(m))}
         if reference in values:
             out += [{"method": m, "minus": reference, "metric": metric} | asdict(d)
                     for m, d in differences(others, values[reference]).items()]
