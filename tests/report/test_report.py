@@ -501,6 +501,7 @@ def test_the_differences_of_a_record_are_shown():
 def test_a_lower_loss_is_better_where_the_metric_says_so():
     record = fake()
     record["metrics"] = {"mean_error": {"higher_is_better": False}}
+    del record["selection"]
     for r in record["runs"]:
         r["test"] = {"mean_error": r["test"]["nll"]}
     assert "SAM has the lowest clean-test mean error" in report.findings(record)[0]

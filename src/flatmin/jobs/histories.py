@@ -32,8 +32,15 @@ def history_of(trained: Trained, metric: str, every: int, plain: bool) -> dict[s
         f"test_{metric}": [row["test"][metric] for row in rows if "test" in row],
         "train_accuracy": [row["train"]["accuracy"] for row in rows if "accuracy" in row.get("train", {})],
         "held_out": [row["tune"] for row in rows if "tune" in row],
-        "steps": [{"step": row["step"]} | {name: row[name] for name in kept if name in row} for row in trained.steps],
+        "steps": [{"step": row["step"]} | {name: row[name] for name in kept if name in row} | _unknown(row)
+                  for row in trained.steps],
     }
+
+
+def _unknown(row: Mapping[str, Any]) -> dict[str, float]:
+    """The loss at w where the only pass was at w + ε, whose loss the training loop logs instead."""
+    one_pass = row.get("passes") == 1 and row.get("perturbed_loss") == row["loss"]
+    return {"loss": math.nan} if one_pass else {}
 
 
 def steps_of(history: Mapping[str, Any]) -> list[dict[str, Any]]:
