@@ -14,6 +14,7 @@ import math
 import platform
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ class Comparison:
     def _trainings(self, before: bool) -> dict[str, Training]:
         """A new run of every method, for its time; before a radius is chosen with the smallest one."""
         return {m.name: trainings.training(self.recipe, m, min(self._grid(m), default=None) if before else self._rho(m),
-                                           0, self.settings) for m in self.methods}
+                                           0, self.settings, log_every=sys.maxsize) for m in self.methods}
 
     def _steps(self) -> dict[str, int]:
         """Training steps that are left, by method; those of twice the steps are the base's."""

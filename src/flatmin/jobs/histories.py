@@ -74,10 +74,12 @@ def diagnosis(record: Mapping[str, Any], method: Method, base: str, grid: Sequen
     length = rho if method.steps_by_rho else None
     labels: dict[str, Any] = {"noise": data.get("noise", 0.0), "classes": data.get("classes")}
     others = held_out.get(base, []) if method.name != base else []
-    other = steps_of(others[0]["history"]) if others else None
+    other = steps_of(others[0]["history"]) if others and others[0]["history"]["steps"] else None
     runs = [(f"seed {r['seed']}", diagnose(steps_of(r["history"]), rho=length, **labels))
-            for r in record["runs"] if r["method"] == method.name and r.get("history")]
+            for r in record["runs"] if r["method"] == method.name and r["history"]["steps"]]
     for r in held_out.get(method.name, []):
+        if not r["history"]["steps"]:
+            continue
         steps = steps_of(r["history"])
         spread = math.hypot(*(_standard_error(s, data.get("held_out", 1)) for s in (steps, other)))
         runs.append((HELD_OUT, diagnose(steps, base=other, rho=length, spread=max(0.005, spread), **labels)))

@@ -48,14 +48,14 @@ def endless(recipe: Any, at: Place) -> bool:
 
 
 def training(recipe: Any, method: Method, rho: float | None, seed: int, settings: CompareSettings, *,
-             splits: Sequence[str] = (), folder: Path | None = None,
+             splits: Sequence[str] = (), folder: Path | None = None, log_every: int | None = None,
              tick: Callable[[int], None] = lambda done: None) -> Training:
     """A run of a method on the recipe with the optimizer it needs; it resumes where a checkpoint in the folder is."""
     recipe = method.on(recipe)
     steps, each = length(recipe, settings)
     steps *= method.factor
     asked = TrainSettings(method=method.preset, rho=rho if method.rhos else None, seed=seed, steps=steps,
-                          log_every=math.ceil(steps / RECORDED_STEPS), evaluate_every=each, device="cpu")
+                          log_every=log_every or math.ceil(steps / RECORDED_STEPS), evaluate_every=each, device="cpu")
     return Training(recipe, asked, place(seed, settings), folder, tick, splits)
 
 
