@@ -23,11 +23,12 @@ from .training.folder import RunFolder
 
 _COMPARE = """examples:
   flatmin compare                                    digits with 60 % noisy labels: SGD, SAM and ASAM, three seeds
+  flatmin compare --rho 0.1,0.25,0.5                 choose the radius of each method from these
   flatmin compare --methods sgd,sam,looksam --seeds 5
   flatmin compare --rho sam=0.1,asam=1               skip the choice of the radius
   flatmin compare fashion-mnist --data FOLDER        the four IDX files of Fashion-MNIST
-  flatmin compare my_module:recipe                   your own model and data: a flatmin.recipes.Recipe, or a function
-                                                     that returns one
+  flatmin compare my_module:recipe                   your own model and data: a flatmin.recipes.Recipe or Supervised,
+                                                     or a function that returns one
   flatmin compare --resume runs/compare              resume after Ctrl-C, bit for bit
 
 The radius of each method is chosen on held-out training data. The test data is used once, at the end."""
@@ -68,7 +69,7 @@ _JOBS = {
     "compare": _Job(
         CompareSettings, "recipe", "train methods side by side on one recipe, measure them, write a report", _COMPARE,
         {"settings": dict, "data": dict, "selection": dict, "runs": list},
-        lambda s: ["numpy", "matplotlib", "safetensors", *["sklearn"] * (s.recipe == "digits")]),
+        lambda s: ["numpy", "matplotlib", "safetensors", "scipy", *["sklearn"] * (s.recipe == "digits")]),
     "measure": _Job(
         MeasureSettings, "objective", "sharpness, spectrum and landscape of your own model, each with its error",
         _MEASURE, dict.fromkeys(("settings", "model", "data", "results", "timing", "warnings"), dict),

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 
 from flatmin import cli
 from flatmin.jobs.compare import Comparison
-from flatmin.jobs.settings import CompareSettings, MeasureSettings, fixed_radii
+from flatmin.jobs.settings import CompareSettings, MeasureSettings, given_radii
 from flatmin.recipes import find_recipe
+from flatmin.results import plain
 from flatmin.training.folder import RunFolder
+from flatmin.training.protocol import Metric
+from flatmin.training.run import Training
 
 QUICK = ["--epochs", "2", "--seeds", "1", "--rho", "sam=0.1,asam=1", "--quiet"]
 
@@ -47,7 +50,8 @@ def record_of(folder: Path) -> dict:
 def test_a_run_folder_holds_record_checkpoints_and_report(finished):
     record = record_of(finished)
     assert record["status"] == "complete"
-    assert [r["method"] for r in record["runs"]] == ["sgd", "sam", "asam"]
+    assert [r["method"] for r in record["runs"]] == ["sgd", "sam", "asam", "sgd_2x"]
+    assert [len(r["history"]["epoch"]) for r in record["runs"]] == [2, 2, 2, 4]
     assert record["settings"]["rho"] == "sam=0.1,asam=1" and record["versions"]["torch"] == torch.__version__
     for run in record["runs"]:
         assert run["hessian"]["converged"] and run["hessian"]["residual"] >= 0
@@ -57,7 +61,7 @@ def test_a_run_folder_holds_record_checkpoints_and_report(finished):
         weights = load_file(finished / "checkpoints" / f"{run['method']}-seed0.safetensors")
         assert {"0.weight", "4.bias"} <= set(weights)
     assert {"seconds", "ratio", "quartiles"} <= set(record["timing"]["sam"])
-    assert not (finished / "checkpoints" / "training.pt").exists()
+    assert record["base"] == "sgd" and record["twice"] == {"sam": "sgd_2x", "asam": "sgd_2x"}
     assert (finished / "report.html").stat().st_size > 10_000
 
 
@@ -83,60 +87,123 @@ def test_the_radius_is_chosen_without_the_test_data(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
     job = Comparison(CompareSettings(methods="sam", seeds=1), RunFolder.create(tmp_path / "run"), quiet=True)
     job.progress = module.Display("", total=1, quiet=True)
-    seen = []
-    monkeypatch.setattr(module, "accuracy", lambda model, x, y: seen.append(x) or 0.5)
-    test = job.data.test_inputs
+    seen, real = [], type(recipe).held_out
+
+    def held_out(self, split, at):
+        seen.append(split)
+        return real(self, split, at)
+
+    monkeypatch.setattr(type(recipe), "held_out", held_out)
+    monkeypatch.setattr(type(recipe), "evaluate", lambda self, model, batches: {"accuracy": Metric(
+        0.5, higher_is_better=True)})
     job._choose(job.methods[0])
-    assert len(seen) == 4 and job.record["selection"]["sam"]["chosen"] == 0.01, "ties go to the smaller radius"
-    rows = {tuple(r.tolist()) for r in test}
-    assert not any(tuple(r.tolist()) in rows for x in seen for r in x)
-    folds = job._folds()
-    for kept, held in folds:
-        assert not set(kept.tolist()) & set(held.tolist()) and len(kept) + len(held) == 1000
-    assert not set(folds[0][1].tolist()) & set(folds[1][1].tolist())
+    assert job.record["selection"]["sam"]["chosen"] == 0.01, "ties go to the smaller radius"
+    assert set(seen) == {"tune", "train"} and seen.count("tune") == 6     # four scores, two epochs watched
+    data, at = recipe.load(None), job.at
+    rows = {tuple(r.tolist()) for r in data.test_inputs}
+    held = [torch.cat([x for x, _ in real(part, "tune", at)]) for part in job.parts]
+    assert not any(tuple(r.tolist()) in rows for x in held for r in x) and [len(x) for x in held] == [200, 200]
+    for x, part in zip(held, job.parts, strict=True):
+        kept = {tuple(r.tolist()) for r in part.train_batches(at).tensors[0]}
+        assert not kept & {tuple(r.tolist()) for r in x}
+    assert not {tuple(r.tolist()) for r in held[0]} & {tuple(r.tolist()) for r in held[1]}
 
 
 @pytest.mark.slow
 def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the middle of an epoch of the second method; --resume ends with the same weights and numbers."""
-    import flatmin.training.loop as loop
+    folder, calls, real = tmp_path / "run", [], Training.step
 
-    folder, calls, real = tmp_path / "run", [], loop.gradient
-
-    def stop_once(*args):
-        calls.append(1)
-        if len(calls) == 32 * 3 + 7:
+    def stop_once(self, micro):
+        calls.append(self.steps)
+        if len(calls) == 64 + 32 + 7:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(self, micro)
 
-    monkeypatch.setattr(loop, "gradient", stop_once)
+    monkeypatch.setattr(Training, "step", stop_once)
     assert cli.main(["compare", *QUICK, "--out", str(folder)]) == 130
     message = capsys.readouterr().err
     assert f"--resume {folder}" in message and message.count("\n") == 1
     half = record_of(folder)
     assert half["status"] == "interrupted" and [r["method"] for r in half["runs"]] == ["sgd"]
-    assert (folder / "checkpoints" / "training.pt").exists()
     assert cli.main(["compare", "--resume", str(folder), "--quiet"]) == 0
-    held_out = 3 * 2 * 25       # one run more a method, for the diagnosis
-    assert len(calls) == 32 * 3 + 7 + 32 + 64 + held_out, "the finished epoch and method were not repeated"
-    for name in ("sgd", "sam", "asam"):
+    # since the last checkpoint (every 4 steps), the rest of sam, asam, twice sgd; held out; timing
+    assert len(calls) == 64 + 32 + 7 + (64 - 36) + 64 + 128 + 3 * 2 * 25 + 3 * 65
+    same_results(folder, finished)
+
+
+def same_results(folder, finished):
+    a, b = record_of(folder), record_of(finished)
+    for name in ("sgd", "sam", "asam", "sgd_2x"):
         ours = load_file(folder / "checkpoints" / f"{name}-seed0.safetensors")
         whole = load_file(finished / "checkpoints" / f"{name}-seed0.safetensors")
         assert all(torch.equal(ours[k], whole[k]) for k in whole)
-    a, b = record_of(folder), record_of(finished)
-    for mine, theirs in zip(a["runs"], b["runs"], strict=True):
-        assert mine == theirs
+    for key in set(b) - {"created", "timing"}:
+        assert a[key] == b[key], key
+
+
+@pytest.mark.slow
+def test_killed_in_an_epoch_it_resumes_bitwise(finished, tmp_path):
+    """SIGKILL in a process of its own, in the 41st of 64 steps of the second method."""
+    folder = tmp_path / "run"
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, sys\nfrom flatmin import cli\nfrom flatmin.training.run import Training\n"
+        "real, calls = Training.step, []\n"
+        "def step(self, micro):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 64 + 41:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, micro)\n"
+        "Training.step = step\ncli.main(sys.argv[1:])\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py"), "compare", *QUICK, "--out", str(folder)],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == -9 and [r["method"] for r in record_of(folder)["runs"]] == ["sgd"], done.stderr
+    assert cli.main(["compare", "--resume", str(folder), "--quiet"]) == 0
+    same_results(folder, finished)
+
+
+def test_interrupted_while_a_radius_is_chosen_it_ends_in_the_same_record(tmp_path, monkeypatch):
+    """In the second of two held-out parts of a radius, whose first run the record holds already."""
+    import flatmin.jobs.compare as module
+
+    recipe = dataclasses.replace(find_recipe("digits"), epochs=1, folds=2)
+    monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
+    settings = CompareSettings(methods="sam", seeds=1, rho="0.05,0.2", equal_compute=False)
+    whole = Comparison(settings, RunFolder.create(tmp_path / "whole"), quiet=True).run()
+    real, calls = Training.step, []
+
+    def stop_once(self, micro):
+        calls.append(1)
+        if len(calls) == 25 + 7:
+            raise KeyboardInterrupt
+        return real(self, micro)
+
+    monkeypatch.setattr(Training, "step", stop_once)
+    folder = RunFolder.create(tmp_path / "half")
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(settings, folder, quiet=True).run()
+    assert len(record_of(folder.path)["held_out"]["sam"]) == 1
+    again = Comparison(settings, folder, record_of(folder.path), quiet=True).run()
+    for key in ("selection", "held_out", "runs", "diagnosis"):
+        assert plain(again[key]) == plain(whole[key]), key
+    assert len(again["held_out"]["sam"]) == 1 and again["selection"]["sam"]["grid"] == [0.05, 0.2]
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--methods", "sgd,adam"], "unknown method 'adam': choose from all, sgd"),
+    (["--methods", "sgd,adam"], "unknown method 'adam': choose from all, base, sgd"),
     (["--rho", "-0.1"], "--rho must not be negative, got -0.1"),
     (["--rho", "nan"], "--rho must not be negative, got nan"),
     (["--rho", "large"], "--rho takes a number or method=number, got 'large'"),
+    (["--rho", "0.1,large"], "--rho takes a number or method=number, got 'large'"),
+    (["--rho", "sam=0.1/x"], "--rho takes a number or method=number, got 'sam=0.1/x'"),
+    (["--rho", "sgd=0.1"], "--rho gives a radius of sgd, which has none"),
+    (["--rho", "gsam=0.1"], "--rho gives a radius of gsam, which is not among --methods base,sam,asam"),
+    (["--steps", "3", "--epochs", "2"], "--steps and --epochs are two ways to say one thing"),
+    (["language", "--noise", "0.5"], "recipe language knows no noise"),
     (["--seeds", "0"], "--seeds must be at least 1"),
     (["--noise", "1.5"], "--noise must be a share from 0 to 1, got 1.5"),
     (["--epochs", "0"], "--epochs must be at least 1"),
-    (["no-such-recipe"], "no recipe 'no-such-recipe': choose digits, fashion-mnist, cifar10, or module:attribute"),
+    (["no-such-recipe"], "no recipe 'no-such-recipe': choose digits, fashion-mnist, cifar10, language, or module:"),
     (["no_such_module:recipe"], "cannot import 'no_such_module'"),
     (["json:dumps"], "json:dumps"),
     (["--methods", "sam_on"], "the model has no normalization layers"),
@@ -224,8 +291,8 @@ def test_the_flags_are_these():
     verbs = next(a for a in cli._parser()._actions if a.dest == "verb").choices
     flags = {name: sorted(o for a in p._actions for o in a.option_strings if o.startswith("--"))
              for name, p in verbs.items()}
-    assert flags["compare"] == ["--config", "--data", "--epochs", "--help", "--methods", "--noise", "--out", "--quiet",
-                                "--resume", "--rho", "--seeds", "--threads"]
+    assert flags["compare"] == ["--config", "--data", "--epochs", "--equal_compute", "--help", "--methods",
+                                "--noise", "--out", "--quiet", "--resume", "--rho", "--seeds", "--steps", "--threads"]
     assert flags["report"] == ["--help"]
     assert "examples:" in verbs["compare"].format_help()
 
@@ -244,11 +311,26 @@ def test_the_users_own_recipe(tmp_path):
          "--rho", "0.1", "--out", "run", "--quiet"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     record = record_of(tmp_path / "run")
-    assert record["data"]["name"] == "mine" and len(record["runs"]) == 6
+    assert record["data"]["name"] == "mine" and len(record["runs"]) == 8
     assert all(r["test"]["accuracy"] > 0.6 for r in record["runs"])
 
 
 def test_radii_given_by_hand():
-    assert fixed_radii("0.1") == {"": 0.1} and fixed_radii("sam=0.1, asam=1") == {"sam": 0.1, "asam": 1.0}
+    assert given_radii("0.1") == {"": (0.1,)} and given_radii("sam=0.1, asam=1") == {"sam": (0.1,), "asam": (1.0,)}
+    assert given_radii("0.1,0.25,0.5") == {"": (0.1, 0.25, 0.5)} and given_radii("0.1,0.1") == {"": (0.1,)}
+    assert given_radii("sam=0.1/0.2,asam=1,0.5") == {"sam": (0.1, 0.2), "asam": (1.0,), "": (0.5,)}
+    assert given_radii("sam=0.1,sam=0.2") == {"sam": (0.1, 0.2)}
     with pytest.raises(ValueError, match="unknown method 'nosam'"):
-        fixed_radii("nosam=1")
+        given_radii("nosam=1")
+
+
+def test_a_grid_is_chosen_from_and_a_single_radius_is_not(tmp_path):
+    folder = tmp_path / "run"
+    assert cli.main(["compare", "--epochs", "1", "--seeds", "1", "--methods", "sgd,sam,asam", "--rho",
+                     "0.05,0.2,asam=1", "--equal_compute", "false", "--quiet", "--out", str(folder)]) == 0
+    record = record_of(folder)
+    chosen = record["selection"]["sam"]
+    assert set(record["selection"]) == {"sam"} and chosen["grid"] == [0.05, 0.2] and len(chosen["scores"]) == 2
+    assert chosen["chosen"] == chosen["grid"][chosen["scores"].index(max(chosen["scores"]))]
+    rhos = {r["method"]: r["rho"] for r in record["runs"]}
+    assert rhos == {"sgd": None, "sam": chosen["chosen"], "asam": 1.0} and not record["twice"]

@@ -10,19 +10,23 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 
 from flatmin import report
 from flatmin.errors import RunFolderError
 from flatmin.report import compare_figures, compare_findings, fields, formatting
+from flatmin.report import differences as differences_module
 from flatmin.report import seed_statistics as spread
 from flatmin.report.compare_record import CompareRecord
+from flatmin.report.differences import against_references, differences, holm, seeds_needed
 from flatmin.report.figures import line_style
 from flatmin.report.measure_findings import sentence
 from flatmin.report.measure_record import MeasureRecord
 from flatmin.report.page import policy
-from flatmin.report.seed_statistics import Gap, Stat, plus_minus
+from flatmin.report.seed_statistics import Stat, plus_minus
 
 BEFORE = {"sgd": (0.66, 2.10, 0.21, 0.110, 0.020, 31.0, 1.0), "sam": (0.79, 1.31, 0.25, 0.052, 0.008, 12.0, 1.93),
           "asam": (0.785, 1.42, 0.23, 0.071, 0.011, 9.5, 2.11)}
@@ -116,13 +120,12 @@ def test_nothing_worse_is_said_too():
     assert not worse(record) and "Nothing measured here got worse than with SGD" in report.page(record)
 
 
-def test_the_spread_decides():
+def test_the_differences_over_seeds_decide():
     clear, close, single = fake(levels()), fake(levels(accuracy=0.601)), fake(levels(), seeds=1)
-    assert "more than the spread" in report.findings(clear)[0] and "ndecided" not in report.findings(clear)[0]
+    assert report.findings(clear)[0].endswith(", decided.") and "ndecided" not in report.findings(clear)[0]
     assert "undecided" in report.findings(close)[0] and headline(close).startswith("No winner")
     assert "undecided" in report.findings(single)[0] and "undecided" in headline(single)
     assert headline(fake(levels(accuracy=0.4))) == "Nothing beats SGD here"
-    assert Gap(0.1, 0.05).decided and not Gap(0.1, 0.1).decided and not Gap(0.1, math.nan).decided
 
 
 def test_flatness_measures_that_disagree_are_named():
@@ -276,7 +279,7 @@ def test_the_report_is_imported_without_matplotlib():
     subprocess.run([sys.executable, "-c", "import torch; " + code.replace(", 'numpy.random'", "")], check=True)
 
 
-@pytest.mark.parametrize("module", [fields, formatting, spread])
+@pytest.mark.parametrize("module", [differences_module, fields, formatting, spread])
 def test_the_examples_of_the_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed
@@ -429,3 +432,79 @@ def test_a_fall_in_a_single_seed_is_undecided():
     assert "(undecided)" in line
     line, = [line for line in report.findings(fake(seeds=3)) if "fell between" in line]
     assert "undecided" not in line
+
+
+# differences paired over seeds
+
+
+def by_seed(*values):
+    return {str(seed): v for seed, v in enumerate(values)}
+
+
+def test_a_paired_difference_is_scipys():
+    rng = random.Random(1)
+    a, b, c = ([rng.gauss(mean, 1) for _ in range(6)] for mean in (1, 0, 0.2))
+    found = differences({"a": by_seed(*a), "c": by_seed(*c)}, by_seed(*b))
+    tests = [stats.ttest_rel(x, b) for x in (a, c)]
+    adjusted = stats.false_discovery_control([t.pvalue for t in tests])     # at most Holm's
+    for (_, d), test, x, fdr in zip(found.items(), tests, (a, c), adjusted, strict=True):
+        interval = test.confidence_interval(0.95)
+        assert (d.low, d.high, d.p) == pytest.approx((interval.low, interval.high, test.pvalue))
+        assert d.mean == pytest.approx(sum(x) / 6 - sum(b) / 6) and d.p <= fdr - 1e-12 or d.adjusted >= fdr - 1e-12
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02, math.nan])[0] == 0.02 and math.isnan(holm([math.nan])[0])
+
+
+def test_more_comparisons_decide_less():
+    a, b = by_seed(1.0, 1.3, 0.9), by_seed(0.0, 0.0, 0.0)
+    alone = differences({"a": a}, b)["a"]
+    among = differences({"a": a} | {str(i): by_seed(1.0, -1.0, 0.1) for i in range(9)}, b)["a"]
+    assert alone.decided and not among.decided and among.mean == alone.mean and among.p == alone.p
+
+
+def test_the_number_of_seeds_has_the_power():
+    """By simulation: 80 % of draws of so many seeds are decided, and fewer of one seed less."""
+    rng, effect = np.random.default_rng(0), 0.9
+    n = seeds_needed(effect, 0.05)
+
+    def power(n):
+        return (stats.ttest_1samp(rng.normal(effect, 1, (20_000, n)), 0, axis=1).pvalue < 0.05).mean()
+
+    assert power(n) > 0.79 and power(n - 1) < 0.81
+    assert seeds_needed(1e-4, 0.05) == math.inf and seeds_needed(100, 0.05) == 2
+    assert seeds_needed(effect, 0.01) > n
+
+
+def test_differences_that_are_not_known():
+    one = differences({"a": by_seed(1.0)}, by_seed(0.5))["a"]
+    assert one.mean == 0.5 and math.isnan(one.p) and not one.decided
+    assert not differences({"a": by_seed(math.nan, 1.0)}, by_seed(0.0, 0.0))["a"].decided
+    same = differences({"a": by_seed(1.0, 1.0), "b": by_seed(0.0, 0.0)}, by_seed(0.0, 0.0))
+    assert same["a"].decided and not same["b"].decided
+    other = differences({"a": {"7": 1.0, "1": 2.0, "2": 2.1}}, by_seed(9.0, 1.0, 1.0))["a"]
+    assert other.mean == pytest.approx(1.05) and other.seeds == 2, "pairs of one seed alone"
+
+
+def test_the_differences_of_a_record_are_shown():
+    record = fake({**BEFORE, "sgd_2x": (0.7, 1.9, 0.2, 0.1, 0.02, 28.0, 1.0)})
+    twice = {"sam": "sgd_2x", "asam": "sgd_2x"}
+    record |= {"base": "sgd", "twice": twice,
+               "differences": against_references(record["runs"], "accuracy", "sgd", twice)}
+    pairs = [(d["method"], d["minus"]) for d in record["differences"]]
+    assert pairs == [("sam", "sgd"), ("asam", "sgd"), ("sgd_2x", "sgd"), ("sam", "sgd_2x"), ("asam", "sgd_2x")]
+    for shown in (report.table(record), html.unescape(report.page(record))):
+        assert "SAM − SGD: +" in shown and "SAM − SGD (2× steps): +" in shown and "would decide" in shown
+
+
+def test_a_lower_loss_is_better_where_the_metric_says_so():
+    record = fake()
+    record["metrics"] = {"mean_error": {"higher_is_better": False}}
+    del record["selection"]
+    for r in record["runs"]:
+        r["test"] = {"mean_error": r["test"]["nll"]}
+    assert "SAM has the lowest clean-test mean error" in report.findings(record)[0]
+    assert headline(record).startswith("SAM gains 0.") and "accuracy" not in report.table(record)
+    assert "<h1>" in report.page(record) and "accura" not in report.page(record)

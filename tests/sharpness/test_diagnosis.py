@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import random
@@ -11,12 +12,14 @@ import torch
 from torch import nn
 
 from flatmin import presets
-from flatmin.jobs.compare import steps_of
-from flatmin.recipes import Recipe, find_recipe
+from flatmin.jobs.histories import history_of, steps_of
+from flatmin.jobs.settings import CompareSettings
+from flatmin.jobs.trainings import RECORDED_STEPS, training
+from flatmin.recipes import Classification, Data, digits
 from flatmin.sharpness import diagnose, next_radius
 from flatmin.sharpness.diagnosis import LARGER, SMALLER, TABLE, WITHOUT_RHO, Finding, consistent
-from flatmin.training.loop import RECORDED, Diverged, Plan, batches, gradient, optimizer_for, sharpener_for, train
 from flatmin.training.methods import METHODS
+from flatmin.training.run import Diverged
 from problems import NoisyNet, Vector, batch, build, loss_fn
 
 
@@ -176,26 +179,29 @@ def test_a_real_hallucinated_minimizer():
 
 # real runs: 200 digits, a small network, 25 epochs; each fault beside a run that lacks it
 
-SMALL = Recipe("small", lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), lambda folder: None,  # pyright: ignore[reportArgumentType]
-               batch_size=20)
+SMALL = Classification("small", lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), digits.data,
+                       batch_size=20)
 
 
 @functools.cache
 def trained(method="sam", rho=0.1, noise=0.0, epochs=25, n=200, **changes):
     """The recorded steps of one run, with its accuracy, confidence and calibration on held-out data."""
-    data = find_recipe("digits").load(None).with_noise(noise)
+    data = dataclasses.replace(digits, noise=noise).load(None)
     x, y, held = data.train_inputs, data.train_targets, slice(n, n + 200)
+    recipe = dataclasses.replace(SMALL, data=lambda folder: Data(x[:n], y[:n], x[held], y[held], 10), **changes)
+    method = METHODS[method]
     with torch.random.fork_rng():
         kept = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            history = train(Plan("run", dataclasses.replace(SMALL, **changes), METHODS[method], rho, 0, epochs, x[:n],
-                                 y[:n], held_out=(x[held], y[held])))[1]
-        except Diverged as error:
-            history = error.history
+            run = training(recipe, method, rho, 0, CompareSettings(epochs=epochs), splits=("tune", "train"))
+            run.run()
+        except Diverged:
+            pass
         finally:
             torch.set_default_dtype(kept)
-    return steps_of(history)
+    every = math.ceil(n / recipe.batch_size)
+    return steps_of(history_of(run.trained, "accuracy", every, not method.rhos))
 
 
 def sgd(**options):
@@ -287,27 +293,21 @@ def test_a_healthy_run_of_every_method_has_no_fault(method):
 def test_which_methods_step_by_rho():
     """As the table says, so the record shows."""
     torch.set_default_dtype(torch.float32)
-    data = find_recipe("digits").load(None)
     for method in METHODS.values():
         if not method.rhos or method.name == "sam_on":
             continue
-        torch.manual_seed(0)
-        model = SMALL.model()
-        optimizer = optimizer_for(method.base, model, SMALL)
-        sharpener, radii = sharpener_for(method, model, optimizer, 0.1), []
-        for index in list(batches(200, 20, 0, 0))[:8]:
-            gradient(sharpener, model, SMALL, data.train_inputs[index], data.train_targets[index])
-            radii.append(sharpener.last.radius)
-            optimizer.step()
-            optimizer.zero_grad()
+        run, radii = training(SMALL, method, 0.1, 0, CompareSettings(epochs=1)), []
+        for batch_of_digits in itertools.islice(run.stream, 8):
+            run.step([batch_of_digits])
+            radii.append(run.sharpener.last.radius)
         same = all(abs(r / 0.1 - 1) < 1e-3 for r in radii[1:])      # momentum has nothing to go by at first
         assert same == method.steps_by_rho, (method.name, radii)
 
 
 def test_a_run_has_some_hundreds_of_records():
-    assert len(trained()) == RECORDED == 250 and len(trained(epochs=10)) == 100
+    assert len(trained()) == RECORDED_STEPS == 250 and len(trained(epochs=10)) == 100
     steps = trained(epochs=50, n=400)
-    assert 100 < len(steps) <= RECORDED and steps[1]["step"] == 4
+    assert 100 < len(steps) <= RECORDED_STEPS and steps[1]["step"] == 4
     assert "confidence" in steps[-1] and "train_accuracy" in steps[-1] and sum("ece" in s for s in steps) == 50
 
 

@@ -34,7 +34,7 @@ from ..sharpness import compare
 from ..sharpness.sharpness_warnings import samples_in
 from ..tensorscope import objective_for
 from ..training.folder import RunFolder
-from ..training.recipe import Recipe
+from ..training.protocol import Place
 from ..training.user_code import load_object, said
 from ..training.weights import load_checkpoint
 from .measures import MEASURES
@@ -217,10 +217,10 @@ def find_objective(name: str, seed: int = 0) -> Objective:
         ValueError: no such module or attribute, something else, or the user's code raised.
     """
     value = load_object(name, seed)
-    if isinstance(value, Recipe):
+    if hasattr(value, "held_out"):
         torch.manual_seed(seed)
-        data, n = value.load(None).with_noise(value.noise), value.curvature_samples
-        value = Objective(value.model(), value.loss, [(data.train_inputs[:n], data.train_targets[:n])])
+        value = Objective(value.model(), value.loss, list(value.held_out("measure", Place(seed))),
+                          forward=value.forward, weight=value.weight)
     if isinstance(value, tuple) and len(value) in (2, 3) and isinstance(value[0], nn.Module):
         value = objective_for(*value)
     if not isinstance(value, Objective):

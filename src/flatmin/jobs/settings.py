@@ -28,16 +28,20 @@ class CompareSettings:
 
     recipe: str = "digits"
     """what is trained: digits, fashion-mnist, cifar10, or module:attribute"""
-    methods: str = "sgd,sam,asam"
-    """methods with commas between, or all"""
+    methods: str = "base,sam,asam"
+    """methods with commas between, or all; base is the recipe's own optimizer"""
     seeds: int = 3
     """runs per method"""
     noise: float | None = None
     """share of training labels drawn again at random (default: the recipe's)"""
     epochs: int | None = None
     """passes over the training data (default: the recipe's)"""
+    steps: int | None = None
+    """optimizer steps, instead of epochs"""
     rho: str | None = None
-    """one radius for all, or method=radius,... (default: chosen from a small grid)"""
+    """radius, or radii to choose from, of all methods: 0.1 or 0.1,0.25; of one: sam=0.1/0.25 (default: a small grid)"""
+    equal_compute: bool = True
+    """whether the base optimizer is also trained for twice the steps"""
     data: str | None = None
     """folder with the recipe's files"""
     threads: int = 1
@@ -47,10 +51,16 @@ class CompareSettings:
         check_types(self)
         _check(self, "seeds", lambda v: v >= 1, "at least 1")
         _check(self, "epochs", lambda v: v >= 1, "at least 1")
+        _check(self, "steps", lambda v: v >= 1, "at least 1")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("--steps and --epochs are two ways to say one thing: pass one of them")
         _check(self, "noise", lambda v: 0 <= v <= 1, "a share from 0 to 1")
         _check(self, "threads", lambda v: v >= 1, "at least 1")
-        find_methods(self.methods)
-        fixed_radii(self.rho)
+        known = {m.name for m in find_methods(self.methods)}
+        unused = [name for name in given_radii(self.rho) if name and name not in known]
+        if unused:
+            raise ValueError(f"--rho gives a radius of {', '.join(unused)}, which is not among --methods "
+                             f"{self.methods}")
 
 
 @dataclass(frozen=True)
@@ -97,27 +107,32 @@ def check_types(settings: Any) -> None:
             raise ValueError(f"{field.name} must be {_NAMES.get(kinds[0], kinds[0].__name__)}, got {value!r}")
 
 
-def fixed_radii(text: str | None) -> dict[str, float]:
-    """``"0.1"`` for all methods (under the key ``""``), or ``"sam=0.1,asam=1"``.
+def given_radii(text: str | None) -> dict[str, tuple[float, ...]]:
+    """The radii to choose from, by method; those of all methods under the key ``""``.
+
+    ``"0.1"`` or ``"0.1,0.25"`` for all methods, ``"sam=0.1/0.25,asam=1"`` for some. A single one is not chosen but set.
 
     Raises:
-        ValueError: not a number, negative, or an unknown method.
+        ValueError: not a number, negative, or a method that is unknown or has no radius.
     """
-    out: dict[str, float] = {}
-    for part in (text or "").split(","):
-        name, _, number = part.rpartition("=")
-        if not part.strip():
-            continue
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"--rho takes a number or method=number, got {part!r}") from None
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--rho must not be negative, got {number.strip()}")
-        if name.strip():
-            find_methods(name)
-        out[name.strip()] = value
+    out: dict[str, tuple[float, ...]] = {}
+    for part in filter(str.strip, (text or "").split(",")):
+        name, _, numbers = part.rpartition("=")
+        if name.strip() and not all(m.rhos for m in find_methods(name)):
+            raise ValueError(f"--rho gives a radius of {name.strip()}, which has none")
+        values = tuple(_radius(number, part) for number in numbers.split("/"))
+        out[name.strip()] = tuple(dict.fromkeys(out.get(name.strip(), ()) + values))
     return out
+
+
+def _radius(number: str, part: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        raise ValueError(f"--rho takes a number or method=number, got {part!r}") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"--rho must not be negative, got {number.strip()}")
+    return value
 
 
 _NAMES = {str: "text", int: "a whole number", float: "a number"}

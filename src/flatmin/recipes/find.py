@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from ..training.recipe import Recipe
+from typing import Any
+
+from ..training.protocol import check_recipe
 from ..training.user_code import load_object
 from .images import cifar10, digits, fashion_mnist
+from .language import language
 
-RECIPES = {r.name: r for r in (digits, fashion_mnist, cifar10)}
+RECIPES: dict[str, Any] = {r.name: r for r in (digits, fashion_mnist, cifar10, language)}
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> Any:
     """A recipe of the library by name, or ``module:attribute`` from the user's own code: one, or a function that
     returns one.
 
     Raises:
-        ValueError: no such name, module or attribute, not a :class:`Recipe`, or the user's code raised.
+        ValueError: no such name, module or attribute, it lacks what a recipe has, or the user's code raised.
     """
     if name in RECIPES:
         return RECIPES[name]
     if not name.partition(":")[2]:
         raise ValueError(f"no recipe {name!r}: choose {', '.join(RECIPES)}, or module:attribute for your own")
     value = load_object(name)
-    if not isinstance(value, Recipe):
-        raise ValueError(f"{name!r} is not a flatmin.recipes.Recipe, nor a function that returns one "
-                         f"(found {type(value).__name__})")
+    check_recipe(value)
     return value

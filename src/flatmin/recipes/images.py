@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..training.recipe import Data, Recipe
+from .classifier import Classification, Data
 from .readers import read_cifar10, read_idx
 
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -89,7 +89,8 @@ def _normalized(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
     return Data((train - mean) / std, train_y, (test - mean) / std, test_y, 10)
 
 
-digits = Recipe("digits", digits_model, digits_data, noise=0.6, folds=5)
-fashion_mnist = Recipe("fashion-mnist", fashion_model, fashion_data, epochs=5, batch_size=128, lr=0.05,
-                       tuning_samples=10_000)
-cifar10 = Recipe("cifar10", cifar10_model, cifar10_data, epochs=10, batch_size=128, lr=0.05, tuning_samples=10_000)
+digits = Classification("digits", digits_model, digits_data, noise=0.6, folds=5)
+fashion_mnist = Classification("fashion-mnist", fashion_model, fashion_data, epochs=5, batch_size=128, lr=0.05,
+                               tuning_samples=10_000)
+cifar10 = Classification("cifar10", cifar10_model, cifar10_data, epochs=10, batch_size=128, lr=0.05,
+                         tuning_samples=10_000)

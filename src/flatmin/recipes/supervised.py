@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,12 +30,14 @@ class Supervised:
         loss: the mean loss of (outputs, targets); a ``reduction="none"`` option serves ESAM too.
         train: ``(inputs, targets)`` tensors; a ``torch.utils.data.Dataset``; a loader of ``(inputs, targets)``, whose
             batch size is then its own; or a function that returns one of them.
-        test: the same; what the model is evaluated on. None: no evaluation.
+        test: the same; what the model is evaluated on. None: on the training data.
+        tune: the same; what a radius is chosen on. None: a fifth of the training data, held out.
         name: for the record.
         batch_size: rows of a micro-batch on each rank.
         epochs: passes over the training data.
         optimizer: "sgd" or "adamw", or a function of the model that returns an optimizer or a list of them.
         lr, momentum, weight_decay: of the optimizer; ``momentum`` of SGD.
+        adamw_lr: of AdamW where ``flatmin compare`` takes it in place of SGD.
         metrics: by name, functions of (outputs, targets) that give one number a sample; the loss is always there.
         higher_is_better: the names of those that should be large.
         augment: ``augment(inputs, generator)``, called once a step before both passes.
@@ -49,6 +52,7 @@ class Supervised:
     loss_fn: Callable[..., Tensor]
     train: Any
     test: Any = None
+    tune: Any = None
     name: str = "supervised"
     batch_size: int = 32
     epochs: int = 20
@@ -56,16 +60,39 @@ class Supervised:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    adamw_lr: float = 1e-3
     metrics: Mapping[str, Measure] = field(default_factory=dict)
     higher_is_better: tuple[str, ...] = ()
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def with_optimizer(self, name: str) -> Supervised:
+        """The same recipe on "sgd" or "adamw"."""
+        if name == self.optimizer:
+            return self
+        if not isinstance(self.optimizer, str):
+            raise ValueError(f"recipe {self.name} makes its own optimizer: compare with base instead of {name}")
+        return dataclasses.replace(self, optimizer=name, lr=self.adamw_lr if name == "adamw" else self.lr)
+
+    def holding_out(self, part: int) -> Supervised:
+        """The same recipe trained without a fifth of its training data, on which "tune" then evaluates.
+
+        With data for tuning of its own, the recipe itself.
+
+        Raises:
+            ValueError: data that cannot be split, such as a stream.
+        """
+        if self.tune is not None:
+            return self
+        kept, held = _split(_made(self.train), part, self.name)
+        return dataclasses.replace(self, train=kept, tune=held)
 
     def train_batches(self, at: Place) -> Any:
         return self._stream(_made(self.train), at, "train")
 
     def held_out(self, split: str, at: Place) -> Iterable[Any]:
-        """The test data for "test" and "tune", the training data in a fixed order for "measure"."""
-        source = _made(self.train if split == "measure" or self.test is None else self.test)
+        """The data for tuning, else for testing, in "tune"; the training data in a fixed order in "measure"."""
+        source = self.train if split == "measure" or self.test is None else self.test
+        source = _made(self.tune if split == "tune" and self.tune is not None else source)
         tensors = _tensors(source)
         if tensors is None:
             return _rank_share(source, at)
@@ -150,6 +177,32 @@ def _tensors(source: Any) -> tuple[Tensor, ...] | None:
     if isinstance(source, (tuple, list)) and len(source) == 2 and all(isinstance(t, Tensor) for t in source):
         return tuple(source)
     return None
+
+
+def _split(source: Any, part: int, name: str) -> tuple[Any, Any]:
+    """A source without a fifth of its rows or batches, and that fifth."""
+    tensors = _tensors(source)
+    loader = source if isinstance(source, torch.utils.data.DataLoader) else None
+    dataset: Any = source if loader is None else loader.dataset
+    splits = isinstance(source, (list, tuple)) or isinstance(dataset, torch.utils.data.Dataset)
+    sized: Any = tensors[0] if tensors else dataset if splits and hasattr(dataset, "__len__") else ()
+    n = len(sized)
+    if n < 5:
+        raise ValueError(f"recipe {name}: {type(source).__name__} cannot be split into five parts to choose a radius "
+                         "on: pass tune= data, or one --rho for each method")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(77))
+    held, kept = order[part::5], torch.cat([order[i::5] for i in range(5) if i != part])
+    if tensors is not None:
+        return tuple(t[kept] for t in tensors), tuple(t[held] for t in tensors)
+    if isinstance(source, (list, tuple)):
+        return [source[i] for i in kept.sort().values], [source[i] for i in held]
+    subsets = [torch.utils.data.Subset(dataset, rows.tolist()) for rows in (kept, held)]
+    if loader is None:
+        return subsets[0], subsets[1]
+    shuffled = isinstance(loader.sampler, torch.utils.data.RandomSampler)
+    again = [torch.utils.data.DataLoader(subset, loader.batch_size, shuffle=shuffled and i == 0,
+                                         collate_fn=loader.collate_fn) for i, subset in enumerate(subsets)]
+    return again[0], again[1]
 
 
 def _rank_share(source: Any, at: Place) -> list[Any]:

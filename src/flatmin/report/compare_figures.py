@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .compare_record import METRICS, CompareRecord
+from .compare_record import CompareRecord
 from .fields import number, numbers, section
 from .figures import PAPER, band, color, draw, line_style, logarithmic_ticks, mark, name_axes
 from .formatting import significant
@@ -34,16 +34,16 @@ def curves(r: CompareRecord, key: str, ylabel: str, scale: float = 1.0) -> Marku
                                   alpha=_alpha(r), linewidth=0, gid=f"s{i}")
             axes.plot(epochs, list(map(fmean, values)), **_line(r, i, m), solid_capstyle="round",
                       marker=line_style(i).marker if len(epochs) == 1 else None)
-        name_axes(axes, "epoch", ylabel)
+        name_axes(axes, r.time_axis, ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return draw(paint, f"{ylabel} at each epoch")
+    return draw(paint, f"{ylabel} at each {r.time_axis}")
 
 
 def scatter(r: CompareRecord, metric: str, xlabel: str) -> Markup:
-    """Accuracy against a sharpness: a point a seed, a ring at the mean of a method."""
-    ylabel = f"{r.test_name}, %"
-    pairs = {m: [p for p in (_point(run, metric) for run in r.runs(m)) if math.isfinite(p[0] + p[1])]
+    """The first metric against a sharpness: a point a seed, a ring at the mean of a method."""
+    ylabel, unit = r.test_label, " %" * (r.metrics[r.first].scale == 100)
+    pairs = {m: [p for p in (_point(r, run, metric) for run in r.runs(m)) if math.isfinite(p[0] + p[1])]
              for m in r.methods}
     every = [p[0] for v in pairs.values() for p in v]
 
@@ -55,7 +55,7 @@ def scatter(r: CompareRecord, metric: str, xlabel: str) -> Markup:
             for x, y, seed in pairs[m]:
                 axes.plot([x], [y], line_style(i).marker, color=color(i), markersize=9 if few(r) else 6.5, alpha=0.85,
                           markeredgecolor=PAPER, markeredgewidth=1.2,
-                          gid=f"s{i}|{r.label(m)}, seed {seed}: {y:.1f} %, {significant(x)}")
+                          gid=f"s{i}|{r.label(m)}, seed {seed}: {_shown(r, y)}{unit}, {significant(x)}")
             if len(pairs[m]) > 1 and few(r):
                 _ring(axes, fmean(p[0] for p in pairs[m]), fmean(p[1] for p in pairs[m]), i, 19,
                       f"{r.label(m)}, mean")
@@ -96,17 +96,22 @@ def loss_lines(r: CompareRecord, rise: bool) -> Markup:
 
 
 def radii(r: CompareRecord) -> Markup:
-    """The held-out accuracy of every ρ that was tried, with its standard error over the parts, the chosen ρ ringed."""
+    """The held-out metric of every ρ that was tried, with its standard error over the parts, the chosen ρ ringed."""
+    scale = r.metrics[r.first].scale
+    name = "held-out " + r.test_label.removeprefix("clean-test ").removeprefix("test ")
+
     def paint(axes: Any) -> None:
         tried = []
         for i, m in enumerate(r.methods):
             part = section(r.record, "selection", m)
-            points = [(g, 100 * s) for g, s in zip(numbers(part.get("grid")), numbers(part.get("scores")), strict=False)
+            scores = numbers(part.get("scores"))
+            points = [(g, scale * s) for g, s in zip(numbers(part.get("grid")), scores, strict=False)
                       if math.isfinite(g) and math.isfinite(s)]
             tried += [g for g, _ in points if g > 0]
             for (g, s), e in zip(points, numbers(part.get("stderr")), strict=False):
                 if e > 0 and math.isfinite(e):
-                    axes.plot([g, g], [s - 100 * e, s + 100 * e], color=color(i), linewidth=1.2, alpha=0.5, gid=f"s{i}")
+                    axes.plot([g, g], [s - scale * e, s + scale * e], color=color(i), linewidth=1.2, alpha=0.5,
+                              gid=f"s{i}")
             axes.plot(*([p[k] for p in points] for k in (0, 1)), **_line(r, i, m) | {"linewidth": 1.8},
                       marker=line_style(i).marker, markersize=5)
             for g, s in points:
@@ -116,14 +121,18 @@ def radii(r: CompareRecord) -> Markup:
             axes.set_xscale("log")
             logarithmic_ticks(axes.xaxis, tried)
         axes.margins(y=0.12)
-        name_axes(axes, "radius ρ", "held-out accuracy, %", 0.07)
+        name_axes(axes, "radius ρ", name, 0.07)
 
-    return draw(paint, "held-out accuracy in percent against the radius")
+    return draw(paint, f"{name} against the radius")
 
 
-def _point(run: Mapping[str, Any], metric: str) -> tuple[float, float, str]:
-    x = section(run, METRICS[metric].part).get(METRICS[metric].field)
-    return number(x), 100 * number(section(run, "test").get("accuracy")), str(run.get("seed"))
+def _point(r: CompareRecord, run: Mapping[str, Any], metric: str) -> tuple[float, float, str]:
+    x, y = (section(run, m.part).get(m.field) for m in (r.metrics[metric], r.metrics[r.first]))
+    return number(x), r.metrics[r.first].scale * number(y), str(run.get("seed"))
+
+
+def _shown(r: CompareRecord, value: float) -> str:
+    return f"{value:.1f}" if r.metrics[r.first].scale == 100 else significant(value)
 
 
 def _loss_line(line: Mapping[str, Any], rise: bool) -> Sequence[tuple[float, float, float]]:

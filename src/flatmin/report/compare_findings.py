@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .compare_record import METRICS, CompareRecord
+from .compare_record import CompareRecord
+from .differences import MOST_SEEDS, Difference
 from .fields import items, number, section
-from .formatting import joined
-from .seed_statistics import Gap, Stat, gap, over_seeds, plus_minus
+from .formatting import joined, minus, signed, significant
+from .seed_statistics import over_seeds, plus_minus
 
 
 def findings(record: Mapping[str, Any]) -> list[str]:
     """Honest sentences on a run record: who leads and whether that is decided, what else was seen, what got worse.
 
-    A difference counts as decided when it exceeds the spread √(sd² + sd²) of a difference between two single runs; with
-    one seed there is no spread and nothing is decided.
+    A difference counts as decided where a paired t test over seeds says so at 5 %, after Holm's correction over the
+    comparisons with one method; with one seed nothing is decided.
     """
     r = CompareRecord(record)
     return [verdict(r), *flatness(r), *worse(r)]
@@ -27,20 +28,20 @@ def headline(r: CompareRecord) -> str:
     """The shortest true sentence on test accuracy."""
     ranked = _ranked(r)
     if not ranked:
-        return "No method has learnt" if any(r.stat(m, "accuracy").known for m in r.methods) else "No result yet"
+        return "No method has learnt" if any(r.stat(m, r.first).known for m in r.methods) else "No result yet"
     best, base = ranked[0], r.baseline
     if len(ranked) == 1:
-        return f"{r.label(best)} reaches {percent(r.stat(best, 'accuracy'))} {r.test_name}"
+        return f"{r.label(best)} reaches {_value(r, best)} {r.test_name}"
     tied = _tied(r, ranked)
-    if not math.isfinite(r.stat(best, "accuracy").sd):
+    if not math.isfinite(r.stat(best, r.first).sd):
         return f"{r.label(best)} is ahead on {r.test_name}, in a single seed: undecided"
     if len(tied) == len(ranked) or base in tied and best != base:
         return f"No winner: the seeds do not tell {_few(r, tied, 'methods')} apart"
     if best == base:
         return f"Nothing beats {r.label(base)} here"
-    points = _points(gap(r.stat(best, "accuracy"), r.stat(base, "accuracy")))
+    points = r.metrics[r.first].size(r.difference(r.first, best, base).mean)
     verb = "is" if len(tied) == 2 else "are"
-    also = "" if len(tied) == 1 else f"; {_few(r, tied[1:], 'others')} {verb} as good within the spread"
+    also = "" if len(tied) == 1 else f"; {_few(r, tied[1:], 'others')} {verb} as good as far as the seeds tell"
     over = f" over {r.label(base)}" if base in ranked else ""
     return f"{r.label(best)} gains {points} of {r.test_name}{over}{also}"
 
@@ -49,39 +50,41 @@ def verdict(r: CompareRecord) -> str:
     """Who has the best test accuracy, by how much, against which spread."""
     ranked = _ranked(r)
     if not ranked:
-        return "No method has learnt: none is above chance." if any(r.stat(m, "accuracy").known for m in r.methods) \
-            else "No run has finished with a test accuracy, so there is nothing to compare yet."
+        return "No method has learnt: none is above chance." if any(r.stat(m, r.first).known for m in r.methods) \
+            else f"No run has finished with a {r.test_name}, so there is nothing to compare yet."
     best = ranked[0]
-    stat = r.stat(best, "accuracy")
-    first = f"{r.label(best)} has the highest {r.test_name}: {percent(stat)}"
+    metric = r.metrics[r.first]
+    first = f"{r.label(best)} has the {'highest' if metric.higher_is_better else 'lowest'} {r.test_name}: " \
+            f"{_value(r, best)}"
     if len(ranked) == 1:
         return f"{first}. It is the only method with a result that can be compared."
     other = r.baseline if r.baseline in ranked and best != r.baseline else ranked[1]
-    step = gap(stat, r.stat(other, "accuracy"))
-    text = f"{first}, {_points(step)} above {r.label(other)} ({percent(r.stat(other, 'accuracy'))}); {_against(step)}."
+    step = r.difference(r.first, best, other)
+    side = "above" if metric.higher_is_better else "below"
+    text = f"{first}, {metric.size(r.stat(best, r.first).mean - r.stat(other, r.first).mean)} {side} " \
+           f"{r.label(other)} ({_value(r, other)}); {_against(r, step)}."
     tied = [m for m in _tied(r, ranked)[1:] if m != other]
-    if tied and math.isfinite(step.spread):
-        text += f" Undecided between {r.label(best)} and {_names(r, tied)}: they differ by less than the spread."
+    if tied and step.seeds > 1:
+        text += f" Undecided between {r.label(best)} and {_names(r, tied)}."
     return text
 
 
 def worse(r: CompareRecord) -> list[str]:
-    """Everything measured that got worse than with the baseline, also where it is within the spread."""
+    """Everything measured that got worse than with the baseline, also where it is undecided."""
     base, out = r.baseline, _not_learnt(r)
     others = [m for m in r.methods if m != base and r.learnt(m)] if r.learnt(base) else []
-    lower = [m for m in others if r.stat(m, "accuracy").mean < r.stat(base, "accuracy").mean]
-    if lower:
-        out.append(_listing(r, f"{r.test_name.capitalize()} is lower", "accuracy", lower))
-    for metric in ("nll", "ece", "sharpness", "eigenvalue"):
-        rose = [m for m in others if r.stat(m, metric).mean > r.stat(base, metric).mean]
-        if rose:
-            out.append(_listing(r, f"{METRICS[metric].sentence} is higher", metric, rose))
+    for name in r.columns:
+        metric = r.metrics[name]
+        lost = [m for m in others if metric.sign * (r.stat(m, name).mean - r.stat(base, name).mean) < 0]
+        said = r.test_name.capitalize() if name == r.first else metric.sentence
+        if lost:
+            out.append(_listing(r, f"{said} is {'lower' if metric.higher_is_better else 'higher'}", name, lost))
     slow = [m for m in others if r.timing(m)[1] > 1.005]
     if slow:
         costs = _range(r, slow, lambda m: r.timing(m)[1], lambda m: f"{r.timing(m)[1]:.2f} times")
         out.append(f"A step costs more time than one of {r.label(base)}: {costs}.")
     for m in r.methods:
-        broken = sum(not math.isfinite(v) for v in [*r.seeds(m, "nll"), *r.seeds(m, "accuracy")])
+        broken = sum(not math.isfinite(v) for name in r.tests[:2] for v in r.seeds(m, name))
         if broken:
             out.append(f"{r.label(m)} diverged: {broken} of its test results are not finite numbers.")
     loose = [x for x in r.all_runs if section(x, "hessian").get("converged") is False]
@@ -96,7 +99,7 @@ def _not_learnt(r: CompareRecord) -> list[str]:
     if not idle:
         return []
     verb, they = ("has", "It is") if len(idle) == 1 else ("have", "They are")
-    values = joined([f"{r.label(m)} {percent(r.stat(m, 'accuracy'))}" for m in idle])
+    values = joined([f"{r.label(m)} {_value(r, m)}" for m in idle])
     return [f"{_names(r, idle)} {verb} not learnt: {values} is not above chance, {100 * r.chance:.1f} %. {they} not "
             f"compared with the others."]
 
@@ -111,7 +114,7 @@ def _flatter(r: CompareRecord) -> list[str]:
     for metric, name in (("sharpness", "one-step sharpness"), ("eigenvalue", "the largest Hessian eigenvalue")):
         base = r.stat(r.baseline, metric)
         lower = [m for m in r.methods if r.competes(m, metric) and r.learnt(r.baseline)
-                 and r.stat(m, metric).mean < base.mean and gap(base, r.stat(m, metric)).decided]
+                 and r.stat(m, metric).mean < base.mean and r.difference(metric, m, r.baseline).decided]
         as_well = [m for m in lower if not _fitted_less(r, m)]
         if as_well:
             out.append(_listing(r, f"Flatter: {name} is lower", metric, as_well))
@@ -121,16 +124,15 @@ def _flatter(r: CompareRecord) -> list[str]:
             verb = "has" if len(less) == 1 else "have"
             out.append(_listing(r, f"{_names(r, less)} {verb} fitted the data less (training loss {losses} against "
                                    f"{r.label(r.baseline)}’s {plus_minus(r.training_loss(r.baseline))}) and {verb} a "
-                                   f"lower {r.test_name}, so that this does not show a flatter solution: {name} is "
-                                   "lower", metric, less))
+                                   f"{'lower' if r.metrics[r.first].higher_is_better else 'higher'} {r.test_name}, "
+                                   f"so that this does not show a flatter solution: {name} is lower", metric, less))
     return sorted(out, key=lambda text: not text.startswith("Flatter"))
 
 
 def _fitted_less(r: CompareRecord, method: str) -> bool:
-    """Whether training loss is above and accuracy below the baseline's, both by more than the spread."""
-    loss = gap(r.training_loss(method), r.training_loss(r.baseline))
-    accuracy = gap(r.stat(method, "accuracy"), r.stat(r.baseline, "accuracy"))
-    return loss.decided and loss.difference > 0 and accuracy.decided and accuracy.difference < 0
+    """Whether training loss is above and test result worse than the baseline's, both decided."""
+    loss, test = (r.difference(name, method, r.baseline) for name in ("training_loss", r.first))
+    return loss.decided and loss.mean > 0 and test.decided and r.metrics[r.first].sign * test.mean < 0
 
 
 def _parts(r: CompareRecord) -> list[str]:
@@ -153,9 +155,9 @@ def _parts(r: CompareRecord) -> list[str]:
 def _rankings(r: CompareRecord) -> list[str]:
     clashes = []
     for a, b in combinations([m for m in r.methods if r.learnt(m)], 2):
-        s, h = (gap(r.stat(a, m), r.stat(b, m)) for m in ("sharpness", "eigenvalue"))
-        if s.difference * h.difference < 0:
-            clashes.append((s.decided and h.decided, (a, b) if s.difference < 0 else (b, a)))
+        s, h = (r.difference(m, a, b) for m in ("sharpness", "eigenvalue"))
+        if s.mean * h.mean < 0:
+            clashes.append((s.decided and h.decided, (a, b) if s.mean < 0 else (b, a)))
     if not clashes:
         return []
     clear = [pair for decided, pair in clashes if decided]
@@ -163,7 +165,7 @@ def _rankings(r: CompareRecord) -> list[str]:
     text = (f"One-step sharpness and the largest Hessian eigenvalue disagree: {r.label(a)} is flatter than "
             f"{r.label(b)} by the first, sharper by the second")
     if not clear:
-        text += " (undecided: not by more than the spread in both)"
+        text += " (undecided in one of them at least)"
     more = (len(clear) or len(clashes)) - 1
     rest = {0: "", 1: "; so for one more pair of methods"}.get(more, f"; so for {more} more pairs of methods")
     return [f"{text}{rest}."]
@@ -171,7 +173,9 @@ def _rankings(r: CompareRecord) -> list[str]:
 
 def _peaks(r: CompareRecord) -> list[str]:
     """Methods whose test accuracy fell clearly from its best epoch, which is read off the test set and never used."""
-    fell = []
+    fell: list[str] = []
+    if r.first != "accuracy":
+        return fell         # how far another metric may move without a meaning is not known
     for m in filter(r.learnt, r.methods):
         drop = over_seeds(max(c) - c[-1] for c in r.histories(m, "test_accuracy") if all(map(math.isfinite, c)))
         if drop.mean > 0.02:
@@ -197,40 +201,56 @@ def diagnosed(r: CompareRecord) -> list[tuple[str, str]]:
     return out
 
 
-def percent(stat: Stat) -> str:
-    return METRICS["accuracy"].with_unit(stat)
+def compared(r: CompareRecord) -> list[str]:
+    """A line for each method and reference: the difference paired over seeds, and whether it is decided."""
+    out, metric = [], r.metrics[r.first]
+    for method, reference, d in r.recorded_differences():
+        if not math.isfinite(d.low + d.high):
+            continue
+        mean = f"{100 * d.mean:+.1f}" if metric.scale == 100 else signed(significant(d.mean))
+        out.append(f"{r.label(method)} − {r.label(reference)}: {minus(mean)} [{metric.interval(d)}]"
+                   f"{' points' * (metric.scale == 100)}, p = {significant(d.adjusted, 2)}, {_decision(d)}")
+    head = f"{r.test_name}: mean difference over seeds [95 % interval], p after Holm's correction"
+    return [head, *out] if out else []
+
+
+def _decision(d: Difference) -> str:
+    """Whether a difference is decided, and with how many seeds it would be."""
+    if d.decided:
+        return "decided"
+    needed = f"about {d.seeds_needed:.0f}" if math.isfinite(d.seeds_needed) else f"more than {MOST_SEEDS}"
+    return f"undecided; {needed} seeds would decide"
+
+
+def _value(r: CompareRecord, method: str) -> str:
+    return r.metrics[r.first].with_unit(r.stat(method, r.first))
 
 
 def _ranked(r: CompareRecord) -> list[str]:
-    return sorted((m for m in r.methods if r.competes(m, "accuracy")), key=lambda m: -r.stat(m, "accuracy").mean)
+    sign = r.metrics[r.first].sign
+    return sorted((m for m in r.methods if r.competes(m, r.first)), key=lambda m: -sign * r.stat(m, r.first).mean)
 
 
 def _tied(r: CompareRecord, ranked: Sequence[str]) -> list[str]:
     """The best, and what cannot be told from it."""
-    top = r.stat(ranked[0], "accuracy")
-    return [ranked[0], *(m for m in ranked[1:] if not gap(top, r.stat(m, "accuracy")).decided)]
+    return [ranked[0], *(m for m in ranked[1:] if not r.difference(r.first, m, ranked[0]).decided)]
 
 
-def _points(step: Gap) -> str:
-    return f"{abs(100 * step.difference):.1f} points"
-
-
-def _against(step: Gap) -> str:
-    if not math.isfinite(step.spread):
-        return "with one seed there is no spread to compare this with, so it is undecided"
-    spread = f"the spread over seeds, {100 * step.spread:.1f}"
-    return f"more than {spread}" if step.decided else f"less than {spread}, so undecided"
+def _against(r: CompareRecord, step: Difference) -> str:
+    if step.seeds < 2:
+        return "with one seed in common there is no spread to compare this with, so it is undecided"
+    return f"95 % interval of the difference over seeds {r.metrics[r.first].interval(step)}, {_decision(step)}"
 
 
 def _listing(r: CompareRecord, start: str, metric: str, methods: Sequence[str]) -> str:
     base = r.stat(r.baseline, metric)
-    show = METRICS[metric].with_unit
-    clear = [m for m in methods if gap(base, r.stat(m, metric)).decided]
+    show = r.metrics[metric].with_unit
+    clear = [m for m in methods if r.difference(metric, m, r.baseline).decided]
     vague = [m for m in methods if m not in clear]
     parts = [_range(r, group, lambda m: r.stat(m, metric).mean, lambda m: show(r.stat(m, metric)))
              for group in (clear, vague) if group]
     if vague:
-        parts[-1] += " (undecided, within the spread)" if math.isfinite(base.sd) else " (undecided, one seed)"
+        parts[-1] += " (undecided)" if math.isfinite(base.sd) else " (undecided, one seed)"
     return f"{start} than {r.label(r.baseline)}’s {show(base)}: {'; '.join(parts)}."
 
 

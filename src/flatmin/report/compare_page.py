@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..training.methods import TWICE
 from . import compare_figures as draw
-from .compare_findings import diagnosed, flatness, headline, verdict, worse
-from .compare_record import COLUMNS, METRICS, PARTS, CompareRecord
+from .compare_findings import compared, diagnosed, flatness, headline, verdict, worse
+from .compare_record import PARTS, CompareRecord
 from .compare_table import parts, power, step_time
 from .fields import details, items, number, numbers, section
 from .figures import Figure, LineStyle, line_style
 from .formatting import count, joined
-from .seed_statistics import gap
+from .seed_statistics import Stat
 from .surface import turnable
 
 
@@ -51,19 +52,27 @@ class Cell:
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template of the page shows of a record."""
     r = CompareRecord(record)
-    low, high = (f"{100 * v:.1f}" for v in r.range_of("accuracy"))
+    first = r.metrics[r.first]
+    low, high = (first.with_unit(Stat(v)) for v in r.range_of(r.first))
     return {
         "name": str(r.data.get("name")), "unfinished": "" if r.complete else str(record.get("status")),
         "trainings": count(len(r.all_runs), "training"), "headline": headline(r), "verdict": verdict(r),
         "setting": _setting(r), "test_name": r.test_name.capitalize(), "baseline": r.label(r.baseline),
         "seeds": r.most_seeds(), "noisy": r.noisy, "few": draw.few(r), "ranks": _ranks(r),
-        "scale": f"{low} to {high} %" if low != high else "", "found": flatness(r), "worse": worse(r),
+        "scale": f"{low.removesuffix(' %')} to {high}" if low != high else "", "test_label": _capital(r.test_label),
+        "better": "Up" if first.higher_is_better else "Down", "accurate": r.first == "accuracy",
+        "compared": [_capital(line) for line in compared(r)],
+        "twice": any(m.endswith(TWICE) for m in r.methods), "found": flatness(r), "worse": worse(r),
         "results": _results(r), "methods": [_method(r, m) for m in r.methods], "learning": _learning(r),
         "sharpness": _sharpness(r), "lines": _lines(r), "plane": section(record, "plane"), **_plane(r),
         "radii": _radii(r), "looked": bool(section(record, "diagnosis")), "diagnosis": diagnosed(r),
         "details": details(("Settings", record.get("settings")), ("Data", r.data),
                            ("Versions", record.get("versions")), ("Left out", record.get("left_out"))),
     }
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _method(r: CompareRecord, method: str) -> Method:
@@ -74,30 +83,33 @@ def _method(r: CompareRecord, method: str) -> Method:
 def _setting(r: CompareRecord) -> str:
     """What was compared on what, in words."""
     train, test, noise = (number(r.data.get(k)) for k in ("train", "test", "noise"))
+    what = "examples" if r.first == "accuracy" else str(r.data.get("units", "samples"))
+    parts = [count(len(r.methods), "method") + f", {count(r.most_seeds(), 'seed')}"]
     noisy = f" of which {100 * noise:g} % have their label re-drawn at random" if r.noisy else ""
-    return (f"{count(len(r.methods), 'method')}, {count(r.most_seeds(), 'seed')}; {train:,.0f} training examples"
-            f"{noisy}; {test:,.0f} {'clean ' * r.noisy}test examples. Everything but the method is equal, unless the "
-            "settings below say otherwise.")
+    parts += [f"{train:,.0f} training {what}{noisy}"] if math.isfinite(train) else []
+    parts += [f"{test:,.0f} {'clean ' * r.noisy}test {what}"] if math.isfinite(test) else []
+    return f"{'; '.join(parts)}. Everything but the method is equal, unless the settings below say otherwise."
 
 
 def _ranks(r: CompareRecord) -> list[tuple[Method, Cell]]:
-    ranked = sorted((m for m in r.methods if r.stat(m, "accuracy").known), key=lambda m: -r.stat(m, "accuracy").mean)
-    return [(_method(r, m), _cell(r, m, "accuracy", width=130 if len(ranked) < 6 else 220)) for m in ranked]
+    sign = r.metrics[r.first].sign
+    ranked = sorted((m for m in r.methods if r.stat(m, r.first).known), key=lambda m: -sign * r.stat(m, r.first).mean)
+    return [(_method(r, m), _cell(r, m, r.first, width=130 if len(ranked) < 6 else 220)) for m in ranked]
 
 
 def _results(r: CompareRecord) -> dict[str, Any] | None:
     """The table: (heading, remark) of each column, (method, cells) of each row."""
-    shown = [c for c in COLUMNS if any(r.stat(m, c).known for m in r.methods)]
+    shown = [c for c in r.columns if any(r.stat(m, c).known for m in r.methods)]
     if not shown:
         return None
     best = {c: _best(r, c) for c in shown}
-    heads = [(METRICS[c].heading, _remark(r, c)) for c in shown]
+    heads = [(r.metrics[c].heading, _remark(r, c)) for c in shown]
     rows = [(_method(r, m), [_cell(r, m, c, m in best[c]) for c in shown]) for m in r.methods]
     if any(map(math.isfinite, (r.timing(m)[1] for m in r.methods))):
         heads.append(("Time a step, ms", f"× {r.label(r.baseline)} (middle half)"))
         for method, (_, cells) in zip(r.methods, rows, strict=True):
             ms, ratio = step_time(r, method)
-            cells.append(Cell(ms, remark=f"{ratio} ×{_quartiles(r, method)}"))
+            cells.append(Cell(ms, remark=f"{ratio} ×{_quartiles(r, method)}" if ratio != "–" else ""))
     return {"heads": heads, "rows": rows}
 
 
@@ -106,9 +118,8 @@ def _best(r: CompareRecord, metric: str) -> set[str]:
     known = [m for m in r.methods if r.competes(m, metric)]
     if len(known) < 2:
         return set()
-    sign = -1 if METRICS[metric].higher_is_better else 1
-    top = r.stat(min(known, key=lambda m: sign * r.stat(m, metric).mean), metric)
-    tied = {m for m in known if not gap(top, r.stat(m, metric)).decided}
+    top = max(known, key=lambda m: r.metrics[metric].sign * r.stat(m, metric).mean)
+    tied = {m for m in known if not r.difference(metric, m, top).decided}
     return tied if len(tied) < len(r.methods) else set()
 
 
@@ -117,11 +128,11 @@ def _remark(r: CompareRecord, metric: str) -> str:
         return f"ρ = {r.probe():g}; first ■ and second □ order"
     if metric == "eigenvalue":
         return "of the training loss"
-    return "higher is better" if METRICS[metric].higher_is_better else "lower is better"
+    return "higher is better" if r.metrics[metric].higher_is_better else "lower is better"
 
 
 def _cell(r: CompareRecord, method: str, metric: str, strong: bool = False, width: int = 100) -> Cell:
-    value, _, spread = METRICS[metric].text(r.stat(method, metric)).partition(" ± ")
+    value, _, spread = r.metrics[metric].text(r.stat(method, metric)).partition(" ± ")
     bars, remark = (_bars(r, method), parts(r, method)) if metric == "sharpness" else (None, "")
     residual = r.stat(method, "residual")
     if metric == "eigenvalue" and residual.known:
@@ -156,9 +167,10 @@ def _quartiles(r: CompareRecord, method: str) -> str:
 def _learning(r: CompareRecord) -> list[Figure]:
     if not any(r.histories(m, "train_loss") for m in r.methods):
         return []
-    return [Figure("Training loss", "on the labels trained on", draw.curves(r, "train_loss", "training loss")),
+    trained = "labels" if r.first == "accuracy" else "data"
+    return [Figure("Training loss", f"on the {trained} trained on", draw.curves(r, "train_loss", "training loss")),
             Figure(r.test_name.capitalize(), "watched, never used to pick an epoch",
-                   draw.curves(r, "test_accuracy", f"{r.test_name}, %", 100))]
+                   draw.curves(r, f"test_{r.first}", r.test_label, r.metrics[r.first].scale))]
 
 
 def _sharpness(r: CompareRecord) -> list[Figure]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from ..training.methods import TWICE
+from .differences import Difference, differences
 from .fields import items, number, numbers, section
-from .formatting import printable
+from .formatting import minus, printable, significant
 from .seed_statistics import Stat, over_seeds, plus_minus
 
 LABELS = {
+    "base": "Base optimizer",
     "sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "sam": "SAM", "asam": "ASAM", "esam": "ESAM", "gsam": "GSAM",
     "wsam": "WSAM", "looksam": "LookSAM", "fisher_sam": "Fisher SAM", "friendly_sam": "Friendly SAM",
     "functional_sam": "Functional SAM", "logit_sam": "Logit SAM", "momentum_sam": "Momentum SAM",
@@ -39,6 +42,20 @@ class Metric:
     def with_unit(self, stat: Stat) -> str:
         return self.text(stat) + " %" * (self.scale == 100)
 
+    def size(self, difference: float) -> str:
+        """How large a difference is."""
+        return f"{abs(100 * difference):.1f} points" if self.scale == 100 else significant(abs(difference))
+
+    def interval(self, difference: Difference) -> str:
+        """The ends of the confidence interval of a difference."""
+        ends = [f"{100 * v:.1f}" if self.scale == 100 else significant(v) for v in (difference.low, difference.high)]
+        return " to ".join(minus(v) for v in ends)
+
+    @property
+    def sign(self) -> int:
+        """+1 where higher is better, −1 where lower is."""
+        return 1 if self.higher_is_better else -1
+
 
 METRICS = {
     "accuracy": Metric("test", "accuracy", "Accuracy, %", "accuracy %", scale=100, decimals=1, higher_is_better=True),
@@ -52,7 +69,8 @@ METRICS = {
     "second_order": Metric("sharpness", "second_order"),
     "residual": Metric("hessian", "residual"),
 }
-COLUMNS = ("accuracy", "nll", "ece", "sharpness", "eigenvalue")
+CLASSIFIER = ("accuracy", "nll", "ece")
+MEASURED = ("sharpness", "eigenvalue")
 PARTS = ("first_order", "second_order")
 
 
@@ -63,20 +81,72 @@ class CompareRecord:
         self.record = record
         self.all_runs = [r for r in items(record.get("runs")) if isinstance(r, Mapping)]
         found = dict.fromkeys([*(str(r.get("method")) for r in self.all_runs), *map(str, section(record, "selection"))])
-        self.baseline = "sgd" if "sgd" in found else next(iter(found), "")
+        base = next((m for m in (str(record.get("base")), "sgd") if m in found), "")
+        self.baseline = base or next(iter(found), "")
+        self.metrics = METRICS | self._own_metrics()
+        self.first = next(iter(self.tests))
+        self._differences: dict[tuple[str, str], dict[str, Difference]] = {}
         self.methods = sorted(found, key=lambda m: m != self.baseline)  # stable: the baseline first, then as they ran
         self.data = section(record, "data")
         self.complete = record.get("status") == "complete"
         self.noisy = number(self.data.get("noise")) > 0
         self.chance = number(self.data.get("chance"))
 
+    def _own_metrics(self) -> dict[str, Metric]:
+        """Those of the recipe; a classifier's where the record names none."""
+        given = section(self.record, "metrics")
+        self.tests = tuple(map(str, given)) or CLASSIFIER
+        return {name: Metric("test", name, _words(name).capitalize(), _words(name), f"Test {_words(name)}",
+                             higher_is_better=bool(section(given, name).get("higher_is_better")))
+                for name in self.tests if name not in CLASSIFIER}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.tests, *MEASURED)
+
     @property
     def test_name(self) -> str:
-        return "clean-test accuracy" if self.noisy else "test accuracy"
+        """Of the recipe's first metric, by which methods are ranked."""
+        return f"clean-test {_words(self.first)}" if self.noisy else f"test {_words(self.first)}"
+
+    @property
+    def test_label(self) -> str:
+        """The same with its unit, for an axis."""
+        return self.test_name + ", %" * (self.metrics[self.first].scale == 100)
+
+    @property
+    def time_axis(self) -> str:
+        """What the history is over."""
+        return "tenths of the run" if "epochs" in self.data and self.data["epochs"] is None else "epoch"
 
     def label(self, method: str) -> str:
         """A name as the papers write it."""
+        if method.endswith(TWICE):
+            return f"{self.label(method.removesuffix(TWICE))} (2× steps)"
         return printable(LABELS.get(method, method))
+
+    def by_seed(self, method: str, metric: str) -> dict[str, float]:
+        """The value of each run that has one; of "training_loss" the last."""
+        if metric == "training_loss":
+            found = {str(x.get("seed")): numbers(section(x, "history").get("train_loss")) for x in self.runs(method)}
+            return {seed: curve[-1] for seed, curve in found.items() if curve}
+        part, name = self.metrics[metric].part, self.metrics[metric].field
+        return {str(x.get("seed")): number(section(x, part)[name]) for x in self.runs(method)
+                if section(x, part).get(name) is not None}
+
+    def difference(self, metric: str, a: str, b: str) -> Difference:
+        """a − b, paired over seeds; corrected for the comparisons of all methods with b."""
+        if (metric, b) not in self._differences:
+            others = {m: self.by_seed(m, metric) for m in self.methods if m != b}
+            self._differences[metric, b] = differences(others, self.by_seed(b, metric))
+        return self._differences[metric, b].get(a, Difference())
+
+    def recorded_differences(self) -> list[tuple[str, str, Difference]]:
+        """(method, reference, difference of the first metric) of each comparison in the record."""
+        kept = [d for d in items(self.record.get("differences")) if isinstance(d, Mapping)]
+        names: list[Any] = [f.name for f in fields(Difference)]
+        return [(str(d.get("method")), str(d.get("minus")), Difference(*(number(d.get(n)) for n in names)))
+                for d in kept]
 
     def runs(self, method: str) -> list[Mapping[str, Any]]:
         return [r for r in self.all_runs if str(r.get("method")) == method]
@@ -88,7 +158,7 @@ class CompareRecord:
 
     def seeds(self, method: str, metric: str) -> list[float]:
         """The value of each run that has one, non-finite ones included."""
-        part, name = METRICS[metric].part, METRICS[metric].field
+        part, name = self.metrics[metric].part, self.metrics[metric].field
         return [number(section(r, part)[name]) for r in self.runs(method) if section(r, part).get(name) is not None]
 
     def stat(self, method: str, metric: str) -> Stat:
@@ -101,7 +171,7 @@ class CompareRecord:
 
     def most_seeds(self) -> int:
         """The largest number of seeds behind a mean."""
-        return max((self.stat(m, x).n for m in self.methods for x in COLUMNS), default=0)
+        return max((self.stat(m, x).n for m in self.methods for x in self.columns), default=0)
 
     def training_loss(self, method: str) -> Stat:
         """Of the last epoch."""
@@ -113,13 +183,13 @@ class CompareRecord:
         Chance is the share of the most frequent class. A method that is no better has learnt nothing, and its flatness
         and calibration say nothing.
         """
-        accuracy, n, chance = self.stat(method, "accuracy"), number(self.data.get("test")), self.chance
-        if not (accuracy.known and math.isfinite(chance) and n > 0):
-            return not any(map(math.isnan, self.seeds(method, "accuracy")))
+        accuracy, n, chance = self.stat(method, self.first), number(self.data.get("test")), self.chance
+        if not (self.first == "accuracy" and accuracy.known and math.isfinite(chance) and n > 0):
+            return not any(map(math.isnan, self.seeds(method, self.first)))
         return accuracy.mean > chance + 2 * math.sqrt(chance * (1 - chance) / n)
 
     def not_learnt(self) -> list[str]:
-        return [m for m in self.methods if self.stat(m, "accuracy").known and not self.learnt(m)]
+        return [m for m in self.methods if self.stat(m, self.first).known and not self.learnt(m)]
 
     def competes(self, method: str, metric: str) -> bool:
         """Whether a method has a value that can be compared with others'."""
@@ -151,3 +221,7 @@ class CompareRecord:
         part = section(self.record, "diagnosis", method)
         now, after = number(part.get("rho")), number(part.get("next_rho"))
         return (now, after, str(part.get("next_rho_because"))) if math.isfinite(after) and after != now else None
+
+
+def _words(name: str) -> str:
+    return printable(name).replace("_", " ")

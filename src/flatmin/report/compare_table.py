@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from .compare_findings import diagnosed
-from .compare_record import COLUMNS, METRICS, PARTS, CompareRecord
+from .compare_findings import compared, diagnosed
+from .compare_record import PARTS, CompareRecord
 from .fields import number
 from .formatting import count, minus, significant, total
 
@@ -21,15 +21,15 @@ def table(record: Mapping[str, Any]) -> str:
     sharpness, followed by the rest where that is more than a quarter; "× SGD" is the time of a step in units of SGD's.
     """
     r = CompareRecord(record)
-    metrics = [METRICS[name].short for name in COLUMNS]
-    head = ["mean ± sd" if r.most_seeds() > 1 else "", "ρ", *metrics[:4], "= 1st + 2nd", *metrics[4:], "ms/step",
+    names = [r.metrics[name].short for name in r.columns]
+    head = ["mean ± sd" if r.most_seeds() > 1 else "", "ρ", *names[:-1], "= 1st + 2nd", names[-1], "ms/step",
             f"× {r.label(r.baseline)}"]
     rows = []
     for m in r.methods:
-        cells = [METRICS[name].text(r.stat(m, name)) for name in COLUMNS]
+        cells = [r.metrics[name].text(r.stat(m, name)) for name in r.columns]
         residual = r.stat(m, "residual")
-        cells[4] += f" ({power(residual.mean)})" if residual.known else ""
-        rows.append([r.label(m), _radius(r, m), *cells[:4], parts(r, m) or "–", *cells[4:], *step_time(r, m)])
+        cells[-1] += f" ({power(residual.mean)})" if residual.known else ""
+        rows.append([r.label(m), _radius(r, m), *cells[:-1], parts(r, m) or "–", cells[-1], *step_time(r, m)])
     keep = [0, *(i for i in range(1, len(head)) if any(row[i] != "–" for row in rows))]
     lines = [[row[i] for i in keep] for row in [head, *rows]]
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
@@ -69,7 +69,7 @@ def _radius(r: CompareRecord, method: str) -> str:
 
 
 def _notes(r: CompareRecord) -> list[str]:
-    counts = {r.stat(m, "accuracy").n for m in r.methods} - {0}
+    counts = {r.stat(m, r.first).n for m in r.methods} - {0}
     seeds = f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else count(max(counts, default=0), "seed")
     out = [f"± is the standard deviation over {seeds}" if r.most_seeds() > 1 else f"no spread: {seeds}"]
     if math.isfinite(r.probe()):
@@ -78,7 +78,7 @@ def _notes(r: CompareRecord) -> list[str]:
         out.append("eigenvalue (residual)")
     if not all(map(r.explained, r.methods)):
         out.append("a third part is what slope and curvature leave unexplained")
-    lines, idle = [", ".join(out)], r.not_learnt()
+    lines, idle = [", ".join(out), *compared(r)], r.not_learnt()
     if idle:
         lines.append(f"not above chance ({100 * r.chance:.1f} %), so not compared: {', '.join(map(r.label, idle))}")
     for m in r.methods:

@@ -1,4 +1,4 @@
-"""Means over seeds with their spread, and whether a difference of two exceeds it."""
+"""Means over seeds with their spread."""
 
 from __future__ import annotations
 
@@ -23,28 +23,11 @@ class Stat:
         return math.isfinite(self.mean)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A difference of two means beside the spread √(sd² + sd²) of a difference between two single runs."""
-
-    difference: float
-    spread: float
-
-    @property
-    def decided(self) -> bool:
-        return math.isfinite(self.difference) and abs(self.difference) > self.spread  # False where the spread is nan
-
-
 def over_seeds(values: Iterable[float]) -> Stat:
     """The mean and standard deviation of the finite ones."""
     finite = [v for v in values if math.isfinite(v)]
     sd = statistics.stdev(finite) if len(finite) > 1 else math.nan
     return Stat(statistics.fmean(finite), sd, len(finite)) if finite else Stat()
-
-
-def gap(a: Stat, b: Stat) -> Gap:
-    """a − b, with the spread."""
-    return Gap(a.mean - b.mean, math.hypot(a.sd, b.sd))
 
 
 def plus_minus(stat: Stat, scale: float = 1.0, decimals: int = 0) -> str:

@@ -1,41 +1,80 @@
-"""The methods a job can compare: plain optimizers and every preset, each with its base and its radii to try.
+"""The methods a job can compare: plain optimizers and every preset, each with the radii to try.
 
-A table alone, without torch, so that a wrong name is found at once.
+"base" is the recipe's own optimizer. A table alone, without torch, so that a wrong name is found at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from dataclasses import dataclass, replace
+from typing import Any
 
 _ONE, _SMALL = (0.05, 0.1, 0.2, 0.4, 0.8), (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name, the optimizer it descends with, and the grid its radius is chosen from (empty: it has none).
+    """A name, what it is trained with, and the grid its radius is chosen from (empty: it has none).
 
+    ``optimizer``: the one it needs, None for the recipe's own. ``preset``: False for a plain optimizer.
     ``steps_by_rho``: whether every step has the length ρ in the direction's own norm, which the diagnosis checks.
     ``knobs``: the settings that say how strong the correction is, where that is not ρ.
+    ``factor``: how many times as many steps as the others.
     """
 
     name: str
-    base: str = "sgd"
+    optimizer: str | None = None
     rhos: tuple[float, ...] = ()
     steps_by_rho: bool = True
     knobs: str = ""
+    factor: int = 1
 
-    def grid(self, recipe: Recipe) -> tuple[float, ...]:
+    @property
+    def preset(self) -> str:
+        """What the training loop calls it."""
+        return self.name if self.rhos else "base"
+
+    def grid(self, recipe: Any) -> tuple[float, ...]:
         """The radii to try on a recipe."""
-        return tuple(recipe.rhos.get(self.name, self.rhos))
+        return tuple(getattr(recipe, "rhos", {}).get(self.name, self.rhos))
+
+    def twice(self) -> Method:
+        """The same for twice the steps, as many passes as a method with two passes a step."""
+        return replace(self, name=f"{self.name}{TWICE}", factor=2)
+
+    def base(self, recipe: Any) -> Method:
+        """The plain optimizer that the method is compared with on a recipe."""
+        name = self.optimizer if hasattr(recipe, "with_optimizer") and self.optimizer else own_optimizer(recipe)
+        return METHODS[name]
+
+    def on(self, recipe: Any) -> Any:
+        """The recipe with the optimizer that the method needs.
+
+        Raises:
+            ValueError: another one than the recipe's own, and the recipe knows no other.
+        """
+        if self.optimizer is None:
+            return recipe
+        if hasattr(recipe, "with_optimizer"):
+            return recipe.with_optimizer(self.optimizer)
+        if self.rhos:           # preconditioned by the state of whatever optimizer the recipe has
+            return recipe
+        raise ValueError(f"recipe {recipe.name} makes its own optimizer: compare with base instead of {self.name}")
+
+
+TWICE = "_2x"
+"""What is appended to the name of a method that trains for twice the steps."""
+
+
+def own_optimizer(recipe: Any) -> str:
+    """The name of the method that is the recipe's own optimizer: "sgd", "adamw", or "base" for any other."""
+    name = getattr(recipe, "optimizer", None)
+    return name if isinstance(name, str) and name in ("sgd", "adamw") and hasattr(recipe, "with_optimizer") else "base"
 
 
 METHODS: Mapping[str, Method] = {m.name: m for m in (
-    Method("sgd"),
+    Method("base"),
+    Method("sgd", "sgd"),
     Method("adamw", "adamw"),
     Method("sam", rhos=_ONE),
     Method("asam", rhos=(0.5, 1.0, 2.0, 4.0)),
@@ -70,3 +109,9 @@ def find_methods(text: str) -> list[Method]:
     if unknown or not names:
         raise ValueError(f"unknown method {', '.join(unknown) or text!r}: choose from all, {', '.join(METHODS)}")
     return [METHODS[n] for n in dict.fromkeys(names)]
+
+
+def equal_compute(methods: list[Method], recipe: Any) -> list[Method]:
+    """The plain optimizers under the sharpness-aware methods, each trained for twice the steps."""
+    bases = dict.fromkeys(m.base(recipe).name for m in methods if m.rhos)
+    return [METHODS[name].twice() for name in bases]

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-from torch import Tensor, nn
-
-from .. import perturbed
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, inputs: Tensor, batch_size: int = 1024) -> Tensor:
-    """Outputs in eval mode; the mode is restored."""
-    with perturbed.module_mode(model, training=False):
-        return torch.cat([model(x) for x in inputs.split(batch_size)])
+from torch import Tensor
 
 
 def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str, float]:
@@ -27,7 +19,7 @@ def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str,
     logs = logits.double().log_softmax(-1)
     confidence, predicted = logs.exp().max(-1)
     correct = (predicted == targets).double()
-    which = (confidence * bins).ceil().clamp(1, bins).long() - 1
+    which = _bins(confidence, bins)
     count = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, torch.ones_like(correct))
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
     nll = -logs.gather(-1, targets[:, None]).mean()
@@ -35,15 +27,29 @@ def classification(logits: Tensor, targets: Tensor, bins: int = 15) -> dict[str,
             "confidence": confidence.mean().item()}
 
 
-def standard_errors(logits: Tensor, targets: Tensor, resamples: int = 200) -> dict[str, float]:
+def standard_errors(logits: Tensor, targets: Tensor, resamples: int = 200, bins: int = 15) -> dict[str, float]:
     """Of accuracy, NLL and ECE over the draw of test examples; that of the ECE by a bootstrap with a fixed seed."""
     n = len(targets)
-    if n < 2:
+    if n < 2 or bool(logits.isnan().any()):
         return dict.fromkeys(("accuracy", "nll", "ece"), math.nan)
     logs = logits.double().log_softmax(-1)
     share = (logs.argmax(-1) == targets).double().mean().item()
     spread = logs.gather(-1, targets[:, None]).std().item()
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
-    again = torch.tensor([classification(logits[i], targets[i])["ece"] for i in draws], dtype=torch.float64)
+    confidence, predicted = logs.exp().max(-1)
+    gap = (predicted == targets).double() - confidence
+    draws = _draws(n, resamples)
+    cells = _bins(confidence, bins)[draws] + bins * torch.arange(resamples)[:, None]
+    gaps = torch.zeros(bins * resamples, dtype=torch.float64).index_add_(0, cells.flatten(), gap[draws].flatten())
+    again = gaps.view(resamples, bins).abs().sum(1) / n
     return {"accuracy": math.sqrt(share * (1 - share) / n), "nll": spread / math.sqrt(n), "ece": again.std().item()}
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(n: int, resamples: int) -> Tensor:
+    """Rows of examples drawn with replacement, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randint(n, (n,), generator=generator) for _ in range(resamples)])
+
+
+def _bins(confidence: Tensor, bins: int) -> Tensor:
+    return (confidence * bins).ceil().clamp(1, bins).long() - 1

@@ -32,13 +32,14 @@ class Place:
 class Metric:
     """A mean over ``weight`` samples or tokens, its standard error (nan: not known), and which way is better.
 
-    Several ranks' means are averaged by their weights; a bare number has the weight 1.
+    Several ranks' means are averaged by their weights; a bare number has the weight 1. ``higher_is_better`` is None
+    where neither is.
     """
 
     value: float
     stderr: float = math.nan
     weight: float = 1.0
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False
 
 
 class Batches(Protocol):
@@ -67,6 +68,12 @@ class Recipe(Protocol):
             empty list does not evaluate; under FSDP2 all ranks must have equally many batches.
         losses(outputs, batch): one loss a sample, for ESAM.
         blocks(model): the modules that are sharded and checkpointed one by one, such as the layers of a transformer.
+        splits: the names that ``held_out`` knows, where "train" (all that is trained on) is among them.
+        holding_out(part), folds: the recipe without a fifth of its training data, which is then its "tune" split; over
+            how many of the fifths ``flatmin compare`` chooses a radius. Without it, "tune" must not be test data.
+        with_optimizer(name): the recipe on "sgd" or "adamw".
+        check(outputs, batch, at): raises a ValueError where the outputs of a batch do not fit the data.
+        facts(at): what the record says of the data, with a "fingerprint" that differs where they do.
         units: what ``weight`` counts, for the record: "samples" (the default) or "tokens".
     """
 

@@ -192,6 +192,10 @@ class Training:
 
     # one step
 
+    def step(self, micro: list[Any]) -> None:
+        """One optimizer step on the micro-batches of this rank."""
+        self._step(*self._next(iter([micro])))
+
     def _next(self, stream: Iterator[list[Any]]) -> tuple[list[Any], list[float]]:
         """The micro-batches of a step as both passes see them, and the weights of their losses.
 
