@@ -14,6 +14,9 @@ Measure
     paths            the logit path and the functional path of sharpness
     generalization   calibration, robustness of weights, PAC-Bayes bounds
 
+Runs
+    load             the record, weights and log of a run folder
+
 Use elsewhere
     recipes          models and data for ``flatmin compare``, and the class for your own
     tensorscope      the names and signatures of the TensorScope pipeline
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from . import ascent, curvature, generalization, landscape, paths, presets, recipes, sharpness, tensorscope
     from .ascent import SAM, Sharpener
     from .objective import Objective
+    from .training.folder import load
 
 __version__ = "0.1.0"
 
@@ -36,18 +40,20 @@ __all__ = [
     "Sharpener", "presets", "SAM", "ascent",
     # measure
     "Objective", "curvature", "sharpness", "landscape", "paths", "generalization",
+    # runs
+    "load",
     # use elsewhere
     "recipes", "tensorscope",
 ]
 
-_CLASSES = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective"}
+_INSIDE = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective", "load": "training.folder"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f".{_CLASSES.get(name, name)}", __name__)
-    globals()[name] = found = getattr(module, name) if name in _CLASSES else module
+    module = import_module(f".{_INSIDE.get(name, name)}", __name__)
+    globals()[name] = found = getattr(module, name) if name in _INSIDE else module
     return found
 
 

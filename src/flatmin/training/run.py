@@ -133,20 +133,25 @@ class Training:
         since the last evaluation."""
         total, units = self.at.group.total(float(self.loss_sum), self.loss_units)
         self.loss_sum, self.loss_units = torch.zeros((), dtype=torch.float64), 0.0
-        found: dict[str, dict[str, Metric]] = {}
-        if hasattr(self.recipe, "evaluate"):
-            with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
-                    perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
-                for split in self.splits:
-                    torch.manual_seed(self.at.seed)
-                    metrics = evaluated(self.recipe, self.model, self.recipe.held_out(split, self.at))
-                    found[split] = {name: self._reduced(metric) for name, metric in metrics.items()}
+        found = self.metrics(self.splits)
         row: dict[str, Any] = {"step": self.done, "train_loss": total / units if units else math.nan} | {
             split: {name: metric.value for name, metric in metrics.items()} for split, metrics in found.items()}
         row["stderr"] = {split: {name: metric.stderr for name, metric in metrics.items()}
                          for split, metrics in found.items()}
         self.trained.evaluations.append(row)
         self.log.write({"evaluation": row})
+        return found
+
+    def metrics(self, splits: Sequence[str]) -> dict[str, dict[str, Metric]]:
+        """What the recipe says of the model on each split, over all ranks; empty where it has no ``evaluate``."""
+        found: dict[str, dict[str, Metric]] = {}
+        if hasattr(self.recipe, "evaluate"):
+            with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
+                    perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
+                for split in splits:
+                    torch.manual_seed(self.at.seed)
+                    metrics = evaluated(self.recipe, self.model, self.recipe.held_out(split, self.at))
+                    found[split] = {name: self._reduced(metric) for name, metric in metrics.items()}
         return found
 
     def save(self) -> None:
