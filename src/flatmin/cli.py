@@ -88,11 +88,13 @@ _JOBS = {
         "processes", _TRAIN, dict.fromkeys(("settings", "recipe", "place", "model"), dict),
         lambda s: ["numpy", "matplotlib", "safetensors"], "a recipe: a name, or module:recipe"),
     "compare": _Job(
-        "jobs.compare:Comparison", CompareSettings, "recipe", "train methods side by side on one recipe, measure them, write a report", _COMPARE,
+        "jobs.compare:Comparison", CompareSettings, "recipe",
+        "train methods side by side on one recipe, measure them, write a report", _COMPARE,
         {"settings": dict, "data": dict, "selection": dict, "runs": list},
         lambda s: ["numpy", "matplotlib", "safetensors", *["sklearn"] * (s.recipe == "digits")]),
     "measure": _Job(
-        "jobs.measure:Measurement", MeasureSettings, "objective", "sharpness, spectrum and landscape of your own model, each with its error",
+        "jobs.measure:Measurement", MeasureSettings, "objective",
+        "sharpness, spectrum and landscape of your own model, each with its error",
         _MEASURE, dict.fromkeys(("settings", "model", "data", "results", "timing", "warnings"), dict),
         lambda s: ["numpy", "matplotlib", *["safetensors"] * any(str(p).endswith(".safetensors")
                                                                 for p in (s.checkpoint, s.against))],

@@ -45,7 +45,7 @@ class TrainingRun:
                  quiet: bool = False):
         self.settings, self.folder = settings, folder
         with ExitStack() as stack:
-            self.recipe, error = _attempt(settings)
+            self.recipe, error = _attempt(settings, folder if record is None else None)
             data = None if "data" in simple_fields(self.recipe) else settings.fields.get("data")
             self.at = stack.enter_context(launch.place(settings, data))
             self._agree(error, record)
@@ -165,14 +165,17 @@ def find_trainable(name: str) -> Any:
     return recipe
 
 
-def _attempt(settings: TrainJobSettings) -> tuple[Any, Exception | None]:
-    """The recipe, or why there is none: said once all ranks are there."""
+def _attempt(settings: TrainJobSettings, new: RunFolder | None) -> tuple[Any, Exception | None]:
+    """The recipe, or why there is none to train: said once all ranks are there."""
     try:
         recipe = find_trainable(settings.recipe)
         own = {k: v for k, v in settings.fields.items() if k != "data" or "data" in simple_fields(recipe)}
-        return with_fields(recipe, own), None
-    except ValueError as error:
+        recipe = with_fields(recipe, own)
+        if new is not None:
+            new.refuse_used()
+    except (ValueError, RunFolderError) as error:
         return None, error
+    return recipe, None
 
 
 def _units(recipe: Any) -> str:

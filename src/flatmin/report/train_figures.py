@@ -12,6 +12,8 @@ from .train_record import SPLITS, Curve, TrainRecord, label
 
 Line = tuple[str, Curve, list[float]]
 """A name, a curve, and its standard errors (none: [])."""
+NOTHING: Line = ("", Curve([], []), [])
+"""In the place of a line whose color is not used."""
 
 
 def losses(r: TrainRecord) -> list[Figure]:
@@ -23,14 +25,14 @@ def losses(r: TrainRecord) -> list[Figure]:
                      if lines[2][1].steps else "of the logged steps, and their mean", lines, "loss")]
     named = dict.fromkeys(name for row in r.evaluations for name in row.get("tune", {}) if name != "loss")
     found += [_figure(label(name).capitalize(), f"on {SPLITS['tune']}, with two standard errors",
-                      [("", Curve([], []), []), ("held out", r.evaluated(name, "tune"), r.errors(name, "tune"))],
+                      [NOTHING, ("held out", r.evaluated(name, "tune"), r.errors(name, "tune"))],
                       label(name)) for name in named]
     return [f for f in found if f is not None]
 
 
 def schedule(r: TrainRecord) -> Figure | None:
-    return _figure("Learning rate", "as it was stepped with", [("", Curve([], []), []),
-                                                              ("learning rate", r.column("lr"), [])], "learning rate")
+    return _figure("Learning rate", "as it was stepped with", [NOTHING, ("learning rate", r.column("lr"), [])],
+                   "learning rate", logarithmic=False)
 
 
 def perturbation(r: TrainRecord) -> list[Figure]:
@@ -44,25 +46,24 @@ def perturbation(r: TrainRecord) -> list[Figure]:
         if step in at:
             rises.steps.append(step)
             rises.values.append(value - at[step])
-    none: Line = ("", Curve([], []), [])
     found = [_figure("Loss after the step uphill", "L(w + ε) beside L(w), of the logged steps",
                      [("L(w)", r.column("loss"), []), ("L(w + ε)", moved, [])], "loss "),
-             _figure("Realised sharpness", "L(w + ε) − L(w)", [none, ("rise of the loss", rises, [])],
+             _figure("Realised sharpness", "L(w + ε) − L(w)", [NOTHING, ("rise of the loss", rises, [])],
                      "rise of the loss"),
-             _figure("Length of the step uphill", "‖ε‖, the radius", [none, none, ("‖ε‖", radius, [])], "‖ε‖")]
+             _figure("Length of the step uphill", "‖ε‖, the radius", [NOTHING, NOTHING, ("‖ε‖", radius, [])], "‖ε‖")]
     return [f for f in found if f is not None]
 
 
 def monitored(r: TrainRecord) -> list[Figure]:
     """Each measure that the monitor followed."""
-    none: Line = ("", Curve([], []), [])
     names = {name: label(name.rpartition("/")[2]) for name in r.measures()}
-    found = [_figure(names[name].capitalize(), "followed in training", [none, none, (names[name], curve, [])],
+    found = [_figure(names[name].capitalize(), "followed in training", [NOTHING, NOTHING, (names[name], curve, [])],
                      names[name]) for name, curve in r.measures().items()]
     return [f for f in found if f is not None]
 
 
-def _figure(heading: str, caption: str, lines: Sequence[Line], ylabel: str) -> Figure | None:
+def _figure(heading: str, caption: str, lines: Sequence[Line], ylabel: str,
+            logarithmic: bool = True) -> Figure | None:
     """Lines over the steps, the first in the color of the baseline; None without two points of any of them."""
     shown = [(i, name, curve, errors) for i, (name, curve, errors) in enumerate(lines) if curve.steps]
     if not any(len(curve.steps) > 1 for _, _, curve, _ in shown):
@@ -70,7 +71,7 @@ def _figure(heading: str, caption: str, lines: Sequence[Line], ylabel: str) -> F
     every = [v for _, _, curve, _ in shown for v in curve.values]
 
     def paint(axes: Any) -> None:
-        if min(every) > 0 and max(every) > 30 * min(every):
+        if logarithmic and min(every) > 0 and max(every) > 30 * min(every):
             axes.set_yscale("log")
             logarithmic_ticks(axes.yaxis, every)
         for i, name, curve, errors in shown:

@@ -12,6 +12,8 @@ from .formatting import printable, significant
 from .table import Table
 from .train_record import TrainRecord, sentence
 
+SPACE = "\N{NO-BREAK SPACE}"
+
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template of the page shows of a record with the rows of its log."""
@@ -24,8 +26,7 @@ def contents(record: Mapping[str, Any]) -> dict[str, Any]:
         "failure": printable(record.get("failure") or ""),
         "progress": f"{r.done:,} of {steps:,.0f} steps" if math.isfinite(steps) else f"{r.done:,} steps",
         "setting": f"{r.size()}; seed {r.settings.get('seed')}; {r.settings.get('precision')}.",
-        "facts": _facts(r), "findings": [sentence(f) for f in r.findings()],
-        "live": [(f"step {number(f.get('step')) + 1:,.0f}", sentence(f)) for f in r.live],
+        "facts": _facts(r), "findings": [sentence(*found) for found in r.findings()],
         "finals": Table("Metrics at the end", ["metric", "data", "value", "standard error", "samples or tokens"],
                         [[f.metric, f.split, f.value, f.error, f.weight] for f in finals]) if finals else None,
         "losses": draw.losses(r), "schedule": draw.schedule(r), "perturbation": draw.perturbation(r),
@@ -37,8 +38,9 @@ def contents(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _headline(r: TrainRecord) -> str:
     """The method, and the first metric of the end."""
-    radius = f" at ρ = {r.rho}" if r.rho else ""
+    radius = f" at ρ{SPACE}={SPACE}{r.rho}" if r.rho else ""
     finals = [f for f in r.finals() if f.split == "test data"] or r.finals()
+    finals = [f for f in finals if f.higher_is_better] or finals
     method = "the recipe’s own optimizer" if r.method == "base" else r.method
     value = f": {finals[0].metric} {finals[0].value} on {finals[0].split}" if finals else ""
     return f"{r.name} with {method}{radius}{value}"

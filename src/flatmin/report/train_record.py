@@ -10,17 +10,22 @@ from .fields import items, number, section
 from .formatting import error_of, printable, significant, supported
 
 SPLITS = {"train": "training data", "tune": "held-out data", "test": "test data"}
-METRICS = {"loss": "loss", "accuracy": "accuracy", "bits_per_byte": "bits per byte", "entropy": "entropy of predictions"}
+METRICS = {"loss": "loss", "accuracy": "accuracy", "bits_per_byte": "bits per byte",
+           "entropy": "entropy of predictions"}
 
 
 class Final(NamedTuple):
-    """A metric at the end as text: its data, its name, its value, its standard error ("" where it is not known)."""
+    """A metric at the end as text: its data, its name, its value, its standard error ("" where it is not known).
+
+    ``weight``: of how many samples or tokens; ``higher_is_better``: whether it should be large.
+    """
 
     split: str
     metric: str
     value: str
     error: str
     weight: str
+    higher_is_better: bool
 
 
 class Curve(NamedTuple):
@@ -41,7 +46,7 @@ class TrainRecord:
         self.steps = [row for row in rows if "loss" in row]
         self.evaluations = [section(row, "evaluation") for row in rows if "evaluation" in row]
         self.monitored = [row for row in rows if "sharpness" in row]
-        self.live = [{"step": row.get("step"), **section(row, "finding")} for row in rows if "finding" in row]
+        self.live = [{**section(row, "finding"), "step": row.get("step")} for row in rows if "finding" in row]
         self.name = printable(self.recipe.get("name"))
         self.method = printable(self.settings.get("method"))
 
@@ -82,13 +87,18 @@ class TrainRecord:
         """The metrics at the end."""
         return [Final(SPLITS.get(split, printable(split)), label(metric),
                       supported(number(found.get("value")), number(found.get("stderr"))),
-                      error_of(number(found.get("stderr"))), f"{number(found.get('weight')):,.0f}")
+                      error_of(number(found.get("stderr"))), f"{number(found.get('weight')):,.0f}",
+                      found.get("higher_is_better") is True)
                 for split in section(self.record, "metrics") for metric, found in
                 ((m, section(self.record, "metrics", split, m)) for m in section(self.record, "metrics", split))]
 
-    def findings(self) -> list[Mapping[str, Any]]:
-        """Of the whole run, where it has ended; else what was found while it ran."""
-        return [f for f in items(self.record.get("diagnosis")) if isinstance(f, Mapping)] or self.live
+    def findings(self) -> list[tuple[Mapping[str, Any], float]]:
+        """Of the whole run, each with the step after which it was said while the run went on (nan: it was not); then
+        those that were said and are no longer true."""
+        last = [f for f in items(self.record.get("diagnosis")) if isinstance(f, Mapping)]
+        said = {f.get("name"): number(f.get("step")) + 1 for f in reversed(self.live)}
+        gone = [f for f in self.live if f.get("name") not in {g.get("name") for g in last}]
+        return [(f, said.get(f.get("name"), math.nan)) for f in (*last, *gone)]
 
     def size(self) -> str:
         ranks = number(self.place.get("ranks"))
@@ -106,11 +116,12 @@ def label(metric: object) -> str:
     return METRICS.get(str(metric), printable(metric).replace("_", " "))
 
 
-def sentence(finding: Mapping[str, Any]) -> str:
-    """A finding as one would say it."""
+def sentence(finding: Mapping[str, Any], step: float = math.nan) -> str:
+    """A finding as one would say it, and the step after which it was said while the run went on."""
     evidence = ", ".join(f"{printable(k)} {significant(number(v))}" for k, v in section(finding, "evidence").items())
     symptom, cause, solution = (printable(finding.get(k) or "") for k in ("symptom", "cause", "solution"))
-    return f"{symptom[:1].upper()}{symptom[1:]} ({evidence}): {cause}. {solution[:1].upper()}{solution[1:]}."
+    return f"{symptom[:1].upper()}{symptom[1:]} ({evidence}): {cause}. {solution[:1].upper()}{solution[1:]}." \
+        + (f" Said after step {step:,.0f} of the run." if math.isfinite(step) else "")
 
 
 def _finite(pairs: list[tuple[float, float]]) -> Curve:

@@ -21,6 +21,6 @@ def table(record: Mapping[str, Any]) -> str:
     head = f"{r.name} · {r.method}{f', ρ = {r.rho}' if r.rho else ''} · {r.size()}"
     steps = f"{number(record.get('steps')):,.0f} steps in {number(record.get('seconds')):.1f} s"
     lines = [head, "─" * len(head), *aligned(rows), f"{steps}, {r.speed()}" if r.speed() else ""]
-    found = [line for f in r.findings() for line in textwrap.wrap(sentence(f), 100, subsequent_indent="  ")]
+    found = [line for f in r.findings() for line in textwrap.wrap(sentence(*f), 100, subsequent_indent="  ")]
     failure = [printable(record["failure"])] if record.get("failure") else []
     return "\n".join(line for line in [*lines, *found, *failure] if line)

@@ -111,7 +111,7 @@ class SharpnessMonitor:
         return lambda objective: _TABLE[name](objective, options)
 
 
-def _sender(logger: Any, prefix: str) -> Callable[[dict[str, float], int], None]:
+def _sender(logger: Any, prefix: str) -> Callable[[dict[str, float], int], Any]:
     """How to hand numbers to a logger; where its function takes no step, the step is one of the numbers."""
     if logger is None:
         return lambda values, step: None

@@ -34,14 +34,18 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """A new folder; one that holds anything is refused, so that no earlier result is lost."""
         folder = cls(path)
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not empty: choose another --out, or continue it with "
-                                 f"--resume {path}")
+        folder.refuse_used()
         try:
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot write to {path}: {error.strerror or error}; choose another --out") from error
         return folder
+
+    def refuse_used(self) -> None:
+        """Raise where the folder of a new run holds anything."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not empty: choose another --out, or continue it with "
+                                 f"--resume {self.path}")
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -160,7 +164,8 @@ class Run:
     def weights(self, name: str = "model") -> dict[str, Tensor]:
         """A ``state_dict`` of the run: ``model`` of a training run, or one of :attr:`weight_names`."""
         if name not in self.weight_names:
-            raise RunFolderError(f"{self.path} holds no weights {name!r}, only {', '.join(self.weight_names) or 'none'}")
+            there = ", ".join(self.weight_names) or "none"
+            raise RunFolderError(f"{self.path} holds no weights {name!r}; it holds: {there}")
         return RunFolder(self.path).load_weights(name)
 
     def log(self) -> list[dict[str, Any]]:

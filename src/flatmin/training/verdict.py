@@ -19,8 +19,8 @@ FIRST = 10
 class Verdict:
     """Runs ``diagnose`` on the logged steps of a live run, and names each finding once.
 
-    A listener of :class:`~flatmin.training.log.Log`. It looks after 10 logged steps, 20, and so on; later after every
-    further quarter, so that all looks together cost little more than a few.
+    A listener of :class:`~flatmin.training.log.Log`. It looks after 10 logged steps, and again after every further
+    quarter (12, 15, 18, ...), so that all looks together cost no more than five of the last.
 
     Args:
         steps: the run's logged steps, a list that grows; a resumed run's hold the steps before.
@@ -52,7 +52,7 @@ class Verdict:
 
     def _look(self, steps: Sequence[Mapping[str, Any]]) -> list[Finding]:
         """The findings of these steps that no look before had."""
-        self.next += max(FIRST, self.next // 4)
+        self.next += self.next // 4
         found = [f for f in findings(steps, self.settings) if f.name not in self.named and f.name != "too few records"]
         self.named |= {finding.name for finding in found}
         return found
@@ -65,7 +65,7 @@ def findings(steps: Sequence[Mapping[str, Any]], settings: TrainSettings,
     for evaluation in evaluations:
         before = [row for row in rows if row["step"] < evaluation["step"]]
         if before:
-            before[-1].update(evaluation.get("tune", {}))
+            before[-1].update({k: v for k, v in evaluation.get("tune", {}).items() if k not in before[-1]})
     return diagnose(rows, rho=_length(settings)) if rows else []
 
 
