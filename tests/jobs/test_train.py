@@ -21,7 +21,7 @@ from flatmin.recipes.language import Language
 from flatmin.training.folder import RunFolder
 from flatmin.training.log import Log, scalars
 from flatmin.training.settings import TrainSettings
-from flatmin.training.verdict import Verdict
+from flatmin.training.verdict import Verdict, findings
 
 MINE = """
 import os
@@ -422,6 +422,35 @@ def test_a_plain_optimizer_and_a_one_pass_method_get_no_advice_on_rho():
     assert not Verdict(plain, TrainSettings()).named
     assert not Verdict(one_pass, TrainSettings(method="momentum_sam")).named
     assert Verdict(rows(40, 0.0), TrainSettings(method="sam")).named == {"rho too small"}
+
+
+def test_what_was_evaluated_stands_beside_a_step_and_does_not_replace_it():
+    evaluations = [{"step": 395, "tune": {"loss": 0.1, "accuracy": 0.5}}]
+    found = findings(rows(40, 3.0), TrainSettings(method="sam"), evaluations)
+    assert [f.name for f in found] == ["rho too large"] and found[0].evidence == {"sharpness over loss": 3.0}
+
+
+# the page
+
+
+def test_the_page_stands_holes_and_escapes_what_it_holds(tmp_path):
+    train("mine:recipe", "--method", "sam", *QUICK, "--out", "r")
+    run = flatmin.load("r")
+    whole = run.record | {"log": run.log()}
+
+    def stands(broken):
+        page = report.page(broken)
+        assert "<script>alert" not in page and "</html>" in page and report.table(broken)
+
+    for name in whole:
+        if name != "kind":
+            stands({k: v for k, v in whole.items() if k != name})
+            stands(whole | {name: "<script>alert(1)</script>"})
+            stands(whole | {name: None})
+    for i in range(0, len(whole["log"]), 5):
+        for hole in ({}, None, {"step": "x", "loss": "nan"}, {"evaluation": 3}, {"step": 1, "sharpness": []}):
+            stands(whole | {"log": [*whole["log"][:i], hole, *whole["log"][i + 1:]]})
+    stands({"kind": "train"})
 
 
 # TensorBoard
