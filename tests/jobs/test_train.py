@@ -425,7 +425,7 @@ def test_a_plain_optimizer_and_a_one_pass_method_get_no_advice_on_rho():
 
 
 def test_what_was_evaluated_stands_beside_a_step_and_does_not_replace_it():
-    evaluations = [{"step": 395, "tune": {"loss": 0.1, "accuracy": 0.5}}]
+    evaluations = [{"step": 10 * i + 5, "tune": {"loss": 0.9, "accuracy": 0.5}} for i in range(40)]
     found = findings(rows(40, 3.0), TrainSettings(method="sam"), evaluations)
     assert [f.name for f in found] == ["rho too large"] and found[0].evidence == {"sharpness over loss": 3.0}
 

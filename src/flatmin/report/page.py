@@ -70,7 +70,8 @@ def _finalize(value: Any) -> Any:
     """Text without control characters, and never broken inside a number with its spread or its unit."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return re.sub(r"(\d) %", rf"\1{SPACE}%", re.sub(r"(\d) ± (\d)", rf"\1{SPACE}±{SPACE}\2", printable(value)))
+    value = re.sub(r"(ρ) = (\d)", rf"\1{SPACE}={SPACE}\2", printable(value))
+    return re.sub(r"(\d) %", rf"\1{SPACE}%", re.sub(r"(\d) ± (\d)", rf"\1{SPACE}±{SPACE}\2", value))
 
 
 def policy(surfaces: Sequence[str]) -> str:

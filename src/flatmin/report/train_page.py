@@ -12,8 +12,6 @@ from .formatting import printable, significant
 from .table import Table
 from .train_record import TrainRecord, sentence
 
-SPACE = "\N{NO-BREAK SPACE}"
-
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template of the page shows of a record with the rows of its log."""
@@ -38,7 +36,7 @@ def contents(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _headline(r: TrainRecord) -> str:
     """The method, and the first metric of the end."""
-    radius = f" at ρ{SPACE}={SPACE}{r.rho}" if r.rho else ""
+    radius = f" at ρ = {r.rho}" if r.rho else ""
     finals = [f for f in r.finals() if f.split == "test data"] or r.finals()
     finals = [f for f in finals if f.higher_is_better] or finals
     method = "the recipe’s own optimizer" if r.method == "base" else r.method
