@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import operator
 import types
 import typing
 from collections.abc import Mapping
@@ -91,7 +93,7 @@ def _simple(hint: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         kept = [part for part in map(_simple, parts) if part is not None]
-        return typing.Union[tuple(kept)] if any(k is not type(None) for k in kept) else None     # noqa: UP007
+        return functools.reduce(operator.or_, kept) if any(k is not type(None) for k in kept) else None
     if origin is tuple:
         return hint if all(part is Ellipsis or _simple(part) is not None for part in parts) else None
     return hint if origin is Literal or hint in SIMPLE else None
