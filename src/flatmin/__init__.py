@@ -14,6 +14,9 @@ Measure
     paths            the logit path and the functional path of sharpness
     generalization   calibration, robustness of weights, PAC-Bayes bounds
 
+Runs
+    load             the record, weights and log of a run folder
+
 Use elsewhere
     recipes          models and data for ``flatmin compare``, and the class for your own
     tensorscope      the names and signatures of the TensorScope pipeline
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     )
     from .ascent import SAM, Sharpener
     from .objective import Objective
+    from .training.folder import load
 
 __version__ = "0.1.0"
 
@@ -50,11 +54,13 @@ __all__ = [
     "Sharpener", "presets", "SAM", "ascent",
     # measure
     "Objective", "curvature", "sharpness", "landscape", "paths", "generalization",
+    # runs
+    "load",
     # use elsewhere
     "recipes", "tensorscope", "compat", "measures",
 ]
 
-_CLASSES = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective"}
+_INSIDE = {"Sharpener": "ascent", "SAM": "ascent", "Objective": "objective", "load": "training.folder"}
 _OTHER_MODULES = ("errors", "results", "vectors", "objective", "linalg", "training", "jobs", "report", "perturbed",
                   "batches", "evaluation")
 
@@ -62,8 +68,8 @@ _OTHER_MODULES = ("errors", "results", "vectors", "objective", "linalg", "traini
 def __getattr__(name: str) -> Any:
     if name not in (*__all__, *_OTHER_MODULES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f".{_CLASSES.get(name, name)}", __name__)
-    globals()[name] = found = getattr(module, name) if name in _CLASSES else module
+    module = import_module(f".{_INSIDE.get(name, name)}", __name__)
+    globals()[name] = found = getattr(module, name) if name in _INSIDE else module
     return found
 
 

@@ -42,6 +42,38 @@ class PlainLog(Log):
         self.rows.append((None, values))
 
 
+class Metrics(Scalars):
+    """A logger of Lightning; Comet's has another second argument, so that the step must come by its name."""
+
+    def log_metrics(self, metrics, prefix=None, step=None):
+        self.rows.append((step, metrics))
+
+    def add_scalar(self, name, value, step):
+        raise AssertionError("log_metrics goes first")
+
+    log_dict = log = add_scalar
+
+
+class DictWithStep(Dict):
+    """Lightning Fabric."""
+
+    def log_dict(self, values, step=None):
+        self.rows.append((step, values))
+
+    def log(self, name, value, step=None):
+        raise AssertionError("log_dict goes before log")
+
+
+class LogAndScalars(Log):
+    def add_scalar(self, name, value, step):
+        raise AssertionError("log goes before add_scalar")
+
+
+class Keywords(Log):
+    def log(self, values, **options):
+        self.rows.append((options["step"], values))
+
+
 def train(monitor=None, steps=7):
     model = build(NoisyNet)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -67,14 +99,45 @@ def test_a_monitored_run_is_the_same_run():
     assert 0 < monitor.overhead < 1
 
 
-@pytest.mark.parametrize("kind", [Dict, Scalars, Log, PlainLog])
-def test_loggers(kind):
+@pytest.mark.parametrize("kind", [Metrics, Dict, DictWithStep, Scalars, Log, PlainLog, LogAndScalars, Keywords])
+def test_the_step_arrives_at_every_logger(kind):
+    """As an argument where the logger takes one, among the numbers where it does not."""
     logger = kind()
     train(lambda o, _: SharpnessMonitor(o, ["one_step"], every=3, logger=logger))
-    seen = [values["sharpness/one_step"] for _, values in logger.rows if "sharpness/one_step" in values]
-    assert len(seen) == 3
-    if kind in (Scalars, Log):
-        assert [step for step, values in logger.rows if "sharpness/one_step" in values] == [0, 3, 6]
+    seen = [values.get("sharpness/step", step) for step, values in logger.rows if "sharpness/one_step" in values]
+    assert seen == [0, 3, 6]
+    assert all(("sharpness/step" in values) is (kind in (Dict, PlainLog)) for _, values in logger.rows)
+
+
+def test_loggers_of_lightning():
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    class Kept(DummyLogger):
+        rows = ()
+
+        def log_metrics(self, metrics, step):
+            self.rows = (*self.rows, (step, metrics["sharpness/one_step"]))
+
+    logger = Kept()
+    _, monitor = train(lambda o, _: SharpnessMonitor(o, ["one_step"], every=3, logger=logger))
+    assert logger.rows == tuple((row["step"], row["sharpness/one_step"]) for row in monitor.history)
+    sent = []
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    fabric.log_dict = lambda metrics, step=None: sent.append(step)
+    train(lambda o, _: SharpnessMonitor(o, ["one_step"], every=3, logger=fabric))
+    assert sent == [0, 3, 6]
+
+
+def test_a_module_with_functions_is_a_logger(monkeypatch):
+    """As mlflow is, whose ``log_metrics`` takes the step as its second argument."""
+    import types
+
+    rows = []
+    mlflow = types.ModuleType("mlflow")
+    mlflow.log_metrics = lambda metrics, step=None, synchronous=None: rows.append((step, sorted(metrics)))
+    train(lambda o, _: SharpnessMonitor(o, ["one_step"], every=4, logger=mlflow))
+    assert rows == [(step, ["sharpness/one_step", "sharpness/overhead"]) for step in (0, 4)]
 
 
 def test_the_numbers_are_the_measures():
@@ -109,7 +172,8 @@ def test_a_number_that_is_not_finite_stays_in_the_history():
     monitor = SharpnessMonitor(Objective(build(NoisyNet), loss_fn, batch(0)), measures, logger=logger)
     values = monitor.step()
     (_, sent), = logger.rows
-    assert set(sent) == {"sharpness/one", "sharpness/overhead"} and values["sharpness/infinite"] == math.inf
+    assert set(sent) == {"sharpness/one", "sharpness/overhead", "sharpness/step"}
+    assert values["sharpness/infinite"] == math.inf
     row, = monitor.history
     assert row["sharpness/infinite"] == math.inf and "sharpness/infinite, sharpness/nan" in row["note"]
     assert SharpnessMonitor.state_dict(monitor)["history"] == [row]

@@ -6,16 +6,14 @@ names of measures, the user's own code) is checked when a job starts, before any
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..measures import DEFAULT_METRICS
-from ..training.methods import find_methods
+from ..training.methods import METHODS, find_methods
+from ..training.settings import TrainSettings, check_types
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,24 @@ class MeasureSettings:
         _check(self, "seed", lambda v: v >= 0, "at least 0")
 
 
-def check_types(settings: Any) -> None:
-    """Raise a ``ValueError`` where a field of a dataclass does not have the type that it is declared with."""
-    hints = typing.get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, hint = getattr(settings, field.name), hints[field.name]
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        accepted = (*kinds, int) if float in kinds else kinds
-        if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
-            raise ValueError(f"{field.name} must be {_NAMES.get(kinds[0], kinds[0].__name__)}, got {value!r}")
+@dataclass(frozen=True)
+class TrainJobSettings(TrainSettings):
+    """What to train, and how.
+
+    Raises:
+        ValueError: as :class:`TrainSettings`, or an unknown method.
+    """
+
+    recipe: str = ""
+    """what is trained: language, another name of flatmin.recipes, or module:attribute"""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """values of the recipe's own fields, as text; each field is a flag"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ["base", *(name for name, method in METHODS.items() if method.rhos)]
+        if self.method not in known:
+            raise ValueError(f"unknown method {self.method!r}: choose from {', '.join(known)}")
 
 
 def given_radii(text: str | None) -> dict[str, tuple[float, ...]]:
@@ -133,9 +140,6 @@ def _radius(number: str, part: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"--rho must not be negative, got {number.strip()}")
     return value
-
-
-_NAMES = {str: "text", int: "a whole number", float: "a number"}
 
 
 def _check(settings: Any, name: str, holds: Callable[[Any], bool], what: str) -> None:

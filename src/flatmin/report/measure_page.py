@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from . import measure_figures as draw
@@ -13,6 +12,7 @@ from .formatting import count, error_of, printable, significant, supported, with
 from .measure_findings import headline, sentence
 from .measure_record import MeasureRecord, Row
 from .surface import turnable
+from .table import Table
 
 LONGEST = 200                           # rows of eigenvalues
 FIRST = ("one_step", "spectrum", "trace", "density", "worst_case")       # what stands beside the headline
@@ -21,15 +21,6 @@ OTHERS = ("worst_case", "adaptive_worst_case", "average_case", "largest_random",
 ERRORS = "error of the computation", "standard error over batches"
 STEP = {"loss": "loss", "perturbed_loss": "loss after the step", "gradient_norm": "norm of the gradient",
         "radius": "length of the step"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under their heads; the first cell names the row."""
-
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
 
 
 def contents(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def table(record: Mapping[str, Any]) -> str:
     m = MeasureRecord(record)
     rows = [Row("", "", "value", "computation", "data"), *m.rows()]
     shown = [i for i in range(1, 6) if i in (1, 2) or any(row[i] for row in rows[1:])]
-    numbers = _aligned([[row[i] for i in shown] for row in rows])
+    numbers = aligned([[row[i] for i in shown] for row in rows])
     pictures = [LABELS[name] for name in ("density", "line", "surface") if m.result(name)]
     return "\n".join([
         f"{m.name} · {m.size()}", *textwrap.wrap(m.setting(), 100), "─" * max(40, *map(len, numbers[:1])), *numbers,
@@ -33,10 +33,10 @@ def _two_models(m: MeasureRecord) -> list[str]:
     if not rows:
         return []
     head = ("", *m.names(), "difference ± standard error", "sharper")
-    return ["", *_aligned([head, *((*row[:4], row.sharper + " (invariant)" * row.invariant) for row in rows)]),
+    return ["", *aligned([head, *((*row[:4], row.sharper + " (invariant)" * row.invariant) for row in rows)]),
             *textwrap.wrap(m.verdict("comparison"), 100)]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -15,11 +15,13 @@ from markupsafe import Markup
 
 from ..errors import RunFolderError
 from ..files import replace_file
-from . import compare_page, measure_page
+from ..training.log import read_log
+from . import compare_page, measure_page, train_page
 from .fields import section
 from .figures import DARK, LIGHT, line_style
 from .formatting import printable
 
+PAGES = {"compare": compare_page.contents, "measure": measure_page.contents, "train": train_page.contents}
 SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -34,9 +36,10 @@ def write(folder: str | Path) -> Path:
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder} holds no record.json that can be read ({error}); give the folder that flatmin "
-                             f"compare or measure wrote") from error
+                             f"train, compare or measure wrote") from error
     if not isinstance(record, dict):
         raise RunFolderError(f"{folder / 'record.json'} is not the record of a run")
+    record = {"log": read_log(folder), **record}
     target = folder / "report.html"
     text = page(record).encode("utf-8", "replace")
     try:
@@ -47,10 +50,12 @@ def write(folder: str | Path) -> Path:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The whole HTML page of a record; parts whose data are missing are left out."""
-    kind, contents = ("measure", measure_page.contents) if record.get("kind") == "measure" else \
-        ("compare", compare_page.contents)
-    shown = contents(record)
+    """The whole HTML page of a record; parts whose data are missing are left out.
+
+    That of a training run has its curves from ``record["log"]``, the rows of ``log.jsonl``.
+    """
+    kind = str(record.get("kind")) if record.get("kind") in PAGES else "compare"
+    shown = PAGES[kind](record)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
                                      autoescape=True, finalize=_finalize, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -65,7 +70,8 @@ def _finalize(value: Any) -> Any:
     """Text without control characters, and never broken inside a number with its spread or its unit."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return re.sub(r"(\d) %", rf"\1{SPACE}%", re.sub(r"(\d) ± (\d)", rf"\1{SPACE}±{SPACE}\2", printable(value)))
+    value = re.sub(r"(ρ) = (\d)", rf"\1{SPACE}={SPACE}\2", printable(value))
+    return re.sub(r"(\d) %", rf"\1{SPACE}%", re.sub(r"(\d) ± (\d)", rf"\1{SPACE}±{SPACE}\2", value))
 
 
 def policy(surfaces: Sequence[str]) -> str:

@@ -35,8 +35,10 @@ class SharpnessMonitor:
         objective: what is measured, over the model that is being trained.
         measures: names from ``COSTS``, or a mapping of names to functions of the objective that give a number.
         every: steps between measurements; the first is at the first step.
-        logger: anything with ``log_dict(values)``, ``add_scalar(name, value, step)`` or ``log(values, step=...)``:
-            a LightningModule, a TensorBoard writer, a W&B run, an Accelerator. None keeps ``history`` alone.
+        logger: anything with one of these methods, the first of them is called: ``log_metrics(values, step=...)`` (a
+            logger of Lightning, the module ``mlflow``), ``log_dict(values)`` (a LightningModule), ``log(values,
+            step=...)`` (a W&B run, an Accelerator), ``add_scalar(name, value, step)`` (a TensorBoard writer). A
+            method that takes no step gets it among the values, as ``prefix`` + "step". None keeps ``history`` alone.
         optimizer: its learning rate goes into "edge_of_stability" and "critical_sharpness", and its own next update
             is the direction of the latter while ``.grad`` is there.
         rho: the radius.
@@ -61,7 +63,7 @@ class SharpnessMonitor:
         self.objective, self.every, self.optimizer, self.rho, self.prefix = objective, every, optimizer, rho, prefix
         self.measures = dict(measures) if isinstance(measures, Mapping) else {m: self._named(m) for m in measures}
         self.history: list[dict[str, Any]] = []
-        self._send = _sender(logger)
+        self._send = _sender(logger, prefix)
         self._count, self._spent, self._begun = 0, 0.0, math.nan
 
     @property
@@ -109,23 +111,28 @@ class SharpnessMonitor:
         return lambda objective: _TABLE[name](objective, options)
 
 
-def _sender(logger: Any) -> Callable[[dict[str, float], int], None]:
-    """How to hand numbers to a logger."""
+def _sender(logger: Any, prefix: str) -> Callable[[dict[str, float], int], Any]:
+    """How to hand numbers to a logger; where its function takes no step, the step is one of the numbers."""
     if logger is None:
         return lambda values, step: None
-    if hasattr(logger, "log_dict"):
-        return lambda values, step: logger.log_dict(values)
+    for name in ("log_metrics", "log_dict", "log"):
+        function = getattr(logger, name, None)
+        if callable(function):
+            if _takes_step(function):
+                return lambda values, step: function(values, step=step)
+            return lambda values, step: function({**values, prefix + "step": float(step)})
     if hasattr(logger, "add_scalar"):
         def add(values: dict[str, float], step: int) -> None:
             for name, value in values.items():
                 logger.add_scalar(name, value, step)
         return add
-    if hasattr(logger, "log"):
-        try:
-            accepted = inspect.signature(logger.log).parameters.values()
-            takes_step = any(p.name == "step" or p.kind is p.VAR_KEYWORD for p in accepted)
-        except (TypeError, ValueError):
-            takes_step = True
-        return lambda values, step: logger.log(values, step=step) if takes_step else logger.log(values)
-    raise ValueError(f"the logger, a {type(logger).__name__}, has none of log_dict(values), add_scalar(name, value, "
-                     "step) and log(values, step=...)")
+    raise ValueError(f"the logger, a {type(logger).__name__}, has none of log_metrics(values, step), "
+                     "log_dict(values), log(values, step=...) and add_scalar(name, value, step)")
+
+
+def _takes_step(function: Callable[..., Any]) -> bool:
+    try:
+        accepted = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(p.name == "step" or p.kind is p.VAR_KEYWORD for p in accepted)

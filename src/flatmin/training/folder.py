@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError
 from ..files import move_file, replace_file
 from ..results import plain
+from .log import read_log
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+SCHEMA = 1
+"""Version of the layout of every ``record.json``; one that an older flatmin could not read gets the next number."""
 
 
 class RunFolder:
@@ -28,14 +34,18 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """A new folder; one that holds anything is refused, so that no earlier result is lost."""
         folder = cls(path)
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise RunFolderError(f"{path} exists and is not empty: choose another --out, or continue it with "
-                                 f"--resume {path}")
+        folder.refuse_used()
         try:
             (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot write to {path}: {error.strerror or error}; choose another --out") from error
         return folder
+
+    def refuse_used(self) -> None:
+        """Raise where the folder of a new run holds anything."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise RunFolderError(f"{self.path} exists and is not empty: choose another --out, or continue it with "
+                                 f"--resume {self.path}")
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunFolder, dict[str, Any]]:
@@ -50,17 +60,24 @@ class RunFolder:
             raise RunFolderError(f"{file} cannot be read: {error}") from error
         if not isinstance(record, dict) or "kind" not in record:
             raise RunFolderError(f"{file} is not a record of flatmin")
+        schema = record.get("schema", SCHEMA)       # the first records had no number
+        if schema != SCHEMA:
+            raise RunFolderError(f"{file} has the schema {schema}, and this flatmin reads {SCHEMA}: use the version of "
+                                 "flatmin that wrote it, or a newer one")
         return folder, record
 
     def save_record(self, record: dict[str, Any]) -> None:
-        text = json.dumps(plain(record), indent=1, ensure_ascii=False)
+        text = json.dumps(plain({"schema": SCHEMA, **record}), indent=1, ensure_ascii=False)
         self._replace("record.json", lambda tmp: tmp.write_text(text))
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """The model's ``state_dict`` as ``checkpoints/<name>.safetensors``."""
+        self.save_tensors(name, {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()})
+
+    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Tensors by name as ``checkpoints/<name>.safetensors``."""
         from safetensors.torch import save_file
 
-        tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
         self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
@@ -111,3 +128,62 @@ class RunFolder:
         except Exception as error:      # safetensors and torch wrap a full disk in errors of their own
             raise RunFolderError(f"cannot write {target}: {error}; what was saved before is unchanged, and "
                                  f"--resume {self.path} continues from there") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ``flatmin train``, ``compare`` or ``measure``, as its folder holds it; weights and log are read when
+    asked for.
+
+    ``record`` is ``record.json``; numbers in it that are not finite are the texts "nan", "inf" and "-inf", which
+    ``float`` reads.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """ "train", "compare" or "measure"."""
+        return str(self.record["kind"])
+
+    @property
+    def status(self) -> str:
+        """ "complete", "running" (also where it was killed), "interrupted" or "failed"."""
+        return str(self.record.get("status"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.record.get("settings", {}))
+
+    @property
+    def weight_names(self) -> list[str]:
+        """What :meth:`weights` can read."""
+        return sorted(file.stem for file in (self.path / "checkpoints").glob("*.safetensors"))
+
+    def weights(self, name: str = "model") -> dict[str, Tensor]:
+        """A ``state_dict`` of the run: ``model`` of a training run, or one of :attr:`weight_names`."""
+        if name not in self.weight_names:
+            there = ", ".join(self.weight_names) or "none"
+            raise RunFolderError(f"{self.path} holds no weights {name!r}; it holds: {there}")
+        return RunFolder(self.path).load_weights(name)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of ``log.jsonl``, oldest first; none where the run keeps no log."""
+        return read_log(self.path)
+
+
+def load(folder: str | Path) -> Run:
+    """The run that a folder holds.
+
+    Raises:
+        RunFolderError: no record there, or one that cannot be read.
+
+    Example:
+        >>> run = load("runs/train")                        # doctest: +SKIP
+        >>> run.status, run.settings["method"]              # doctest: +SKIP
+        >>> model.load_state_dict(run.weights())            # doctest: +SKIP
+        >>> losses = [row["loss"] for row in run.log() if "loss" in row]        # doctest: +SKIP
+    """
+    found, record = RunFolder.open(folder)
+    return Run(found.path, record)

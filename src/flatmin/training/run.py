@@ -132,20 +132,25 @@ class Training:
         since the last evaluation."""
         total, units = self._check_loss(), self.at.group.total(self.loss_units)[0]
         self.loss_sum, self.loss_units = torch.zeros((), dtype=torch.float64), 0.0
-        found: dict[str, dict[str, Metric]] = {}
-        if hasattr(self.recipe, "evaluate"):
-            self.at.group.broadcast(list(self.inner.buffers()))
-            with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
-                    perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
-                for split in self.splits:
-                    seed_generators(self.at.seed)
-                    found[split] = self._evaluated(split)
+        found = self.metrics(self.splits)
         row: dict[str, Any] = {"step": self.done, "train_loss": total / units if units else math.nan} | {
             split: {name: metric.value for name, metric in metrics.items()} for split, metrics in found.items()}
         row["stderr"] = {split: {name: metric.stderr for name, metric in metrics.items()}
                          for split, metrics in found.items()}
         self.trained.evaluations.append(row)
         self.log.write({"evaluation": row})
+        return found
+
+    def metrics(self, splits: Sequence[str]) -> dict[str, dict[str, Metric]]:
+        """What the recipe says of the model on each split, over all ranks; empty where it has no ``evaluate``."""
+        found: dict[str, dict[str, Metric]] = {}
+        if hasattr(self.recipe, "evaluate"):
+            self.at.group.broadcast(list(self.inner.buffers()))
+            with perturbed.unchanged_random_state([self.at.device]), torch.no_grad(), \
+                    perturbed.module_mode(self.model, training=False), launch.autocast(self.settings, self.at):
+                for split in splits:
+                    seed_generators(self.at.seed)
+                    found[split] = self._evaluated(split)
         return found
 
     def _evaluated(self, split: str) -> dict[str, Metric]:
