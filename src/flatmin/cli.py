@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
 import re
 import sys
 import tomllib
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,10 @@ _MEASURE = """examples:
   flatmin measure my_module:objective --checkpoint model.safetensors --k 10
   flatmin measure my_module:objective --metrics one_step,worst_case,surface --rho 0.1
   flatmin measure my_module:objective --checkpoint a.safetensors --against b.safetensors       which of two is sharper
+  flatmin measure hf:FOLDER --text book.txt --context 128     a causal or masked language model of transformers, in a
+                                                              folder or by its name, with the tokenizer beside it
+  flatmin measure hf:FOLDER --text book.txt --plan            time and memory of each measure; nothing is written
+  torchrun --nproc-per-node 2 -m flatmin.cli measure my_module:objective      every process takes a share of the batches
   flatmin measure --resume runs/measure                       resume after Ctrl-C; finished measures are not repeated
 
 my_module:objective is a flatmin.Objective, a flatmin.recipes.Recipe, or a function that returns one of them, (model,
@@ -70,10 +76,10 @@ _JOBS = {
         {"settings": dict, "data": dict, "selection": dict, "runs": list},
         lambda s: ["numpy", "matplotlib", "safetensors", *["sklearn"] * (s.recipe == "digits")]),
     "measure": _Job(
-        MeasureSettings, "objective", "sharpness, spectrum and landscape of your own model, each with its error",
+        MeasureSettings, "objective", "sharpness, spectrum and landscape of a model, each number with its error",
         _MEASURE, dict.fromkeys(("settings", "model", "data", "results", "timing", "warnings"), dict),
-        lambda s: ["numpy", "matplotlib", *["safetensors"] * any(str(p).endswith(".safetensors")
-                                                                for p in (s.checkpoint, s.against))]),
+        lambda s: ["numpy", "matplotlib", *["safetensors"] * (s.eigenvectors or any(
+            str(p).endswith(".safetensors") for p in (s.checkpoint, s.against)))]),
 }
 
 
@@ -128,7 +134,15 @@ def _add_flags(parser: Any, name: str, job: _Job) -> None:
 
     help_of = {p.arg_name: p.description for p in parse_from_object(job.settings).params}
     parser.add_argument(job.positional, nargs="?", help=help_of[job.positional])
-    parser.add_class_arguments(job.settings, as_group=False, skip={job.positional})
+    hints = typing.get_type_hints(job.settings)
+    for field in dataclasses.fields(job.settings):
+        if field.name != job.positional:
+            how = {"action": "store_true"} if hints[field.name] is bool else {
+                "type": hints[field.name], "default": field.default}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", help=help_of[field.name], **how)
+    if job.settings is MeasureSettings:
+        parser.add_argument("--plan", action="store_true",
+                            help="print the predicted time and memory of each measure and stop; nothing is written")
     parser.add_argument("--config", metavar="FILE", help="TOML file of these settings; flags win over it")
     parser.add_argument("--out", metavar="FOLDER", help=f"run folder to make (default: runs/{name}, or -2, -3, ...)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
@@ -185,16 +199,30 @@ def _run(verb: str, args: Any) -> int:
         _refuse_other_settings(given, record["settings"])
         given = {name: record["settings"][name] for name in names if name in record["settings"]}
     if job.positional not in given and job.settings is MeasureSettings:
-        raise _wrong_call("measure needs module:objective")
+        raise _wrong_call("measure needs module:objective, or hf:FOLDER with --text FILE")
     try:
         settings = job.settings(**given)
     except ValueError as error:
         raise _wrong_call(error) from error
     _require(*job.packages(settings))
     running = _job_class(verb)(settings, folder, record, bool(args.get("quiet")))
-    if record is None:
+    if args.get("plan"):
+        return _show_plan(running)
+    if record is None and _is_first():
         RunFolder.create(folder.path)
     return _finish(verb, running, folder)
+
+
+def _show_plan(job: Any) -> int:
+    text = job.plan()
+    if _is_first():
+        print(text)
+    return 0
+
+
+def _is_first() -> bool:
+    """Whether this process writes and speaks for all that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _job_class(verb: str) -> type:
@@ -213,8 +241,11 @@ def _finish(verb: str, job: Any, folder: RunFolder) -> int:
     try:
         job.run()
     except KeyboardInterrupt:
-        _write_report(folder.path)
+        if _is_first():
+            _write_report(folder.path)
         return _fail(f"interrupted; resume with: flatmin {verb} --resume {folder.path}", 130)
+    if not _is_first():
+        return 1 if job.failure else 0
     print(_write_report(folder.path)(job.record))
     print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
     return _fail(job.failure, 1) if job.failure else 0

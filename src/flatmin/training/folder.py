@@ -6,7 +6,7 @@ Torch is imported where tensors are read or written: a wrong --resume is refused
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,14 @@ class RunFolder:
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """The model's ``state_dict`` as ``checkpoints/<name>.safetensors``."""
+        self.save_tensors(f"checkpoints/{name}.safetensors", model.state_dict())
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+        """Tensors as a ``.safetensors`` file of the folder; ``about`` goes into its header."""
         from safetensors.torch import save_file
 
-        tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
-        self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
+        whole = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+        self._replace(name, lambda tmp: save_file(whole, tmp, metadata=about))
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
         """What :meth:`save_weights` wrote."""
