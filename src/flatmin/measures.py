@@ -19,8 +19,8 @@ class Options:
 
     ``tol`` is of eigenvalues, ``rtol`` of the trace, ``product`` says how their matvecs are computed (as for
     ``Hessian``). ``value_only`` leaves out parts that cost extra and do not change the value. ``quick`` takes fewer
-    iterations or samples, as during training. ``optimizer`` gives a learning rate and an update. ``progress`` and ``checkpoint`` are
-    for measures that take long.
+    iterations or samples, as during training. ``optimizer`` gives a learning rate and an update. ``progress`` and
+    ``checkpoint`` are for measures that take long.
     """
 
     rho: float = 0.05

@@ -51,7 +51,6 @@ from .measure_data import changed, moved, over_processes, share_of
 from .measures import MEASURES
 from .settings import MeasureSettings
 
-
 EIGENVECTORS = "eigenvectors.safetensors"
 
 

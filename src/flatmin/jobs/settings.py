@@ -17,7 +17,6 @@ from typing import Any
 from ..measures import DEFAULT_METRICS, find_metrics
 from ..training.methods import find_methods
 
-
 PRODUCTS = ("auto", "cached", "recomputed", "forward", "finite_difference")
 MODES = ("eval", "train", "batch_statistics", "as_is")
 
@@ -128,7 +127,8 @@ class MeasureSettings:
     def _check_text(self) -> None:
         if self.of_transformers and self.text is None:
             raise ValueError(f"{self.objective} needs a text to be measured on: pass --text FILE")
-        given = [name for name in ("text", "tokens", "context", "batch_size", "dtype") if getattr(self, name) is not None]
+        of_text = ("text", "tokens", "context", "batch_size", "dtype")
+        given = [name for name in of_text if getattr(self, name) is not None]
         if given and not self.of_transformers:
             raise ValueError(f"--{given[0].replace('_', '-')} is for hf: models, and {self.objective} brings its own "
                              "data: leave it out")
