@@ -35,8 +35,8 @@ def _trace_matvecs(rtol: float) -> int:
 
 
 def _largest(objective: Objective, options: Options) -> LargestEigenvalue:
-    found = eigenpairs(_hessian(objective, options), 1, tol=1e-2 if options.quick else options.tol, certify=not options.quick,
-                       seed=options.seed)
+    found = eigenpairs(_hessian(objective, options), 1, tol=1e-2 if options.quick else options.tol,
+                       certify=not options.quick, seed=options.seed)
     error = math.nan if found.data_stderr is None else float(found.data_stderr[-1])
     return LargestEigenvalue(value=found.largest, stderr=float(found.residuals[-1]), data_stderr=error)
 

@@ -102,8 +102,8 @@ def load_model(source: str, dtype: str | None) -> tuple[nn.Module, bool]:
     transformers = _transformers()
     kind = _dtype(dtype)
     if not Path(source).is_dir() and (Path(source).exists() or source.count("/") > 1 or source.startswith((".", "~"))):
-        raise ValueError(f"there is no folder {source}: pass hf: and a folder that save_pretrained wrote, or the name of "
-                         "a model of the Hugging Face hub")
+        raise ValueError(f"there is no folder {source}: pass hf: and a folder that save_pretrained wrote, or the name "
+                         "of a model of the Hugging Face hub")
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} holds no config.json: write the model there with model.save_pretrained({source!r})")
     try:
@@ -147,8 +147,8 @@ def _dtype(name: str | None) -> Any:
     """A torch dtype by name; by default float32, in which curvature keeps enough digits."""
     found = getattr(torch, name or "float32", None)
     if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"--dtype {name} is no floating-point dtype of torch: pass float32, float64, bfloat16, float16, "
-                         "or auto for that of the checkpoint")
+        raise ValueError(f"--dtype {name} is no floating-point dtype of torch: pass float32, float64, bfloat16, "
+                         "float16, or auto for that of the checkpoint")
     return "auto" if name == "auto" else found
 
 
@@ -163,8 +163,8 @@ def _is_causal(config: Any, source: str) -> bool:
     for name in names:
         if decodes and (name in causal or name in masked):
             return name in causal
-    raise ValueError(f"{source} holds {', '.join(names) or 'a model of unknown class'}, which has no head for causal or "
-                     "masked language modelling: pass a ...ForCausalLM, ...LMHeadModel or ...ForMaskedLM")
+    raise ValueError(f"{source} holds {', '.join(names) or 'a model of unknown class'}, which has no head for causal "
+                     "or masked language modelling: pass a ...ForCausalLM, ...LMHeadModel or ...ForMaskedLM")
 
 
 def _tokenizer(source: str) -> Any:
@@ -292,11 +292,10 @@ def _count(batch: Batch) -> float:
 @torch.no_grad()
 def _refuse_lookahead(model: nn.Module, ids: list[int], source: str) -> None:
     """Raise where what a causal model predicts depends on later tokens, such as an encoder under a decoder's name."""
-    device, n = next(model.parameters()).device, min(len(ids), 8)
-    first = torch.tensor([ids[:n]], device=device)
-    second = first.clone()
-    second[0, -1] = (second[0, -1] + 1) % _vocabulary(model)
-    a, b = (_logits(model, {"input_ids": t})[0, :-1].double() for t in (first, second))
-    if n > 1 and float((a - b).abs().max()) > 1e-3 * float(a.abs().max()):
+    first = torch.tensor([ids[:8]], device=next(model.parameters()).device)
+    second = (first + 1) % _vocabulary(model)
+    second[0, 0] = first[0, 0]
+    a, b = (_logits(model, {"input_ids": t})[0, 0] for t in (first, second))
+    if float((a - b).abs().max()) > 20 * torch.finfo(a.dtype).eps * float(a.abs().max()):
         raise ValueError(f"{source} ({type(model).__name__}) is not causal: what it predicts depends on later tokens; "
                          "set is_decoder=True in its config.json, or save it as a masked language model")

@@ -109,8 +109,8 @@ def plan(objective: Objective, names: Sequence[str], k: int, product: Any = "aut
     lines = ["  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
              for row in rows]
     return "\n".join([
-        f"{cost.size:,} parameters on {objective.device}; one pass over the data takes {_time(cost.forward)} forward (F) "
-        f"and {_time(cost.backward)} backward (B), a Hessian-vector product (H) {_time(cost.matvec)}",
+        f"{cost.size:,} parameters on {objective.device}; one pass over the data takes {_time(cost.forward)} forward "
+        f"(F) and {_time(cost.backward)} backward (B), a Hessian-vector product (H) {_time(cost.matvec)}",
         *lines, f"memory is beside that of the weights, at most; {memory.size(free)} are free"])
 
 
