@@ -182,7 +182,8 @@ def _sentence(text: str) -> str:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"flatmin: {' '.join(str(message).split())}", file=sys.stderr)
+    if _is_first() or status == 1:      # a wrong call is the same in every process
+        print(f"flatmin: {' '.join(str(message).split())}", file=sys.stderr)
     return status
 
 
@@ -245,7 +246,7 @@ def _finish(verb: str, job: Any, folder: RunFolder) -> int:
             _write_report(folder.path)
         return _fail(f"interrupted; resume with: flatmin {verb} --resume {folder.path}", 130)
     if not _is_first():
-        return 1 if job.failure else 0
+        return _fail(job.failure, 1) if job.failure else 0
     print(_write_report(folder.path)(job.record))
     print(f"\nrecord {folder.path / 'record.json'}\nreport {folder.path / 'report.html'}")
     return _fail(job.failure, 1) if job.failure else 0

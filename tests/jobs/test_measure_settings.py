@@ -57,6 +57,12 @@ def unlike():
         model[0].bias += float(os.environ.get("RANK", 0))
     return flatmin.Objective(model, nn.CrossEntropyLoss(), batches())
 
+def half():
+    import os
+    if os.environ.get("RANK") == "1":
+        raise RuntimeError("no file")
+    return objective()
+
 def sharded():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -66,7 +72,8 @@ def sharded():
 
 @pytest.fixture(autouse=True)
 def _mine(tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
+    threads, kind = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)      # as in the processes that torchrun starts
     (tmp_path / "their.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -74,6 +81,7 @@ def _mine(tmp_path, monkeypatch):
     yield
     sys.modules.pop("their", None)
     torch.set_num_threads(threads)
+    torch.set_default_dtype(kind)
 
 
 def run(*args):
@@ -296,11 +304,13 @@ def test_two_processes_measure_what_one_does(tmp_path, name):
     from safetensors.torch import load_file
 
     a, b = (load_file(tmp_path / n / "eigenvectors.safetensors") for n in ("one", "two"))
-    assert list(a) == list(b) == [n for n, _ in theirs().net().named_parameters()]
+    assert set(a) == set(b) == {n for n, _ in theirs().net().named_parameters()}
+    assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("their:one", "1 batches for 2 processes"), ("their:unlike", "different weights"), ("their:sharded", "FSDP2")])
+    ("their:one", "1 batches for 2 processes"), ("their:unlike", "different weights"), ("their:sharded", "FSDP2"),
+    ("their:half", "process 1: their:half() raised")])
 def test_what_two_processes_cannot_measure_is_refused_in_one_line(tmp_path, name, words):
     status, errors, _ = two_processes(tmp_path, name, "--metrics", "one_step", "--out", "r")
     assert status != 0 and len(errors) == 1 and words in errors[0] and not (tmp_path / "r").exists()

@@ -76,6 +76,21 @@ class Measurement:
 
     def _found(self, device: torch.device) -> tuple[Objective, dict[str, Any]]:
         """The objective of this process on its share of the data, and what is recorded of the data."""
+        own, error = None, None
+        try:
+            own = self._own(device)
+        except (ValueError, FileNotFoundError) as raised:
+            error = raised
+        for rank, other in enumerate(self.group.gather(error and str(error))):
+            if other and error is None:
+                raise ValueError(f"process {rank}: {other}")
+        if own is None:
+            raise error or AssertionError
+        objective, processes = over_processes(own[0], self.group)
+        return objective, own[1] | processes
+
+    def _own(self, device: torch.device) -> tuple[Objective, dict[str, Any]]:
+        """What this process alone finds."""
         settings = self.settings
         if settings.of_transformers:
             assert settings.text is not None
@@ -92,8 +107,7 @@ class Measurement:
         if settings.mode is not None:
             objective = changed(objective, mode=settings.mode)
         objective, share = share_of(objective, settings.share, settings.seed)
-        objective, processes = over_processes(objective, self.group)
-        return objective, facts | share | processes
+        return objective, facts | share
 
     def run(self) -> dict[str, Any]:
         """Measure what is left; the record is saved after every measure, also when interrupted.
@@ -117,6 +131,8 @@ class Measurement:
             for i, name in enumerate(left):
                 self._take(name, f"{len(self.metrics) - len(left) + i + 1}/{len(self.metrics)} {name}")
                 self._save()
+                if record["failed"] and self.group.size > 1:
+                    break       # the other processes may wait for this one in the middle of the measure
             record["status"] = "failed" if record["failed"] else "complete"
         except BaseException:
             record["status"] = "interrupted"
@@ -132,7 +148,11 @@ class Measurement:
     @property
     def failure(self) -> str:
         """What a finished run did not reach, in one line; empty where nothing failed."""
-        return "not measured: " + ", ".join(self.record["failed"]) if self.record["failed"] else ""
+        failed = self.record["failed"]
+        if failed and self.group.size > 1:
+            return "; ".join(f"{name} cannot be measured by {self.group.size} processes: {why}"
+                             for name, why in failed.items())
+        return "not measured: " + ", ".join(failed) if failed else ""
 
     def _take(self, name: str, title: str) -> None:
         record, start = self.record, time.monotonic()
@@ -147,8 +167,6 @@ class Measurement:
         except (MemoryError, RuntimeError, ValueError, TypeError, NotImplementedError, ArithmeticError) as error:
             if isinstance(error, RunFolderError):
                 raise
-            if self.group.size > 1:     # the others may be in the middle of it
-                raise ValueError(f"{name} cannot be measured by {self.group.size} processes: {said(error)}") from error
             record["failed"][name] = said(error)
             self.show.end(f"failed: {said(error)}")
             return
