@@ -16,9 +16,10 @@ from flatmin import Objective, cli
 from flatmin.curvature import Hessian, dense_hessian, trace
 from flatmin.curvature.objective_operator import ObjectiveOperator
 from flatmin.jobs import measure_cost
-from flatmin.jobs.measure_data import share_of
+from flatmin.jobs.measure_data import over_processes, share_of
 from flatmin.jobs.measures import MEASURES
 from flatmin.measures import METRICS, Options
+from flatmin.parallel import Group
 from flatmin.progress import Display
 
 MODULE = """
@@ -49,13 +50,6 @@ def own_share():
     import torch.distributed as dist
     model = nn.parallel.DistributedDataParallel(net())
     return flatmin.Objective(model, nn.CrossEntropyLoss(), batches()[dist.get_rank()::2])
-
-def unlike():
-    import os
-    model = net()
-    with torch.no_grad():
-        model[0].bias += float(os.environ.get("RANK", 0))
-    return flatmin.Objective(model, nn.CrossEntropyLoss(), batches())
 
 def half():
     import os
@@ -224,7 +218,7 @@ def counted(name, objective):
         evaluate, multiply = Objective.evaluate, ObjectiveOperator._matvec
 
         def evaluated(self, *args, gradient=False, **kw):
-            share = sum(len(b[0]) for b in self.data) / 64      # a measure of a quarter of the data: a quarter of a pass
+            share = sum(len(b[0]) for b in self.data) / 64      # a quarter of the data is a quarter of a pass
             seen["forward"] += share
             seen["backward"] += share * gradient
             return evaluate(self, *args, gradient=gradient, **kw)
@@ -276,6 +270,24 @@ def test_a_plan_times_all_the_data(tmp_path, capsys):
     assert not (tmp_path / "r").exists() and re.search(r"are free$", shown.strip()) and not math.isnan(cost.backward)
 
 
+class Two(Group):
+    """A group of two, of which the other holds the same, or other, values."""
+
+    def __init__(self, alike):
+        super().__init__(None)
+        self.size, self.alike = 2, alike
+
+    def gather(self, value):
+        return [value, value if self.alike else "another"]
+
+
+@pytest.mark.parametrize(("alike", "words"), [(True, "the data are 1 batches for 2 processes"),
+                                              (False, "the processes hold different weights")])
+def test_processes_need_the_same_weights_and_a_batch_each(alike, words):
+    with pytest.raises(ValueError, match=words):
+        over_processes(theirs().one(), Two(alike))
+
+
 def two_processes(tmp_path, *args):
     """The command under torchrun; its status and what it says, without torchrun's own lines."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
@@ -309,8 +321,7 @@ def test_two_processes_measure_what_one_does(tmp_path, name):
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("their:one", "1 batches for 2 processes"), ("their:unlike", "different weights"), ("their:sharded", "FSDP2"),
-    ("their:half", "process 1: their:half() raised")])
+    ("their:sharded", "FSDP2"), ("their:half", "process 1: their:half() raised")])
 def test_what_two_processes_cannot_measure_is_refused_in_one_line(tmp_path, name, words):
     status, errors, _ = two_processes(tmp_path, name, "--metrics", "one_step", "--out", "r")
     assert status != 0 and len(errors) == 1 and words in errors[0] and not (tmp_path / "r").exists()
