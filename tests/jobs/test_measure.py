@@ -367,7 +367,8 @@ def test_the_flags_are_these():
     flags = sorted(o for a in verbs["measure"]._actions for o in a.option_strings if o.startswith("--"))
     assert flags == ["--against", "--batch-size", "--checkpoint", "--config", "--context", "--device", "--dtype",
                      "--eigenvectors", "--help", "--k", "--metrics", "--mode", "--out", "--plan", "--product",
-                     "--quiet", "--resume", "--rho", "--rtol", "--seed", "--share", "--text", "--threads", "--tokens", "--tol"]
+                     "--quiet", "--resume", "--rho", "--rtol", "--seed", "--share", "--text", "--threads",
+                     "--tokens", "--tol"]
     shown = verbs["measure"].format_help()
     assert "examples:" in shown and all(name in shown for name in measure.METRICS)
 
