@@ -51,6 +51,10 @@ _MEASURE = """examples:
   flatmin measure my_module:objective --checkpoint model.safetensors --k 10
   flatmin measure my_module:objective --metrics one_step,worst_case,surface --rho 0.1
   flatmin measure my_module:objective --checkpoint a.safetensors --against b.safetensors       which of two is sharper
+  flatmin measure hf:FOLDER --text book.txt --context 128     a causal or masked language model of transformers, in a
+                                                              folder or by its name, with the tokenizer beside it
+  flatmin measure hf:FOLDER --text book.txt --plan            time and memory of each measure; nothing is written
+  torchrun --nproc-per-node 2 -m flatmin.cli measure my_module:objective      every process takes a share of the batches
   flatmin measure --resume runs/measure                       resume after Ctrl-C; finished measures are not repeated
 
 my_module:objective is a flatmin.Objective, a flatmin.recipes.Recipe, or a function that returns one of them, (model,
@@ -87,19 +91,19 @@ _JOBS = {
     "train": _Job(
         "jobs.train:TrainingRun", TrainJobSettings, "recipe", "train one recipe with one method, on one or many "
         "processes", _TRAIN, dict.fromkeys(("settings", "recipe", "place", "model"), dict),
-        lambda s: ["numpy", "matplotlib", "safetensors"], "a recipe: a name, or module:recipe"),
+        lambda s: ["numpy", "matplotlib", "jinja2", "safetensors"], "a recipe: a name, or module:recipe"),
     "compare": _Job(
         "jobs.compare:Comparison", CompareSettings, "recipe",
         "train methods side by side on one recipe, measure them, write a report", _COMPARE,
         {"settings": dict, "data": dict, "selection": dict, "runs": list},
-        lambda s: ["numpy", "matplotlib", "safetensors", "scipy", *["sklearn"] * (s.recipe == "digits")]),
+        lambda s: ["numpy", "matplotlib", "jinja2", "safetensors", "scipy", *["sklearn"] * (s.recipe == "digits")]),
     "measure": _Job(
         "jobs.measure:Measurement", MeasureSettings, "objective",
-        "sharpness, spectrum and landscape of your own model, each with its error",
+        "sharpness, spectrum and landscape of a model, each number with its error",
         _MEASURE, dict.fromkeys(("settings", "model", "data", "results", "timing", "warnings"), dict),
-        lambda s: ["numpy", "matplotlib", *["safetensors"] * any(str(p).endswith(".safetensors")
-                                                                for p in (s.checkpoint, s.against))],
-        "module:objective"),
+        lambda s: ["numpy", "matplotlib", "jinja2", *["safetensors"] * (s.eigenvectors or any(
+            str(p).endswith(".safetensors") for p in (s.checkpoint, s.against)))],
+        "module:objective, or hf:FOLDER with --text FILE"),
 }
 
 
@@ -167,6 +171,9 @@ def _add_flags(parser: Any, name: str, job: _Job) -> None:
             flag = {"action": "store_true"}
         if setting.name not in (job.positional, "fields"):
             parser.add_argument(_flag(setting.name), help=help_of[setting.name], **flag)
+    if job.settings is MeasureSettings:
+        parser.add_argument("--plan", action="store_true",
+                            help="print the predicted time and memory of each measure and stop; nothing is written")
     parser.add_argument("--config", metavar="FILE", help="TOML file of these settings; flags win over it")
     parser.add_argument("--out", metavar="FOLDER", help=f"run folder to make (default: runs/{name}, or -2, -3, ...)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
@@ -281,6 +288,11 @@ def _run(verb: str, args: Any, fields: Mapping[str, str]) -> int:
         raise _wrong_call(error) from error
     _require(*job.packages(settings))
     running = _of(job.runs)(settings, folder, record, bool(args.get("quiet")))
+    if args.get("plan"):
+        text = running.plan()
+        if _rank() == 0:
+            print(text)
+        return 0
     if record is None and _rank() == 0:
         RunFolder.create(running.folder.path)
     return _finish(verb, running)
@@ -315,7 +327,7 @@ def _write_report(path: Path) -> Callable[[dict[str, Any]], str]:
 
 
 def _report(path: str, csv: bool | None) -> int:
-    _require("numpy", "matplotlib")
+    _require("numpy", "matplotlib", "jinja2")
     folder, record = RunFolder.open(path)
     _write_report(folder.path)
     print(folder.path / "report.html")

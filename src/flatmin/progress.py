@@ -44,12 +44,14 @@ class Display:
         total: how many there will be, for :meth:`step`.
         quiet: show nothing.
         seconds: between two lines where there is no terminal, or no tqdm.
+        resumed: how many an earlier session has done, which count for neither the number shown nor the pace; None:
+            not known, and then the first that is reported is the first of this session.
     """
 
     def __init__(self, title: str, *, unit: str = "matvec", total: int = 0, quiet: bool = False,
-                 seconds: float = 20.0):
+                 seconds: float = 20.0, resumed: int | None = None):
         self.title, self.unit, self.total, self.quiet, self.seconds = title, unit, total, quiet, seconds
-        self.done, self._first = 0, -1
+        self.done, self._first, self.resumed = 0, -1, resumed
         self._start = self._last = time.monotonic()
         self._bar = None if quiet else _bar(title, unit)
 
@@ -62,7 +64,7 @@ class Display:
         """``done`` so far, and about how many are left (0: unknown)."""
         self.done = done
         if self._first < 0:
-            self._first = done - 1      # a resumed run has done some before
+            self._first = done - 1 if self.resumed is None or self.resumed >= done else self.resumed
             if self._bar is not None:
                 self._bar.initial = self._bar.n = self._first
         if self._bar is not None:
@@ -75,7 +77,9 @@ class Display:
             return
         self._last, pace = now, (now - self._start) / max(done - self._first, 1)
         ahead = f", about {clock(left * pace)} left" if left else ""
-        _write(f"{self.title}: {done} {self.unit}s{text and f', {text}'}, {pace:.2g} s a {self.unit}{ahead}")
+        before = f" after {self.resumed} of an earlier session" if self.resumed else ""
+        _write(f"{self.title}: {done - (self.resumed or 0)} {self.unit}s{before}{text and f', {text}'}, {pace:.2g} s a "
+               f"{self.unit}{ahead}")
 
     def step(self) -> None:
         """One more of ``total``."""

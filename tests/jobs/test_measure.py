@@ -365,8 +365,10 @@ def test_the_flags_are_these():
     """A new flag is a decision: it fails here first."""
     verbs = next(a for a in cli._parser()._actions if a.dest == "verb").choices
     flags = sorted(o for a in verbs["measure"]._actions for o in a.option_strings if o.startswith("--"))
-    assert flags == ["--against", "--checkpoint", "--config", "--help", "--k", "--metrics", "--out", "--quiet",
-                     "--resume", "--rho", "--seed", "--tol"]
+    assert flags == ["--against", "--batch-size", "--checkpoint", "--config", "--context", "--device", "--dtype",
+                     "--eigenvectors", "--help", "--k", "--metrics", "--mode", "--out", "--plan", "--product",
+                     "--quiet", "--resume", "--rho", "--rtol", "--seed", "--share", "--text", "--threads",
+                     "--tokens", "--tol"]
     shown = verbs["measure"].format_help()
     assert "examples:" in shown and all(name in shown for name in measure.METRICS)
 

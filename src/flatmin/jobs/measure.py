@@ -1,7 +1,9 @@
 """``flatmin measure``: what is known about the sharpness of one model at one checkpoint, each number with its error.
 
-The model and its loss come from the user's own code as an :class:`flatmin.Objective`; weights may come from a file.
-Each measure is written to the record as soon as it is there, so that an interrupted run resumes where it stopped.
+The model and its loss come from the user's own code as an :class:`flatmin.Objective`, or are a language model of the
+``transformers`` library on a text; weights may come from a file. Each measure is written to the record as soon as it is
+there, so that an interrupted run resumes where it stopped. Under ``torchrun`` the processes share the data, and the
+first of them writes.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import copy
 import dataclasses
 import datetime
 import functools
+import json
 import math
 import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +29,29 @@ from .. import __version__
 from ..errors import RunFolderError
 from ..files import digest
 from ..landscape import line
+from ..linalg.checkpoint import matvecs_in
 from ..measures import METRICS as OFFERED
 from ..measures import Options, find_metrics
 from ..objective import Objective
+from ..parallel import unwrapped
 from ..progress import Display
 from ..results import plain
 from ..sharpness import compare
 from ..sharpness.sharpness_warnings import samples_in
 from ..tensorscope import objective_for
 from ..training.folder import RunFolder
+from ..training.launch import place
 from ..training.protocol import Place
+from ..training.settings import TrainSettings
 from ..training.user_code import load_object, said
 from ..training.weights import load_checkpoint
+from .language_objective import PREFIX, TextSettings, language_objective
+from .measure_cost import faster_threads, plan
+from .measure_data import changed, moved, over_processes, share_of
 from .measures import MEASURES
 from .settings import MeasureSettings
+
+EIGENVECTORS = "eigenvectors.safetensors"
 
 
 class Measurement:
@@ -47,44 +60,103 @@ class Measurement:
     def __init__(self, settings: MeasureSettings, folder: RunFolder, record: dict[str, Any] | None = None,
                  quiet: bool = False):
         self.settings, self.folder, self.quiet = settings, folder, quiet
-        self.metrics = find_metrics(settings.metrics)
-        self.objective = find_objective(settings.objective, settings.seed)
+        self.metrics = find_metrics(settings.metrics) + ["comparison"] * (settings.against is not None)
+        with ExitStack() as stack:
+            threads = settings.threads if record is None else record.get("versions", {}).get("threads")
+            at = stack.enter_context(place(TrainSettings(seed=settings.seed, device=settings.device, threads=threads)))
+            self.group = at.group
+            self.objective, self.facts = self._found(at.device)
+            self.other = None if settings.against is None else _with_weights(self.objective, settings.against)
+            self._evaluate_once()
+            if threads is None:
+                torch.set_num_threads(self.group.gather(faster_threads(self.objective))[0])
+            new = self._new_record()
+            self.record = new if record is None else self._resumed(record, new)
+            self._place = stack.pop_all()       # left at the end of run() or plan()
+
+    def _found(self, device: torch.device) -> tuple[Objective, dict[str, Any]]:
+        """The objective of this process on its share of the data, and what is recorded of the data."""
+        own, error = None, None
+        try:
+            own = self._own(device)
+        except (ValueError, FileNotFoundError) as raised:
+            error = raised
+        for rank, other in enumerate(self.group.gather(error and str(error))):
+            if other and error is None:
+                raise ValueError(f"process {rank}: {other}")
+        if own is None:
+            raise error or AssertionError
+        objective, processes = over_processes(own[0], self.group)
+        return objective, own[1] | processes
+
+    def _own(self, device: torch.device) -> tuple[Objective, dict[str, Any]]:
+        """What this process alone finds."""
+        settings = self.settings
+        if settings.of_transformers:
+            assert settings.text is not None
+            found = language_objective(settings.objective, TextSettings(
+                settings.text, settings.context, settings.batch_size, settings.tokens, settings.dtype, settings.seed),
+                device)
+            objective, facts = found.objective, found.facts
+        else:
+            objective, facts = find_objective(settings.objective, settings.seed), {}
+            if settings.device != "auto" or self.group.size > 1:
+                objective = moved(objective, device)
         if settings.checkpoint is not None:
-            load_checkpoint(self.objective.model, settings.checkpoint)
-        self.other = None if settings.against is None else _with_weights(self.objective, settings.against)
-        self.metrics += [] if self.other is None else ["comparison"]
-        new = self._new_record()
-        self.record = new if record is None else self._resumed(record, new)
+            load_checkpoint(objective.model, settings.checkpoint)
+        if settings.mode is not None:
+            objective = changed(objective, mode=settings.mode)
+        objective, share = share_of(objective, settings.share, settings.seed)
+        return objective, facts | share
 
     def run(self) -> dict[str, Any]:
         """Measure what is left; the record is saved after every measure, also when interrupted.
 
         A measure that cannot be taken of this model is recorded under ``failed`` with the reason; the others are taken.
         """
+        with self._place:
+            return self._run()
+
+    def plan(self) -> str:
+        """The predicted time and memory of each measure, as text; nothing is written."""
+        with self._place:
+            return plan(self.objective, self.metrics, self.settings.k, self.settings.product)
+
+    def _run(self) -> dict[str, Any]:
         record = self.record
         left = [m for m in self.metrics if m not in record["results"]]
         record["status"], record["failed"] = "running", {}
-        self.folder.save_record(record)
+        self._save()
         try:
             for i, name in enumerate(left):
                 self._take(name, f"{len(self.metrics) - len(left) + i + 1}/{len(self.metrics)} {name}")
-                self.folder.save_record(record)
+                self._save()
+                if record["failed"] and self.group.size > 1:
+                    break       # the other processes may wait for this one in the middle of the measure
             record["status"] = "failed" if record["failed"] else "complete"
         except BaseException:
             record["status"] = "interrupted"
             raise
         finally:
-            self.folder.save_record(record)
+            self._save()
         return record
+
+    def _save(self) -> None:
+        if self.group.rank == 0:
+            self.folder.save_record(self.record)
 
     @property
     def failure(self) -> str:
         """What a finished run did not reach, in one line; empty where nothing failed."""
-        return "not measured: " + ", ".join(self.record["failed"]) if self.record["failed"] else ""
+        failed = self.record["failed"]
+        if failed and self.group.size > 1:
+            return "; ".join(f"{name} cannot be measured by {self.group.size} processes: {why}"
+                             for name, why in failed.items())
+        return "not measured: " + ", ".join(failed) if failed else ""
 
     def _take(self, name: str, title: str) -> None:
         record, start = self.record, time.monotonic()
-        self.show = Display(title, quiet=self.quiet)
+        self.show = Display(title, quiet=self.quiet or self.group.rank > 0, resumed=self._matvecs_before(name))
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -108,26 +180,46 @@ class Measurement:
         self.show.end(f"{record['timing'][name]:.1f} s" + (f", {len(found)} warning{'s' * (len(found) > 1)}" if found
                                                            else ""))
 
+    def _matvecs_before(self, name: str) -> int:
+        """Those that an earlier session has done of a measure."""
+        there = any((self.folder.path / "checkpoints").glob(f"{name}-*.pt"))
+        return matvecs_in(self.file(name)) if there else 0
+
+    def save_eigenvectors(self, found: Any) -> None:
+        """Unit eigenvectors, (k, *shape) for each parameter by its name; rows in the order of the eigenvalues."""
+        w, rows = self.objective.parameters, found.eigenvectors
+        names = {id(p): n for n, p in unwrapped(self.objective.model).named_parameters()}
+        parts = rows.split([p.numel() for p in w], dim=1)
+        if self.group.rank == 0:
+            self.folder.save_tensors(EIGENVECTORS, {
+                names[id(p)]: part.reshape(len(rows), *p.shape) for p, part in zip(w, parts, strict=True)},
+                {"eigenvalues": json.dumps(found.eigenvalues.tolist())})
+
     def file(self, name: str) -> str:
         """The file in which a long measure of these weights keeps its state."""
         state = self.objective.model.state_dict()
         weights = digest(*(part for name, t in state.items() if isinstance(t, torch.Tensor) for part in (name, t)))
         return str(self.folder.path / "checkpoints" / f"{name}-{weights[:16]}.pt")
 
-    def _new_record(self) -> dict[str, Any]:
-        objective, model = self.objective, self.objective.model
+    def _evaluate_once(self) -> None:
+        """Raise a ValueError that says why the loss cannot be measured, if it cannot."""
+        objective = self.objective
         if not objective.parameters:
             raise ValueError(f"the model of {self.settings.objective} has no parameter that requires a gradient")
         try:
             objective.check()
-            loss = float(objective.value())
-            samples = [samples_in(batch) for batch in objective.data]
+            self.loss = float(objective.value())
+            self.samples = [samples_in(batch) for batch in objective.data]
         except ValueError:
             raise
         except Exception as error:  # the user's own model and loss may raise anything
             raise ValueError(f"the loss of {self.settings.objective} cannot be evaluated: {said(error)}") from error
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of {self.settings.objective} is {loss}: there is nothing to measure")
+        if not math.isfinite(self.loss):
+            raise ValueError(f"the loss of {self.settings.objective} is {self.loss}: there is nothing to measure")
+
+    def _new_record(self) -> dict[str, Any]:
+        objective, model = self.objective, unwrapped(self.objective.model)
+        batches, samples = map(int, self.group.total(len(self.samples), sum(self.samples)))
         return {
             "kind": "measure", "status": "running",
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -138,10 +230,10 @@ class Measurement:
                       "frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
                       "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in objective.parameters})),
                       "device": str(objective.device), "norm": _norm(objective),
-                      "weights": self.settings.checkpoint or f"as {self.settings.objective} returns them",
+                      "weights": self.settings.checkpoint or _own_weights(self.settings),
                       **({} if self.other is None else {"against_norm": _norm(self.other)})},
-            "data": {"name": self.settings.objective, "batches": len(samples), "samples": sum(samples), "loss": loss,
-                     "mode": objective.mode, "loss_function": _loss_name(objective.loss_fn)},
+            "data": {"name": self.settings.objective, "batches": batches, "samples": samples, "loss": self.loss,
+                     "mode": objective.mode, "loss_function": _loss_name(objective.loss_fn), **self.facts},
             "results": {}, "timing": {}, "warnings": {}, "failed": {},
         }
 
@@ -166,8 +258,12 @@ def _take(name: str, job: Measurement) -> Any:
     # a radius of each coordinate: perturbations then have the length rho in the root mean square
     rho = settings.rho / (math.sqrt(job.record["model"]["parameters"]) if measure.radius == "coordinate" else 1)
     file = job.file(name) if measure.resumable else None
-    found = measure(job.objective, Options(rho=rho, k=settings.k, tol=settings.tol, seed=settings.seed,
-                                           progress=job.show, checkpoint=file))
+    found = measure(job.objective, Options(rho=rho, k=settings.k, tol=settings.tol, rtol=settings.rtol,
+                                           product=settings.product, seed=settings.seed, progress=job.show,
+                                           checkpoint=file))
+    if name == "spectrum" and settings.eigenvectors:
+        job.save_eigenvectors(found)
+        return plain(found) | {"eigenvectors": EIGENVECTORS}
     return _RECORDED[name](found) if name in _RECORDED else found
 
 
@@ -231,10 +327,14 @@ def find_objective(name: str, seed: int = 0) -> Objective:
 
 def _with_weights(objective: Objective, path: str) -> Objective:
     """The same objective of a copy of its model that holds the weights of a file."""
-    other = copy.copy(objective)
-    other.model, other.product_checks = copy.deepcopy(objective.model), {}
-    load_checkpoint(other.model, path)
+    other = changed(objective, model=copy.deepcopy(objective.model))
+    load_checkpoint(unwrapped(other.model), path)
     return other
+
+
+def _own_weights(settings: MeasureSettings) -> str:
+    source = settings.objective
+    return source.removeprefix(PREFIX) if settings.of_transformers else f"as {source} returns them"
 
 
 def _loss_name(function: Any) -> str:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..measures import DEFAULT_METRICS
+from ..measures import DEFAULT_METRICS, find_metrics
 from ..training.methods import METHODS, find_methods
 from ..training.settings import TrainSettings, check_types
+
+PRODUCTS = ("auto", "cached", "recomputed", "forward", "finite_difference")
+MODES = ("eval", "train", "batch_statistics", "as_is")
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,19 @@ class MeasureSettings:
     """
 
     objective: str
-    """what is measured, from your own code: module:attribute"""
+    """what is measured: module:attribute of your own code, or hf:FOLDER, a model of transformers"""
+    text: str | None = None
+    """file of text on which a model of transformers is measured"""
+    tokens: int | None = None
+    """how many tokens of the text, from its beginning (default: 16384)"""
+    context: int | None = None
+    """tokens of a window of the text (default: as many as the model takes, 512 at most)"""
+    batch_size: int | None = None
+    """windows of a batch (default: 8, fewer where that makes five batches)"""
+    dtype: str | None = None
+    """of a model of transformers: float32 (the default), float64, bfloat16, float16, or auto"""
     checkpoint: str | None = None
-    """file of weights for its model (default: as your code made them)"""
+    """file of weights for its model (default: as your code or the folder has them)"""
     metrics: str = DEFAULT_METRICS
     """measures with commas between, or all"""
     k: int = 5
@@ -81,6 +94,20 @@ class MeasureSettings:
     """radius of the sharpness measures"""
     tol: float = 1e-3
     """residual of the eigenvalues, relative to the largest"""
+    rtol: float = 0.05
+    """standard error of the trace, relative to the trace"""
+    product: str = "auto"
+    """how Hessian-vector products are computed: auto, cached, recomputed, forward or finite_difference"""
+    mode: str | None = None
+    """how the model is evaluated: eval, train, batch_statistics or as_is (default: as your code says, or eval)"""
+    share: float = 1.0
+    """share of the data, drawn with the seed: of the batches, or of the samples of a single one"""
+    eigenvectors: bool = False
+    """save the eigenvectors as eigenvectors.safetensors, by the names of the parameters"""
+    device: str = "auto"
+    """auto (an accelerator where there is one), cpu, cuda, ..."""
+    threads: int | None = None
+    """of the process (default: the faster of one and all, on one batch)"""
     seed: int = 0
     """of random starts, probes and directions, and of torch before your code is called"""
     against: str | None = None
@@ -88,10 +115,31 @@ class MeasureSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check(self, "k", lambda v: v >= 1, "at least 1")
-        _check(self, "rho", lambda v: math.isfinite(v) and v > 0, "positive")
-        _check(self, "tol", lambda v: math.isfinite(v) and v > 0, "positive")
+        for name in ("k", "tokens", "context", "batch_size", "threads"):
+            _check(self, name, lambda v: v >= 1, "at least 1")
+        for name in ("rho", "tol", "rtol"):
+            _check(self, name, lambda v: math.isfinite(v) and v > 0, "positive")
         _check(self, "seed", lambda v: v >= 0, "at least 0")
+        _check(self, "share", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        for name, known in (("product", PRODUCTS), ("mode", MODES)):
+            _check(self, name, lambda v, known=known: v in known, f"one of {', '.join(known)}")
+        if self.eigenvectors and "spectrum" not in find_metrics(self.metrics):
+            raise ValueError("--eigenvectors needs spectrum among the --metrics")
+        self._check_text()
+
+    @property
+    def of_transformers(self) -> bool:
+        """Whether a model of the ``transformers`` library is measured on a text."""
+        return self.objective.startswith("hf:")
+
+    def _check_text(self) -> None:
+        if self.of_transformers and self.text is None:
+            raise ValueError(f"{self.objective} needs a text to be measured on: pass --text FILE")
+        of_text = ("text", "tokens", "context", "batch_size", "dtype")
+        given = [name for name in of_text if getattr(self, name) is not None]
+        if given and not self.of_transformers:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for hf: models, and {self.objective} brings its own "
+                             "data: leave it out")
 
 
 @dataclass(frozen=True)
@@ -145,4 +193,4 @@ def _radius(number: str, part: str) -> float:
 def _check(settings: Any, name: str, holds: Callable[[Any], bool], what: str) -> None:
     value = getattr(settings, name)
     if value is not None and not holds(value):
-        raise ValueError(f"--{name} must be {what}, got {value}")
+        raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {value}")

@@ -89,7 +89,7 @@ class TrainingRun:
         metrics = plain(training.metrics(("tune", "test")))
         weights = state.weights(training.model)
         if self.at.rank == 0:
-            self.folder.save_tensors("model", weights)
+            self.folder.save_tensors("checkpoints/model.safetensors", weights)
         trained = training.trained
         steps = [row for row in trained.steps if row["step"] >= record["first_step"]]
         record |= {

@@ -137,6 +137,16 @@ class Checkpoint:
             self._remove_basis()
 
 
+def matvecs_in(file: str) -> int:
+    """How many matvecs the state in a file stands for; 0 where there is none."""
+    try:
+        saved = torch.load(file, weights_only=True, mmap=True, map_location="cpu") if os.path.exists(file) else None
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        return 0
+    state = saved.get("state") if isinstance(saved, dict) else None
+    return int(state.get("matvecs", 0)) if isinstance(state, dict) else 0
+
+
 class Journal:
     """The block of a file that is being rewritten, with its old content: after a kill at most one block is incomplete.
 

@@ -73,12 +73,20 @@ class MeasureRecord:
         return number(section(self.result("one_step"), "settings").get("rho"))
 
     def size(self) -> str:
-        return (f"{self.parameters:,.0f} parameters, {number(self.data.get('samples')):,.0f} samples, "
-                f"loss {significant(self.loss, 4)}")
+        samples, tokens = (number(self.data.get(k)) for k in ("samples", "predicted_tokens"))
+        data = f"{tokens:,.0f} predicted tokens in {samples:,.0f} windows of {number(self.data.get('context')):.0f}" \
+            if math.isfinite(tokens) else f"{samples:,.0f} samples"
+        return f"{self.parameters:,.0f} parameters, {data}, loss {significant(self.loss, 4)}{self._unit()}"
+
+    def _unit(self) -> str:
+        return " nats a token" if self.data.get("units") == "tokens" else ""
 
     def setting(self) -> str:
         """Which weights and which loss were measured."""
-        return printable(f"weights {self._origin()}; loss: {self.data.get('loss_function')}")
+        more = [str(self.data[k]) for k in ("mask", "share") if k in self.data]
+        if self.data.get("text") is not None:
+            more.insert(0, f"text: {self.data['text']}")
+        return printable("; ".join([f"weights {self._origin()}", f"loss: {self.data.get('loss_function')}", *more]))
 
     def _origin(self) -> str:
         weights = str(self.model.get("weights"))

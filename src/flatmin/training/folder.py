@@ -6,13 +6,13 @@ Torch is imported where tensors are read or written: a wrong --resume is refused
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError
-from ..files import move_file, replace_file
+from ..files import replace_file
 from ..results import plain
 from .log import read_log
 
@@ -72,13 +72,14 @@ class RunFolder:
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """The model's ``state_dict`` as ``checkpoints/<name>.safetensors``."""
-        self.save_tensors(name, {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()})
+        self.save_tensors(f"checkpoints/{name}.safetensors", model.state_dict())
 
-    def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Tensors by name as ``checkpoints/<name>.safetensors``."""
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+        """Tensors as a ``.safetensors`` file of the folder; ``about`` goes into its header."""
         from safetensors.torch import save_file
 
-        self._replace(f"checkpoints/{name}.safetensors", lambda tmp: save_file(tensors, tmp))
+        whole = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+        self._replace(name, lambda tmp: save_file(whole, tmp, metadata=about))
 
     def load_weights(self, name: str) -> dict[str, Tensor]:
         """What :meth:`save_weights` wrote."""
@@ -89,37 +90,6 @@ class RunFolder:
             return load_file(file)
         except Exception as error:
             raise RunFolderError(f"{file} cannot be read ({type(error).__name__})") from error
-
-    def save_state(self, state: dict[str, Any] | None) -> None:
-        """The state of a training run, for ``--resume``; None removes it."""
-        import torch
-
-        if state is None:
-            (self.path / "checkpoints" / "training.pt").unlink(missing_ok=True)
-        else:
-            self._replace("checkpoints/training.pt", lambda tmp: torch.save(state, tmp))
-
-    def keep_state(self, name: str) -> None:
-        """The state of a finished run, optimizer and all, as ``checkpoints/<name>.state.pt``."""
-        state = self.path / "checkpoints" / "training.pt"
-        if state.exists():
-            try:
-                move_file(state, state.with_name(f"{name}.state.pt"))
-            except OSError as error:
-                raise RunFolderError(f"cannot write {state.with_name(name)}.state.pt: {error}") from error
-
-    def load_state(self) -> dict[str, Any] | None:
-        """The state that was saved last, read without unpickling anything but tensors and plain values."""
-        import torch
-
-        file = self.path / "checkpoints" / "training.pt"
-        if not file.exists():
-            return None
-        try:
-            return torch.load(file, weights_only=True)
-        except Exception as error:
-            raise RunFolderError(f"{file} cannot be read ({type(error).__name__}): delete it to repeat the run that "
-                                 "was interrupted") from error
 
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
         target = self.path / name

@@ -36,7 +36,10 @@ def place(settings: TrainSettings, folder: str | None = None) -> Iterator[Place]
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"--device must be auto, cpu, cuda or another device of torch, got {name!r}") from None
     elif torch.accelerator.is_available():
         device = torch.device(torch.accelerator.current_accelerator() or "cpu")
     else:
