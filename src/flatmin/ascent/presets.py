@@ -93,7 +93,8 @@ def layer_sam(model: nn.Module, *, rho: Any = 0.05, **options: Any) -> Sharpener
     return Sharpener(model, rho=rho, direction=Layerwise(), **options)
 
 
-@_preset("Momentum-SAM", "ε = −ρ v/‖v‖, one pass", "Becker et al.", "2401.12033")
+@_preset("Momentum-SAM", "ε = −ρ v/‖v‖, one pass", "Becker et al.", "2401.12033",
+         note="the radius is the paper's; small networks need less, 0.3 to 1")
 def momentum_sam(model: nn.Module, *, optimizer: Any = None, rho: Any = 3.0, **options: Any) -> Sharpener:
     return Sharpener(model, rho=rho, direction=Momentum(), optimizer=optimizer, **options)
 

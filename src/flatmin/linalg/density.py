@@ -42,6 +42,11 @@ class SpectralDensity:
     matvecs: int
     settings: dict[str, Any]
 
+    def __str__(self) -> str:
+        low, high = self.range
+        return (f"spectrum from {low:.4g} to {high:.4g}, {self.mass_at_zero} of it next to zero, trace {self.trace} "
+                f"({self.matvecs} matvecs)")
+
     @property
     def range(self) -> tuple[float, float]:
         """The outermost nodes, which lie inside the spectrum."""
@@ -95,9 +100,11 @@ class SpectralDensity:
             ax.set(xlabel="|eigenvalue|", ylabel="share per decade")
             ax.legend()
         else:
-            _draw(ax, *self.density(), **style)
+            x, y, error = self.density()
+            _draw(ax, x, y, error, **style)
             ax.set_yscale("log")
-            ax.set_ylim(bottom=0.1 / self.size)
+            # one eigenvalue is a peak of 1/(n width √(2π)), and x spans about as many widths as there are nodes
+            ax.set_ylim(1 / (self.size * float(x[-1] - x[0])), 3 * float(y.max()))
             ax.set(xlabel="eigenvalue", ylabel="density")
         return ax
 

@@ -61,6 +61,10 @@ def verdict(r: CompareRecord) -> str:
     other = r.baseline if r.baseline in ranked and best != r.baseline else ranked[1]
     step = r.difference(r.first, best, other)
     side = "above" if metric.higher_is_better else "below"
+    if r.stat(best, r.first).mean == r.stat(other, r.first).mean:
+        tie = f"{r.label(best)} and {r.label(other)} tie in {r.test_name}: {_value(r, best)}"
+        rest = [m for m in _tied(r, ranked)[1:] if m != other]
+        return f"{tie}." + (f" Undecided between them and {_names(r, rest)}." if rest else "")
     text = f"{first}, {metric.size(r.stat(best, r.first).mean - r.stat(other, r.first).mean)} {side} " \
            f"{r.label(other)} ({_value(r, other)}); {_against(r, step)}."
     tied = [m for m in _tied(r, ranked)[1:] if m != other]

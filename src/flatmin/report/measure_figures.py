@@ -56,16 +56,17 @@ def eigenvalues(pairs: Sequence[Pair]) -> Markup:
 
 
 def density(m: MeasureRecord) -> Markup:
-    """The spectral density on a logarithmic scale, down to a tenth of one eigenvalue; "" without one."""
+    """The spectral density on a logarithmic scale, down to a part of one eigenvalue's peak; "" without one."""
     r = m.result("density")
     x, y, error = (numbers(r.get(k)) for k in ("x", "density", "density_stderr"))
     points = [i for i, (a, b) in enumerate(zip(x, y, strict=False)) if math.isfinite(a) and math.isfinite(b)]
     if len(points) < 2:
         return Markup("")
-    floor = 0.1 / m.parameters if m.parameters > 0 else 1e-6
+    # one eigenvalue is a peak of 1/(n width √(2π)), and x spans about as many widths as there are nodes
+    floor = 1 / (m.parameters * (x[points[-1]] - x[points[0]])) if m.parameters > 0 else 1e-6
     x, y = [x[i] for i in points], [max(y[i], floor) for i in points]
     error = [error[i] for i in points] if len(error) > points[-1] else []
-    low, high = math.log10(floor), math.log10(3 * max(*y, 10 * floor))
+    low, high = math.log10(floor), math.log10(max(3 * max(y), 10 * floor))
     powers = range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 6)))
 
     def paint(axes: Any) -> None:

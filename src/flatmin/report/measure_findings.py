@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..results import uncertain
 from .fields import items, number, numbers, section
 from .formatting import error_of, signed, significant
 from .measure_record import MeasureRecord
@@ -51,13 +52,15 @@ def _step(m: MeasureRecord) -> str:
 def _curvature(m: MeasureRecord) -> str:
     if not m.pairs():
         return ""
-    top, residual, _, converged = m.pairs()[0]
+    top, residual, data, converged = m.pairs()[0]
     if not converged:
         return (f"The largest Hessian eigenvalue was not found to the tolerance asked for (so far {significant(top)}, "
                 f"residual {error_of(residual)}).")
     rate = f", and a stable learning rate of plain gradient descent lies below 2/λ₁ = {significant(2 / top)}" \
         if top > 0 else ""
-    return f"The largest Hessian eigenvalue is {significant(top)} within {error_of(residual)}{rate}."
+    found = f"{significant(top)} within {error_of(residual)}" if not data > 0 else (
+        f"{uncertain(top, data)} over batches (computed to {error_of(residual)})")
+    return f"The largest Hessian eigenvalue is {found}{rate}."
 
 
 def _zeros(m: MeasureRecord) -> str:

@@ -78,6 +78,7 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
         top = eigenpairs(H, 1, tol=tol, seed=generator).largest
         worst = worst_case(objective, rho, iterations=iterations, restarts=restarts, seed=generator).value
     warn_of(objective, at)
+    checked = "error" in H.describe().get("product_check", {})
     remainders = tuple(s - p for s, p in zip(rises, parts, strict=True))
     eps = max(torch.finfo(p.dtype).eps for p in objective.parameters)
     noise = 8 * eps * (abs(loss) + max(map(abs, parts)))
@@ -88,7 +89,7 @@ def agreement(objective: Objective, rho: float = 0.05, *, iterations: int = 20, 
     ratio = worst / bound if applies else math.nan
     return Agreement(value=order, radii=radii, one_step=tuple(rises), remainders=remainders, third_order=third,
                      largest_eigenvalue=top, worst_case=worst, bound=bound, applies=applies, ratio=ratio,
-                     sentence=_sentence(order, third, rho * length, bound, ratio),
+                     sentence=_sentence(order, third, rho * length, bound, ratio, checked),
                      settings={"rho": rho, "mode": objective.mode, "samples": at.samples})
 
 
@@ -122,7 +123,7 @@ def observed_order(remainders: Sequence[float], noise: float) -> float:
     return math.nan
 
 
-def _sentence(order: float, third: bool | None, slope: float, bound: float, ratio: float) -> str:
+def _sentence(order: float, third: bool | None, slope: float, bound: float, ratio: float, checked: bool) -> str:
     if third is None:
         first = "The remainder of one-step sharpness is too near rounding to be tested; take a larger rho or float64."
     elif math.isinf(order):
@@ -130,9 +131,9 @@ def _sentence(order: float, third: bool | None, slope: float, bound: float, rati
     elif third:
         first = f"One-step sharpness and the Hessian agree: halving rho divides the remainder by {2**order:.1f}."
     else:
+        doubt = "; the Hessian agrees with differences of gradients" if checked else ", or the Hessian is wrong"
         first = (f"One-step sharpness and the Hessian do not agree to third order: halving rho divides the remainder "
-                 f"by {2**order:.1f}, not 8. The loss has kinks (ReLU) within rho, or rho is too large, or the Hessian "
-                 "is wrong.")
+                 f"by {2**order:.1f}, not 8. The loss has kinks (ReLU) within rho, or rho is too large{doubt}.")
     if math.isnan(ratio):
         second = (f"Worst case and ½ρ²λ₁ = {bound:.3g} are different quantities here, since the first-order part "
                   f"ρ‖g‖ = {slope:.3g} is not small beside it." if bound > 0 else
