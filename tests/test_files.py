@@ -75,7 +75,7 @@ def test_what_a_killed_write_left_is_written_over_and_removed_with_its_file(tmp_
 def test_no_other_file_of_the_package_replaces_a_file_or_hashes_content():
     users = {name for name in (p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
              if re.search(r"os\.(replace|rename|fsync)\(|hashlib", (SOURCE / name).read_text())}
-    assert users == {"files.py", "report/turning.py"}, "turning.py names its scripts by their hash for the browser"
+    assert users == {"files.py", "report/page.py"}, "page.py names its scripts by their hash for the browser"
 
 
 def test_a_digest_is_sha256_of_text_shape_dtype_and_bytes():

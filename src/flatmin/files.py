@@ -42,11 +42,16 @@ def move_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     """Rename a file within its file system; an existing ``target`` is replaced."""
     os.replace(source, target)
     if hasattr(os, "O_DIRECTORY"):      # the new name is safe only once the folder is on the disk; not on Windows
-        folder = os.open(Path(target).parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(Path(target).parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import move_file
+from ..files import digest, move_file
 from ..training.protocol import Place
 from ..training.streams import Shuffled
 
@@ -75,7 +74,7 @@ def windows(values: Tensor, starts: Tensor, length: int) -> Tensor:
 def documents(source: str) -> Iterator[str]:
     """The texts of a source, in an order that does not change.
 
-    ``source``: "stdlib" (the installed Python's own library, without site-packages), a text file, a folder of text
+    ``source``: "stdlib" (the installed Python's own library, without tests and site-packages), a text file, a folder of text
     files, or "hf:NAME" for the column "text" of a Hugging Face data set (its "train" split; "hf:NAME/CONFIG").
 
     Raises:
@@ -90,7 +89,7 @@ def documents(source: str) -> Iterator[str]:
     pattern = "*.py" if source == "stdlib" else "*"
     paths = [root] if root.is_file() else sorted(p for p in root.rglob(pattern) if p.is_file())
     for path in paths:
-        if source == "stdlib" and {"site-packages", "__pycache__"} & set(path.relative_to(root).parts):
+        if source == "stdlib" and {"site-packages", "__pycache__", "test", "tests"} & set(path.relative_to(root).parts):
             continue
         try:
             yield path.read_bytes().decode()
@@ -170,11 +169,9 @@ def prepared(source: str, tokenizer: str, cache: str | Path | None = None) -> Pa
     Made once for each source and tokenizer, under ``cache`` (default ``~/.cache/flatmin``), whole or not at all.
     """
     found = parts(source)
-    digest = hashlib.sha256(tokenizer.encode())
-    for split, text in found:
-        digest.update(f"{split} {len(text)}".encode() + text.encode())
+    key = digest(tokenizer, *(f"{split} {text}" for split, text in found))[:16]
     root = Path(cache) if cache is not None else Path.home() / ".cache" / "flatmin"
-    target = root / f"text-{digest.hexdigest()[:16]}"
+    target = root / f"text-{key}"
     if (target / "meta.json").exists():
         return target
     made = tokenizer_for(tokenizer, (text for split, text in found if split == "train"))

@@ -7,7 +7,6 @@ state are there as safetensors of each rank, written by ``torch.distributed.chec
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..errors import RunFolderError
-from ..files import digest, move_file
+from ..files import digest, move_file, sync
 from ..parallel import is_sharded, like, shard_of, unwrapped
 from .protocol import Place
 
@@ -98,7 +97,7 @@ class Checkpoints:
     def _complete(self, part: Path, target: Path) -> None:
         """Everything in the folder to the disk, then its name; a checkpoint of the same step is replaced."""
         for path in part.rglob("*"):
-            _sync(path)
+            sync(path)
         if target.exists():
             _remove(target)
         move_file(part, target)
@@ -265,12 +264,3 @@ def _in_a_line(error: BaseException) -> str:
 def _write(state: dict[str, Any], path: Path) -> None:
     with open(path, "wb") as file:
         torch.save(state, file)
-
-
-def _sync(path: Path) -> None:
-    """A file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
