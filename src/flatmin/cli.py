@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = f" {argv[0]}" if argv and argv[0] in (*_JOBS, "report") else ""
         return _fail(f"{_plainly(error)}; see flatmin{verb} --help", 2)
     except (ValueError, FileNotFoundError) as error:
-        return _fail(error, 2)
+        return _fail(error, 2, agreed=argv[:1] == ["measure"])
     except (RunFolderError, OSError, ArithmeticError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -256,10 +256,10 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _fail(message: object, status: int) -> int:
-    """One line; of other ranks than the first only what that one does not say as well."""
+def _fail(message: object, status: int, *, agreed: bool = False) -> int:
+    """One line; of other ranks than the first only what that one does not say as well (``agreed``: it does)."""
     rank = _rank()
-    if rank == 0 or isinstance(message, ValueError):
+    if rank == 0 or isinstance(message, ValueError) and not agreed:
         print(f"flatmin: {f'rank {rank}: ' * (rank > 0)}{' '.join(str(message).split())}", file=sys.stderr)
     return status
 

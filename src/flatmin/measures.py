@@ -131,7 +131,7 @@ ALL = (
             users=("monitor",)),
     Measure(name="agreement", package="sharpness", label="agreement", cost="46F + 43B and 20 to 60 H",
             random=True, radius="length",
-            work=Work(forward=(46, 46), backward=(43, 43), matvecs=(20, 60), vectors=45),
+            work=Work(forward=(46, 46), backward=(43, 43), matvecs=(10, 60), vectors=45),
             users=("measure",)),
     Measure(name="line", package="landscape", label="line", cost="159 F", random=True,
             work=Work(forward=(159, 159), vectors=4),

@@ -112,15 +112,15 @@ def test_the_radius_is_chosen_without_the_test_data(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_interrupted_anywhere_it_resumes_bitwise(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the middle of an epoch of the second method; --resume ends with the same weights and numbers."""
-    folder, calls, real = tmp_path / "run", [], Training.step
+    folder, calls, real = tmp_path / "run", [], Training._step
 
-    def stop_once(self, micro):
+    def stop_once(self, micro, weights):
         calls.append(self.steps)
         if len(calls) == 64 + 32 + 7:
             raise KeyboardInterrupt
-        return real(self, micro)
+        return real(self, micro, weights)
 
-    monkeypatch.setattr(Training, "step", stop_once)
+    monkeypatch.setattr(Training, "_step", stop_once)
     assert cli.main(["compare", *QUICK, "--out", str(folder)]) == 130
     message = capsys.readouterr().err
     assert f"--resume {folder}" in message and message.count("\n") == 1
@@ -148,13 +148,13 @@ def test_killed_in_an_epoch_it_resumes_bitwise(finished, tmp_path):
     folder = tmp_path / "run"
     (tmp_path / "killed.py").write_text(
         "import os, signal, sys\nfrom flatmin import cli\nfrom flatmin.training.run import Training\n"
-        "real, calls = Training.step, []\n"
-        "def step(self, micro):\n"
+        "real, calls = Training._step, []\n"
+        "def step(self, *args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 64 + 41:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, micro)\n"
-        "Training.step = step\ncli.main(sys.argv[1:])\n")
+        "    return real(self, *args)\n"
+        "Training._step = step\ncli.main(sys.argv[1:])\n")
     done = subprocess.run([sys.executable, str(tmp_path / "killed.py"), "compare", *QUICK, "--out", str(folder)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == -9 and [r["method"] for r in record_of(folder)["runs"]] == ["sgd"], done.stderr
@@ -170,15 +170,15 @@ def test_interrupted_while_a_radius_is_chosen_it_ends_in_the_same_record(tmp_pat
     monkeypatch.setattr(module, "find_recipe", lambda name: recipe)
     settings = CompareSettings(methods="sam", seeds=1, rho="0.05,0.2", equal_compute=False)
     whole = Comparison(settings, RunFolder.create(tmp_path / "whole"), quiet=True).run()
-    real, calls = Training.step, []
+    real, calls = Training._step, []
 
-    def stop_once(self, micro):
+    def stop_once(self, micro, weights):
         calls.append(1)
         if len(calls) == 25 + 7:
             raise KeyboardInterrupt
-        return real(self, micro)
+        return real(self, micro, weights)
 
-    monkeypatch.setattr(Training, "step", stop_once)
+    monkeypatch.setattr(Training, "_step", stop_once)
     folder = RunFolder.create(tmp_path / "half")
     with pytest.raises(KeyboardInterrupt):
         Comparison(settings, folder, quiet=True).run()
@@ -231,9 +231,9 @@ def test_a_wrong_call_is_one_clear_line(arguments, says, tmp_path, monkeypatch, 
     (["compare", "--nose", "1"], "unrecognized arguments: --nose; see flatmin compare --help"),
     (["compare", "--seeds", "0"], "--seeds must be at least 1, got 0; see flatmin compare --help"),
     (["measure", "m:o", "--tol", "small"], "--tol: expected a number, got small; see flatmin measure --help"),
-    (["measure"], "measure needs module:objective; see flatmin measure --help"),
+    (["measure"], "measure needs module:objective, or hf:FOLDER with --text FILE; see flatmin measure --help"),
     (["report"], "the following arguments are required: folder; see flatmin report --help"),
-    (["train"], "argument VERB: invalid choice: 'train' (choose from 'compare', 'measure', 'report'); see flatmin "
+    (["fit"], "argument VERB: invalid choice: 'fit' (choose from 'train', 'compare', 'measure', 'report'); see flatmin "
                 "--help"),
 ])
 def test_what_the_parser_refuses_is_one_plain_line(arguments, says, capsys):
@@ -291,9 +291,9 @@ def test_the_flags_are_these():
     verbs = next(a for a in cli._parser()._actions if a.dest == "verb").choices
     flags = {name: sorted(o for a in p._actions for o in a.option_strings if o.startswith("--"))
              for name, p in verbs.items()}
-    assert flags["compare"] == ["--config", "--data", "--epochs", "--equal_compute", "--help", "--methods",
+    assert flags["compare"] == ["--config", "--data", "--epochs", "--equal-compute", "--help", "--methods",
                                 "--noise", "--out", "--quiet", "--resume", "--rho", "--seeds", "--steps", "--threads"]
-    assert flags["report"] == ["--help"]
+    assert flags["report"] == ["--csv", "--help"]
     assert "examples:" in verbs["compare"].format_help()
 
 
@@ -327,7 +327,7 @@ def test_radii_given_by_hand():
 def test_a_grid_is_chosen_from_and_a_single_radius_is_not(tmp_path):
     folder = tmp_path / "run"
     assert cli.main(["compare", "--epochs", "1", "--seeds", "1", "--methods", "sgd,sam,asam", "--rho",
-                     "0.05,0.2,asam=1", "--equal_compute", "false", "--quiet", "--out", str(folder)]) == 0
+                     "0.05,0.2,asam=1", "--equal-compute", "false", "--quiet", "--out", str(folder)]) == 0
     record = record_of(folder)
     chosen = record["selection"]["sam"]
     assert set(record["selection"]) == {"sam"} and chosen["grid"] == [0.05, 0.2] and len(chosen["scores"]) == 2

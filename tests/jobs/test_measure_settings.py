@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flatmin.jobs.measure_functions import MEASURES
 from torch import nn
 
 from flatmin import Objective, cli
@@ -18,6 +17,7 @@ from flatmin.curvature import Hessian, dense_hessian, trace
 from flatmin.curvature.objective_operator import ObjectiveOperator
 from flatmin.jobs import measure_cost
 from flatmin.jobs.measure_data import over_processes, share_of
+from flatmin.jobs.measures import MEASURES
 from flatmin.measures import METRICS, Options
 from flatmin.parallel import Group
 from flatmin.progress import Display

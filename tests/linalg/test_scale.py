@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     with open(log, "w") as stderr:
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         deadline = time.monotonic() + 120
-        while not ((folder / "billion-20M.pt").exists() and "product 3," in log.read_text()) and \
+        while not ((folder / "billion-20M.pt").exists() and "matvec 3," in log.read_text()) and \
                 first.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)

@@ -396,7 +396,7 @@ def test_the_diagnosis_prints_the_radius_to_try_next():
     page, table = report.page(record), report.table(record)
     assert "SAM: the loss more than doubles over the step</b> in seed 0 and seed 2 (2 of 4 runs)" in page
     assert "C&lt;; lower rho." in page
-    assert page.count("next</b>") == 1 and "SAM: try ρ = 0.05 next" in page
+    assert page.count("next</b>") == 1 and "SAM: try ρ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}0.05 next" in page
     assert "SAM: rho too large at ρ = 0.1; try 0.05 next" in table and "ASAM: " not in table
     for broken in ({}, {"sam": None}, {"sam": {"findings": [3, {}], "runs": "nan"}}, {"sam": {"findings": "x"}}):
         report.page(record | {"diagnosis": broken})

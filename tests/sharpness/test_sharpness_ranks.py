@@ -24,6 +24,7 @@ from flatmin.sharpness import (
     SharpnessMonitor,
     agreement,
     average_case,
+    compare,
     critical_sharpness,
     first_order,
     largest_random,
@@ -32,9 +33,6 @@ from flatmin.sharpness import (
     one_step,
     update_of,
     worst_case,
-)
-from flatmin.sharpness import (
-    two_models as compare,
 )
 from two_ranks import WORLD, wrap
 

@@ -74,8 +74,8 @@ def windows(values: Tensor, starts: Tensor, length: int) -> Tensor:
 def documents(source: str) -> Iterator[str]:
     """The texts of a source, in an order that does not change.
 
-    ``source``: "stdlib" (the installed Python's own library, without tests and site-packages), a text file, a folder of text
-    files, or "hf:NAME" for the column "text" of a Hugging Face data set (its "train" split; "hf:NAME/CONFIG").
+    ``source``: "stdlib" (the installed Python's own library, without tests and site-packages), a text file, a folder of
+    text files, or "hf:NAME" for the column "text" of a Hugging Face data set (its "train" split; "hf:NAME/CONFIG").
 
     Raises:
         ValueError: nothing there, or no text in it.
