@@ -3,19 +3,18 @@
 First single tensors (``DTensor``), then models. A measurement (``Ranks``) and a training step (``Wrappers``) treat the
 same modules differently: the first evaluates past DDP's reducer, the second runs through it.
 
-Under DDP each rank holds all weights, so a measurement evaluates the model inside the wrapper and reduces sums itself:
-``autograd.grad`` never meets DDP's reducer. Under FSDP2 the hooks of ``fully_shard`` gather the weights and reduce the
-gradients, so that all ranks must run equally many passes.
-
+Under DDP each rank holds all weights, so a measurement evaluates the model inside the wrapper and reduces sums itself.
+Under FSDP2 the hooks of ``fully_shard`` gather the weights and reduce the gradients: all ranks run equally many passes.
 The distributed package is imported by functions that run only where the process has set it up.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -432,17 +431,20 @@ class Group:
 def all_processes(device: torch.device) -> Iterator[Group]:
     """The processes that ``torchrun`` started, joined if they are not yet; or this one alone.
 
-    Beside an accelerator's own backend they join gloo, so that small numbers are agreed on without waiting for the
-    accelerator.
+    Beside an accelerator's own backend they join gloo, so that small numbers are agreed on without waiting for it.
     """
-    distributed = torch.distributed
+    distributed, backend = torch.distributed, "gloo"
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if started:
-        own = "" if device.type == "cpu" else f",{device.type}:{distributed.get_default_backend_for_device(device)}"
-        distributed.init_process_group(f"cpu:gloo{own}")
+        if device.type != "cpu":
+            backend = f"cpu:gloo,{device.type}:{distributed.get_default_backend_for_device(device)}"
+        distributed.init_process_group(backend)
         device = torch.device("cpu")
     try:
         yield Group(distributed.group.WORLD if distributed.is_initialized() else None, device)
     finally:
         if started:
+            if backend == "gloo":       # a rank that ends while another reads from it breaks that one's connection
+                with suppress(RuntimeError):    # a rank that failed alone does not come
+                    distributed.monitored_barrier(timeout=datetime.timedelta(seconds=5))
             distributed.destroy_process_group()
