@@ -35,15 +35,15 @@ def with_fields(recipe: Any, given: Mapping[str, str]) -> Any:
     if unknown:
         raise ValueError(f"recipe {recipe.name} has no field {', '.join(map(flag, unknown))}: "
                          f"{f'choose from {_listed(known)}' if known else 'it has none that is a flag'}")
-    tokens = [token for name, value in given.items() for token in (flag(name), _as_typed(known[name], value))]
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            found[name] = parser.parse_args([flag(name), _as_typed(known[name], value)])[name]
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{flag(name)} of recipe {recipe.name} must be {_words(known[name])}, got "
+                             f"{value!r}") from error
     try:
-        found = parser.parse_args(tokens)
-    except argparse.ArgumentError as error:
-        name = next((n for n in given if f'"{n}"' in str(error)), "")
-        raise ValueError(f"{flag(name)} of recipe {recipe.name} must be {_words(known.get(name))}, got "
-                         f"{given.get(name)!r}") from error
-    try:
-        return dataclasses.replace(recipe, **{name: found[name] for name in given})
+        return dataclasses.replace(recipe, **found)
     except (TypeError, ValueError) as error:        # its own __post_init__
         raise ValueError(f"recipe {recipe.name}: {error}") from error
 
