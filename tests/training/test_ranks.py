@@ -273,9 +273,11 @@ def test_two_ranks_are_one_process(found, kind, case):
     single.run()
     if wide and case[0] != "esam":      # its tensors are drawn alike, its samples are chosen in each micro-batch
         assert all(t.dtype == torch.float64 for t in ends.values())
-    tolerance = {"rtol": 1e-9, "atol": 1e-11} if wide else {"rtol": 3e-2, "atol": 5e-3}
     for name, value in weights(single.model).items():
-        torch.testing.assert_close(ends[name], value, **tolerance)
+        if wide:
+            torch.testing.assert_close(ends[name], value, rtol=1e-9, atol=1e-11)
+        else:   # by norm: AdamW moves an entry whose gradient is all rounding by its learning rate, either way
+            assert float((ends[name] - value).norm()) <= 0.03 * float(value.norm()), name
     if wide:
         for a, b in zip(steps, single.trained.steps, strict=True):
             for name in ("loss", "radius"):

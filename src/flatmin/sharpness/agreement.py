@@ -123,7 +123,7 @@ def observed_order(remainders: Sequence[float], noise: float) -> float:
     return math.nan
 
 
-def _sentence(order: float, third: bool | None, slope: float, bound: float, ratio: float, checked: bool) -> str:
+def _sentence(order: float, third: bool | None, slope: float, bound: float, ratio: float, checked: bool = False) -> str:
     if third is None:
         first = "The remainder of one-step sharpness is too near rounding to be tested; take a larger rho or float64."
     elif math.isinf(order):
