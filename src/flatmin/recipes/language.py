@@ -29,7 +29,7 @@ class Language:
         tokenizer: "bytes", "bpe-N", the path of a tokenizer.json; None: BPE with the size's vocabulary.
         context: tokens of a window.
         batch_size: windows of a micro-batch on each rank.
-        steps: optimizer steps by default; "chinchilla" in :attr:`regime` takes 20 tokens a parameter instead.
+        steps: optimizer steps by default.
         lr, betas, weight_decay: of AdamW; weights of one dimension are not decayed.
         optimizer: "adamw", or "muon" for the matrices of the blocks, with AdamW for all other tensors.
         positions: "rotary" or "learned".
@@ -44,7 +44,6 @@ class Language:
     context: int = 128
     batch_size: int = 16
     steps: int = 500
-    regime: Literal["fixed", "chinchilla"] = "fixed"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1

@@ -87,7 +87,7 @@ class Supervised:
         return dataclasses.replace(self, train=kept, tune=held)
 
     def train_batches(self, at: Place) -> Any:
-        return self._stream(_made(self.train), at, "train")
+        return self._stream(_made(self.train), at)
 
     def held_out(self, split: str, at: Place) -> Iterable[Any]:
         """The data for tuning, else for testing, in "tune"; the training data in a fixed order in "measure"."""
@@ -140,7 +140,7 @@ class Supervised:
         return {name: _metric(first, second, n, name in self.higher_is_better)
                 for name, (first, second, n) in sums.items() if n > 0}
 
-    def _stream(self, source: Any, at: Place, which: str) -> Any:
+    def _stream(self, source: Any, at: Place) -> Any:
         tensors = _tensors(source)
         if tensors is not None:
             return Shuffled(tensors, self.batch_size, at)
